@@ -1,0 +1,1 @@
+"""The command ``nnunet-calib``: one module a verb; parses and prints, decides nothing."""

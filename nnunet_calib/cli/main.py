@@ -1,0 +1,59 @@
+"""Entry point of ``nnunet-calib VERB``: finds the verb's module, turns errors into one line and an exit code."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import nnunet_calib
+from nnunet_calib.data.errors import InputError, UsageError
+
+VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate")
+
+
+def _module(verb: str):
+    return importlib.import_module(f"nnunet_calib.cli.{verb.replace('-', '_')}")
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    """Parser with every verb listed, arguments only for the one asked for (so ``--help`` imports no torch)."""
+    parser = argparse.ArgumentParser(prog="nnunet-calib", description="Calibrated segmentation for nnU-Net.")
+    parser.add_argument("--version", action="version", version=f"nnunet-calib {nnunet_calib.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        if find_spec(f"nnunet_calib.cli.{name.replace('-', '_')}") is None:
+            continue
+        module = _module(name)
+        sub = verbs.add_parser(name, help=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == verb:
+            module.add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the words after ``nnunet-calib``; taken from the command line if None.
+
+    Returns:
+        0 on success, 1 when the work failed, 2 for bad usage.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
+    try:
+        return _module(args.verb).run(args)
+    except (InputError, UsageError) as error:
+        if args.debug:
+            raise
+        print(f"nnunet-calib {args.verb}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"nnunet-calib {args.verb}: interrupted", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

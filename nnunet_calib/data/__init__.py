@@ -1,0 +1,1 @@
+"""What is on disk: images, nnU-Net folders, dataset.json and plans, probability files."""
