@@ -1,0 +1,73 @@
+"""Neighbour-aware calibration.
+
+    L = CE + weight * mean over voxels and classes of |q_c - z_c|,    q: nnunet_calib.losses.neighbours
+
+Murugesan et al., Trust your neighbours: penalty-based constraints for model calibration, MICCAI 2023;
+Neighbor-aware calibration of segmentation networks with penalty-based constraints, Medical Image Analysis 2025.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nnunet_calib.losses.base import CalibrationLoss, choice, cross_entropy, masked_sum, number, sum_over_classes
+from nnunet_calib.losses.neighbours import BORDERS, PRIORS, Neighbourhood, SoftTarget
+
+
+class NACLLoss(CalibrationLoss):
+    """Cross-entropy plus the distance of the logits from the classes' shares in the neighbourhood.
+
+    Args:
+        weight: of the penalty.
+        kernel_size: odd number of voxels, or one for each spatial axis (anisotropic data: ``(1, 3, 3)``).
+        penalty: "l1" or "l2".
+        on: "logits" (the paper's tables) or "probabilities".
+        prior: "mean" or "gaussian" (the filter of SVLS).
+        sigma: of the gaussian prior, in voxels.
+        border: "replicate"; "background" is the authors' rule, "zero" is MONAI's. Patches have borders on every side, and
+            there the authors' rule calls the outside background.
+        multilabel: sigmoid regions.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        kernel_size: int | Sequence[int] = 3,
+        penalty: str = "l1",
+        on: str = "logits",
+        prior: str = "mean",
+        sigma: float = 1.0,
+        border: str = "replicate",
+        *,
+        multilabel: bool = False,
+    ):
+        super().__init__(multilabel=multilabel)
+        self.weight = number("weight", weight)
+        self.penalty = choice("penalty", penalty, ("l1", "l2"))
+        self.on = choice("on", on, ("logits", "probabilities"))
+        self.neighbourhood = Neighbourhood(
+            kernel_size,
+            choice("prior", prior, PRIORS),
+            number("sigma", sigma, minimum=1e-3),
+            choice("border", border, BORDERS),
+        )
+
+    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        q = SoftTarget(target, valid, self.neighbourhood, z.dtype)
+
+        def distance(c: int, s_c: Tensor) -> Tensor:
+            difference = q.channel(c) - s_c
+            return masked_sum(difference.abs() if self.penalty == "l1" else difference.square(), valid)
+
+        voxels = target.numel() if valid is None else valid.sum().clamp(min=1)
+        s = z if self.on == "logits" else z.softmax(dim=1)
+        return {
+            "cross_entropy": cross_entropy(z, target, valid),
+            "penalty": sum_over_classes(distance, s) / (voxels * z.shape[1]),
+        }
+
+    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+        return parts["cross_entropy"] + self.weight * parts["penalty"]
