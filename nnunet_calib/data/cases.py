@@ -1,0 +1,76 @@
+"""Which reference, prediction and probability files belong together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_calib.data.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """Files of one case.
+
+    Attributes:
+        name: the file name without its ending.
+        reference: label map.
+        prediction: label map.
+        probabilities: nnU-Net's ``.npz`` beside the prediction; None if it was not saved.
+    """
+
+    name: str
+    reference: Path
+    prediction: Path
+    probabilities: Path | None
+
+
+def pair_cases(
+    reference_folder: Path, prediction_folder: Path, file_ending: str, *, chill: bool = False
+) -> list[CaseFiles]:
+    """Pair files as nnU-Net's evaluation does: every file of the prediction folder with its namesake.
+
+    Args:
+        reference_folder: label maps.
+        prediction_folder: label maps, and ``<case>.npz`` where probabilities were saved.
+        file_ending: from ``dataset.json``.
+        chill: references without a prediction are left out instead of refused.
+
+    Returns:
+        The cases in the order of their names.
+
+    Raises:
+        UsageError: a folder does not exist.
+        InputError: nothing to score, a prediction without reference or, without ``chill``, the opposite.
+    """
+    for folder in (reference_folder, prediction_folder):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder")
+    references, predictions = (_names(folder, file_ending) for folder in (reference_folder, prediction_folder))
+    if not predictions:
+        raise InputError(f"{prediction_folder}: no file ends with {file_ending} (the file_ending of dataset.json)")
+    if unknown := sorted(predictions - references):
+        raise InputError(
+            f"{prediction_folder / (unknown[0] + file_ending)}: no reference of that name in {reference_folder}"
+            f"{_and_more(unknown)}"
+        )
+    if (missing := sorted(references - predictions)) and not chill:
+        raise InputError(
+            f"{reference_folder / (missing[0] + file_ending)}: no prediction of that name in {prediction_folder}"
+            f"{_and_more(missing)}; --chill leaves such cases out"
+        )
+    return [
+        CaseFiles(
+            name,
+            reference_folder / (name + file_ending),
+            prediction_folder / (name + file_ending),
+            probabilities if (probabilities := prediction_folder / f"{name}.npz").is_file() else None,
+        )
+        for name in sorted(predictions)
+    ]
+
+
+def _names(folder: Path, ending: str) -> set[str]:
+    return {path.name[: -len(ending)] for path in folder.iterdir() if path.name.endswith(ending) and path.is_file()}
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

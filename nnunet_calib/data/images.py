@@ -1,0 +1,153 @@
+"""Label maps on disk, read through nnU-Net's own readers, and the geometry they must share."""
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+from nnunet_calib.data.dataset import Dataset
+from nnunet_calib.data.errors import InputError
+
+_SPACING_TOLERANCE = 1e-3  # relative: half a voxel over 500
+_ORIGIN_TOLERANCE = 1e-2  # of the smallest spacing
+_DIRECTION_TOLERANCE = 1e-3  # of the direction cosines: half a voxel over 500
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class LabelImage:
+    """A label map and where it lies in space.
+
+    Attributes:
+        path: its file.
+        labels: unsigned integers (z, y, x); z is 1 for 2D images.
+        spacing: mm, in the order of the axes.
+        geometry: what else the file says of its place, by name: ``origin`` (mm), ``direction`` or ``affine``.
+    """
+
+    path: Path
+    labels: np.ndarray
+    spacing: tuple[float, ...]
+    geometry: dict[str, np.ndarray]
+
+
+def choose_reader(dataset: Dataset, examples: Sequence[Path]) -> type[BaseReaderWriter]:
+    """nnU-Net's reader for these files, chosen as nnU-Net's evaluation does: the first that can open an example.
+
+    Examples that nothing can open are passed over, so that one broken file does not stop a folder.
+
+    Raises:
+        InputError: nnU-Net has no reader for the file ending.
+    """
+    silence = io.StringIO()  # nnU-Net prints a traceback for every reader it tries in vain
+    with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
+        for example in (*map(str, examples), None):
+            with contextlib.suppress(RuntimeError):
+                return determine_reader_writer_from_dataset_json(dataset.content, example, verbose=False)
+    raise InputError(f"{dataset.path}: nnU-Net has no reader for {dataset.file_ending!r} files")
+
+
+def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[int]) -> LabelImage:
+    """Read a label map.
+
+    Args:
+        path: its file.
+        reader: from ``choose_reader``.
+        allowed: the label values it may hold.
+
+    Raises:
+        InputError: a file that is damaged, not a single volume, or holds other values; one line, naming the file.
+    """
+    _check_whole(path)
+    output = io.StringIO()  # readers print advice of their own
+    try:
+        with contextlib.redirect_stdout(output):
+            volume, properties = reader().read_seg(str(path))
+    except MemoryError as error:
+        raise InputError(f"{path}: does not fit into memory") from error
+    except Exception as error:  # third-party readers raise whatever their file format library does
+        raise InputError(f"{path}: cannot be read as a label map ({_last_line(error)})") from error
+    if volume.ndim != 4 or volume.shape[0] != 1 or not volume.size:
+        raise InputError(f"{path}: one 2D or 3D label map is expected; it holds an array of shape {volume.shape[1:]} "
+                         f"with {volume.shape[0]} channels")  # fmt: skip
+    spacing = tuple(float(step) for step in properties["spacing"])
+    if not all(0 < step < np.inf for step in spacing):
+        raise InputError(f"{path}: the spacing {_numbers(spacing)} is not positive")
+    return LabelImage(path, _as_integers(volume[0], path, allowed), spacing, _geometry(properties))
+
+
+def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
+    """Refuse a prediction that does not lie where its reference lies.
+
+    Raises:
+        InputError: shape, spacing, origin or direction differ beyond rounding.
+    """
+    if reference.labels.shape != prediction.labels.shape:
+        raise _differ("shape", prediction, prediction.labels.shape, reference, reference.labels.shape)
+    if not np.allclose(prediction.spacing, reference.spacing, rtol=_SPACING_TOLERANCE, atol=0):
+        raise _differ("spacing", prediction, prediction.spacing, reference, reference.spacing)
+    for name in reference.geometry.keys() & prediction.geometry.keys():
+        ours, theirs = prediction.geometry[name], reference.geometry[name]
+        tolerance = _DIRECTION_TOLERANCE if name == "direction" else _ORIGIN_TOLERANCE * min(reference.spacing)
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=tolerance):
+            raise _differ(name, prediction, ours.ravel(), reference, theirs.ravel())
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a truncated gzip file: SimpleITK reads what is there and makes up the rest."""
+    if path.suffix != ".gz":
+        return
+    try:
+        with gzip.open(path) as stream:
+            while stream.read(_CHUNK):
+                pass
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy or predict it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.ndarray:
+    lowest, highest = volume.min(), volume.max()
+    if not (lowest >= 0 and highest < 1 << 16):  # NaN fails too
+        raise InputError(f"{path}: label values from {lowest:g} to {highest:g}; labels are integers in [0, 65535]")
+    labels = volume.astype(np.uint8 if highest < 1 << 8 else np.uint16)
+    if not np.array_equal(labels, volume):
+        example = volume[labels != volume][0]
+        raise InputError(f"{path}: holds values that are not integers, such as {example:g}; is it an image?")
+    present = np.flatnonzero(np.bincount(labels.reshape(-1)))
+    if unknown := [int(value) for value in np.setdiff1d(present, allowed)]:
+        shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise InputError(f"{path}: label values not in dataset.json: {shown}")
+    return labels
+
+
+def _geometry(properties: dict[str, Any]) -> dict[str, np.ndarray]:
+    if "sitk_stuff" in properties:
+        return {name: np.asarray(properties["sitk_stuff"][name]) for name in ("origin", "direction")}
+    if "nibabel_stuff" in properties:
+        return {"affine": np.asarray(properties["nibabel_stuff"]["original_affine"])}
+    return {}
+
+
+def _differ(what: str, prediction: LabelImage, ours: Iterable[float], reference: LabelImage, theirs: Iterable[float]):
+    return InputError(
+        f"{prediction.path}: {what} {_numbers(ours)} differs from {_numbers(theirs)} of its reference {reference.path}"
+    )
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,128 @@
+"""nnU-Net's plans files: find them, add a configuration."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import read_json, write_whole
+
+SETTINGS_KEY = "nnunet_calib"
+"""Key of a configuration that holds the settings of our trainers."""
+
+
+def preprocessed_folder(dataset: str) -> Path:
+    """Folder of a data set under ``nnUNet_preprocessed``.
+
+    Args:
+        dataset: its number or full name, as ``nnUNetv2_train`` takes it.
+
+    Raises:
+        UsageError: the variable is not set, or the data set is not there (or more than once).
+    """
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise UsageError("nnUNet_preprocessed is not set; export it as for nnUNetv2_train")
+    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else dataset
+    found = sorted(folder for folder in Path(root).glob(pattern) if folder.is_dir())
+    if len(found) != 1:
+        what = "no data set" if not found else f"{len(found)} data sets"
+        raise UsageError(f"{what} {pattern} in {root}; run nnUNetv2_plan_and_preprocess -d {dataset} first")
+    return found[0]
+
+
+def read_plans(file: str | Path) -> dict[str, Any]:
+    """Read a plans file.
+
+    Raises:
+        InputError: it is missing, not JSON, or has no configurations.
+    """
+    plans = read_json(Path(file))
+    if not isinstance(plans.get("configurations"), dict) or "plans_name" not in plans:
+        raise InputError(f"{file} is not a plans file of nnU-Net v2: no 'configurations' or 'plans_name' in it")
+    return plans
+
+
+def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A configuration with all that it inherits.
+
+    Raises:
+        UsageError: the plans do not have it, or it inherits from itself.
+    """
+    merged: dict[str, Any] = {}
+    seen: list[str] = []
+    step: str | None = name
+    while step is not None:
+        if step not in plans["configurations"] or step in seen:
+            what = "inherits from itself" if step in seen else "is not in the plans"
+            known = ", ".join(plans["configurations"])
+            raise UsageError(f"configuration {step} {what}; {plans['plans_name']} has {known}")
+        seen.append(step)
+        merged = {**plans["configurations"][step], **merged}
+        step = plans["configurations"][step].get("inherits_from")
+    merged.pop("inherits_from", None)
+    return merged
+
+
+def add_configuration(
+    plans_file: str | Path,
+    name: str,
+    base: str,
+    settings: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    previous_stage: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """Add a configuration that inherits from another; the old file stays beside it as a backup.
+
+    Args:
+        plans_file: nnU-Net's plans, in the ``nnUNet_preprocessed`` folder of a data set.
+        name: of the new configuration; letters, digits and single underscores.
+        base: configuration to inherit from, preprocessed data included.
+        settings: for our trainers; they replace those of the base, they are not merged with them.
+        overrides: other keys of the configuration, such as ``batch_size``.
+        previous_stage: of a cascade, the configuration whose predictions it takes; the base's if None.
+        replace: overwrite a configuration of that name.
+
+    Returns:
+        The backup.
+
+    Raises:
+        InputError: the plans cannot be read.
+        UsageError: the name is taken or unusable, or the base is not there.
+    """
+    plans_file = Path(plans_file)
+    plans = read_plans(plans_file)
+    if not re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", name):
+        raise UsageError(f"{name!r} cannot name a configuration; use letters, digits and single underscores")
+    if name in plans["configurations"] and not replace:
+        raise UsageError(f"{plans_file} has a configuration {name} already; choose another name or pass --replace")
+    if name == base:
+        raise UsageError(f"configuration {name} cannot inherit from itself")
+    inherited = resolve_configuration(plans, base)
+    configuration: dict[str, Any] = {"inherits_from": base, **(overrides or {}), SETTINGS_KEY: dict(settings)}
+    stage = previous_stage or inherited.get("previous_stage")
+    if stage is not None:
+        # nnU-Net exports the first stage's predictions for every configuration that it lists as next.
+        configuration["previous_stage"] = stage
+        first = resolve_configuration(plans, stage)
+        following = first.get("next_stage") or []
+        following = [following] if isinstance(following, str) else list(following)
+        plans["configurations"][stage]["next_stage"] = [*following, *([] if name in following else [name])]
+    if inherited.get("next_stage"):
+        # The base's next stage takes the base's predictions, not those of this configuration.
+        configuration["next_stage"] = []
+    plans["configurations"][name] = configuration
+    backup = _unused(plans_file.with_name(plans_file.name + ".bak"))
+    shutil.copy2(plans_file, backup)
+    write_whole(plans_file, json.dumps(plans, indent=4) + "\n")
+    return backup
+
+
+def _unused(file: Path) -> Path:
+    candidates = [file, *(file.with_name(f"{file.name}{i}") for i in range(1, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,0 +1,190 @@
+"""Scores of one case: overlap, surface distances and calibration, from its files."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from scipy import ndimage
+
+from nnunet_calib import metrics
+from nnunet_calib.data.cases import CaseFiles
+from nnunet_calib.data.dataset import Dataset, key
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.images import LabelImage, check_same_geometry, read_labels
+from nnunet_calib.data.probabilities import ProbabilityFile
+from nnunet_calib.evaluation.protocol import BOUNDARY_MM, Protocol
+
+_SUSPICIOUS = 0.1  # share of the foreground; fewer differences are post-processing, not another axis order
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What one case contributes to a summary.
+
+    Attributes:
+        record: its entry in ``metric_per_case``.
+        statistics: by region, what its calibration numbers were computed from; empty without probabilities.
+    """
+
+    record: dict[str, Any]
+    statistics: dict[str, metrics.CalibrationStatistics]
+
+
+def evaluate_case(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWriter], protocol: Protocol) -> CaseResult:
+    """Score one case.
+
+    Raises:
+        InputError: a file that cannot be used; one line, naming it.
+    """
+    ignored = [] if dataset.ignore_label is None else [dataset.ignore_label]
+    reference = read_labels(files.reference, reader, [*dataset.labels, *ignored])
+    prediction = read_labels(files.prediction, reader, dataset.labels)
+    check_same_geometry(reference, prediction)
+    valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
+    statistics: dict[str, metrics.CalibrationStatistics] = {}
+    notes: list[str] = []
+    if files.probabilities is not None:
+        stored = ProbabilityFile(files.probabilities)
+        statistics, notes = _calibration(stored, dataset, reference, prediction, valid, protocol)
+    channel_keys = [key(channel) for channel in dataset.channels]
+    record = {
+        "case": files.name,
+        "reference_file": str(files.reference),
+        "prediction_file": str(files.prediction),
+        "probabilities_file": None if files.probabilities is None else str(files.probabilities),
+        "metrics": _segmentation_scores(dataset, reference, prediction, valid, protocol),
+        "calibration": {region: metrics.scores(counted, channel_keys) for region, counted in statistics.items()},
+        "notes": notes,
+    }
+    return CaseResult(record, statistics)
+
+
+def _segmentation_scores(
+    dataset: Dataset, reference: LabelImage, prediction: LabelImage, valid: np.ndarray | None, protocol: Protocol
+) -> dict[str, dict[str, float]]:
+    """Overlap and distances of every structure, by key."""
+    overlaps = metrics.overlaps(reference.labels, prediction.labels, dataset.structures, valid)
+    ours, theirs = _without_ignored(prediction.labels, valid), _without_ignored(reference.labels, valid)
+    boxes = _label_boxes(ours, theirs)
+    scored = {}
+    for structure, overlap in zip(dataset.structures, overlaps, strict=True):
+        members = structure if isinstance(structure, tuple) else (structure,)
+        box = _union([boxes[label] for label in members if label in boxes], ours.ndim)
+        distances = metrics.surface_distances(
+            np.isin(theirs[box], members), np.isin(ours[box], members), reference.spacing
+        )
+        scored[key(structure)] = {
+            "Dice": overlap.dice,
+            "IoU": overlap.iou,
+            "TP": overlap.true_positives,
+            "FP": overlap.false_positives,
+            "FN": overlap.false_negatives,
+            "TN": overlap.true_negatives,
+            "n_pred": overlap.in_prediction,
+            "n_ref": overlap.in_reference,
+            "HD": metrics.hausdorff(distances),
+            "HD95": metrics.hausdorff_95(distances),
+            "ASSD": metrics.average_surface_distance(distances),
+            "NSD": metrics.surface_dice(distances, protocol.nsd_tolerance),
+        }
+    return scored
+
+
+def _calibration(
+    stored: ProbabilityFile,
+    dataset: Dataset,
+    reference: LabelImage,
+    prediction: LabelImage,
+    valid: np.ndarray | None,
+    protocol: Protocol,
+) -> tuple[dict[str, metrics.CalibrationStatistics], list[str]]:
+    """Calibration statistics by region, and what a reader of the record should know about the probabilities."""
+    stored.check_fits(len(dataset.channels), prediction.labels.shape)
+    decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
+    channels: Iterable[np.ndarray] = stored.channels()
+    if dataset.region_order is not None:
+        channels = _deciding(channels, dataset.region_order, decided)
+    labels = _without_ignored(reference.labels, valid)
+    statistics, top = metrics.calibration_statistics(
+        channels,
+        labels,
+        dataset.channels,
+        _regions(labels, prediction, valid, protocol),
+        bins=protocol.bins,
+        multilabel=dataset.has_regions,
+    )
+    if top is not None:
+        decided = np.array(dataset.labels, dtype=np.uint16)[top]
+    note = _disagreement(decided, prediction.labels, stored)
+    return statistics, [note] if note else []
+
+
+def _regions(
+    reference: np.ndarray, prediction: LabelImage, valid: np.ndarray | None, protocol: Protocol
+) -> dict[str, np.ndarray]:
+    """The sets of voxels calibration is measured on; ``reference`` has its ignored voxels set to background."""
+    counts = np.ones(reference.shape, dtype=bool) if valid is None else valid
+    regions = {
+        "volume": counts,
+        "reference_foreground": reference != 0,
+        "foreground": ((reference != 0) | (prediction.labels != 0)) & counts,
+    }
+    if protocol.boundary:
+        regions["boundary"] = metrics.near_surface(reference, prediction.spacing, BOUNDARY_MM) & counts
+    return regions
+
+
+def _deciding(channels: Iterable[np.ndarray], order: tuple[int, ...], decided: np.ndarray) -> Iterator[np.ndarray]:
+    """Pass the regions' channels on, writing nnU-Net's segmentation of them into ``decided``."""
+    for label, channel in zip(order, channels, strict=True):
+        decided[channel > 0.5] = label
+        yield channel
+
+
+def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile) -> str | None:
+    """Compare the segmentation the probabilities imply with the one beside them.
+
+    Raises:
+        InputError: they agree only after flipping or reordering axes.
+    """
+    different = np.count_nonzero(decided != predicted)
+    if not different:
+        return None
+    if different > _SUSPICIOUS * np.count_nonzero((decided != 0) | (predicted != 0)):
+        for axes in itertools.permutations(range(3)):
+            turned = decided.transpose(axes)
+            if turned.shape != predicted.shape:
+                continue
+            for flipped in itertools.product((1, -1), repeat=3):
+                view = turned[tuple(slice(None, None, step) for step in flipped)]
+                if np.count_nonzero(view != predicted) < different / 10:
+                    raise InputError(
+                        f"{stored.path}: its axes are flipped or reordered against the segmentation (a reader that "
+                        f"reorients?); predict again with the reader of plans.json, or name that file with -pfile"
+                    )
+    return f"{different} voxels of the segmentation differ from its probabilities' decision (post-processing?)"
+
+
+def _without_ignored(labels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    """Ignored voxels become background: outside every structure, as voxels beyond the image edge are."""
+    return labels if valid is None else np.where(valid, labels, 0)
+
+
+def _label_boxes(*label_maps: np.ndarray) -> dict[int, tuple[slice, ...]]:
+    """Smallest box around each label in any of the maps; the whole map for background."""
+    found: dict[int, list[tuple[slice, ...]]] = {0: [tuple(slice(0, length) for length in label_maps[0].shape)]}
+    for labels in label_maps:
+        for label, box in enumerate(ndimage.find_objects(labels), start=1):
+            if box is not None:
+                found.setdefault(label, []).append(box)
+    return {label: _union(boxes, label_maps[0].ndim) for label, boxes in found.items()}
+
+
+def _union(boxes: list[tuple[slice, ...]], ndim: int) -> tuple[slice, ...]:
+    """Smallest box around boxes; an empty one if there are none."""
+    if not boxes:
+        return (slice(0, 0),) * ndim
+    return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))

@@ -1,0 +1,113 @@
+"""Overlap of two label maps: true and false positives and negatives, Dice and IoU of labels or overlapping regions."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Structure = int | tuple[int, ...]
+"""What is scored: one label, or the labels whose union is a region (nnU-Net's notation)."""
+
+_SLAB = 1 << 20  # voxels handled at once, so that index arrays stay small beside the label maps
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Voxel counts of one structure; every other number of this module follows from them."""
+
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    true_negatives: int
+
+    @property
+    def in_reference(self) -> int:
+        """Voxels of the structure in the reference."""
+        return self.true_positives + self.false_negatives
+
+    @property
+    def in_prediction(self) -> int:
+        """Voxels of the structure in the prediction."""
+        return self.true_positives + self.false_positives
+
+    @property
+    def dice(self) -> float:
+        """2 TP / (2 TP + FP + FN), in [0, 1]; NaN when reference and prediction are both empty (as nnU-Net)."""
+        return _ratio(2 * self.true_positives, self.in_reference + self.in_prediction)
+
+    @property
+    def iou(self) -> float:
+        """TP / (TP + FP + FN), in [0, 1]; NaN when reference and prediction are both empty (as nnU-Net)."""
+        return _ratio(self.true_positives, self.true_positives + self.false_positives + self.false_negatives)
+
+
+def overlaps(
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    structures: Sequence[Structure],
+    valid: np.ndarray | None = None,
+) -> list[Overlap]:
+    """Count the overlap of every structure in one pass over the two label maps.
+
+    The pass fills the joint histogram of labels; a region's counts are sums of its entries, so overlapping regions cost
+    nothing extra and no mask of the volume's size is made.
+
+    Args:
+        reference: label map, non-negative integers, any shape.
+        prediction: label map of the same shape.
+        structures: labels, or tuples of labels that form a region.
+        valid: bool, same shape: the voxels that count. None: all.
+
+    Returns:
+        One ``Overlap`` per structure, in their order, with the definitions of nnU-Net's own evaluation.
+
+    Raises:
+        ValueError: the shapes differ or a label is negative.
+    """
+    if reference.shape != prediction.shape or (valid is not None and valid.shape != reference.shape):
+        raise ValueError(f"shapes differ: reference {reference.shape}, prediction {prediction.shape}")
+    members = [set(_labels_of(structure)) for structure in structures]
+    values = sorted(set().union(*members))
+    joint = _joint_histogram(reference, prediction, values, valid)
+    total = int(joint.sum())
+    counted = []
+    for member in members:
+        inside = np.array([value in member for value in values] + [False])
+        tp, in_reference = int(joint[inside][:, inside].sum()), int(joint[inside].sum())
+        in_prediction = int(joint[:, inside].sum())
+        counted.append(
+            Overlap(tp, in_prediction - tp, in_reference - tp, total - in_reference - in_prediction + tp),
+        )
+    return counted
+
+
+def _joint_histogram(
+    reference: np.ndarray, prediction: np.ndarray, values: list[int], valid: np.ndarray | None
+) -> np.ndarray:
+    """Voxels by (reference, prediction) index into ``values``; all other labels share the last row and column."""
+    size = len(values) + 1
+    top = max((int(labels.max()) for labels in (reference, prediction) if labels.size), default=0)
+    index = np.full(max([top, *values]) + 1, len(values), dtype=np.intp)
+    index[values] = np.arange(len(values))
+    joint = np.zeros(size * size, dtype=np.int64)
+    flat_reference, flat_prediction = reference.reshape(-1), prediction.reshape(-1)
+    flat_valid = None if valid is None else valid.reshape(-1)
+    for part in _slabs(reference.size):
+        part_reference, part_prediction = flat_reference[part], flat_prediction[part]
+        if min(part_reference.min(), part_prediction.min()) < 0:
+            raise ValueError("labels must not be negative")
+        pairs = index[part_reference] * size + index[part_prediction]
+        joint += np.bincount(pairs if flat_valid is None else pairs[flat_valid[part]], minlength=size * size)
+    return joint.reshape(size, size)
+
+
+def _slabs(voxels: int) -> Iterator[slice]:
+    return (slice(start, min(start + _SLAB, voxels)) for start in range(0, voxels, _SLAB))
+
+
+def _labels_of(structure: Structure) -> tuple[int, ...]:
+    return structure if isinstance(structure, tuple) else (structure,)
+
+
+def _ratio(numerator: int, denominator: int) -> float:
+    return numerator / denominator if denominator else float("nan")
