@@ -1,7 +1,7 @@
 """Scores of one case: overlap, surface distances and calibration, from its files."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,9 @@ def _calibration(
 ) -> tuple[dict[str, metrics.CalibrationStatistics], list[str]]:
     """Calibration statistics by region, and what a reader of the record should know about the probabilities."""
     stored.check_fits(len(dataset.channels), prediction.labels.shape)
-    decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
-    channels: Iterable[np.ndarray] = stored.channels()
+    channels: Iterator[np.ndarray] = stored.channels()
     if dataset.region_order is not None:
+        decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
         channels = _deciding(channels, dataset.region_order, decided)
     labels = _without_ignored(reference.labels, valid)
     statistics, top = metrics.calibration_statistics(
@@ -137,7 +137,7 @@ def _regions(
     return regions
 
 
-def _deciding(channels: Iterable[np.ndarray], order: tuple[int, ...], decided: np.ndarray) -> Iterator[np.ndarray]:
+def _deciding(channels: Iterator[np.ndarray], order: tuple[int, ...], decided: np.ndarray) -> Iterator[np.ndarray]:
     """Pass the regions' channels on, writing nnU-Net's segmentation of them into ``decided``."""
     for label, channel in zip(order, channels, strict=True):
         decided[channel > 0.5] = label

@@ -110,24 +110,23 @@ def _scored(
     """Score cases, in processes if that helps, and yield each as it is done."""
     if workers == 1 or len(cases) == 1:
         for case in cases:
-            yield case, _attempt(score, case)
+            yield case, _outcome(partial(score, case))
         return
     pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = {pool.submit(_attempt, score, case): case for case in cases}
+        futures = {pool.submit(score, case): case for case in cases}
         for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                yield futures[future], InputError("a process was killed, out of memory perhaps; try -np 1")
+            yield futures[future], _outcome(future.result)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(score: Callable[[CaseFiles], CaseResult], case: CaseFiles) -> CaseResult | Exception:
-    """Score one case; its error is a result too, for the others go on."""
+def _outcome(result: Callable[[], CaseResult]) -> CaseResult | Exception:
+    """A case's result or its error: one bad case does not end the others."""
     try:
-        return score(case)
+        return result()
+    except BrokenProcessPool:
+        return InputError("its process was killed, out of memory perhaps; try -np 1")
     except Exception as error:
         return error
 
