@@ -90,8 +90,8 @@ def cross_entropy(z: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
 def sum_over_classes(term: Callable[[int, Tensor], Tensor], values: Tensor) -> Tensor:
     """``sum_c term(c, values_c)`` with values_c (B, 1, *S), one class in memory at a time.
 
-    The intermediates of a class are computed again in the backward pass instead of being kept: what would be one or more
-    tensors of the logits' size is one of a single class.
+    The intermediates of a class are computed again in the backward pass instead of being kept: what would be one or
+    more tensors of the logits' size is one of a single class.
     """
     terms = [
         checkpoint(term, c, channel.unsqueeze(1), use_reentrant=False, preserve_rng_state=False)

@@ -2,7 +2,8 @@
 
     L = (1 - alpha) CE + alpha * mean over voxels and classes of -log p_c
 
-Szegedy et al., Rethinking the Inception architecture, CVPR 2016. Equal to ``torch.nn.CrossEntropyLoss(label_smoothing=alpha)``.
+Szegedy et al., Rethinking the Inception architecture, CVPR 2016. Equal to
+``torch.nn.CrossEntropyLoss(label_smoothing=alpha)``.
 """
 
 from torch import Tensor

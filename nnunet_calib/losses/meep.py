@@ -37,8 +37,8 @@ class MEEPLoss(CalibrationLoss):
     Args:
         weight: of the measure.
         variant: "entropy" or "kl".
-        binary: the authors' code for more than two classes: each class's softmax probability is a binary problem, in the
-            cross-entropy (mean over classes) and in the entropy (mean over classes). The same for two classes.
+        binary: the authors' code for more than two classes: each class's softmax probability is a binary problem, in
+            the cross-entropy and in the entropy (means over classes). For two classes that is the same.
         multilabel: sigmoid regions.
 
     Raises:

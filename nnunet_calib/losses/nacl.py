@@ -24,8 +24,8 @@ class NACLLoss(CalibrationLoss):
         on: "logits" (the paper's tables) or "probabilities".
         prior: "mean" or "gaussian" (the filter of SVLS).
         sigma: of the gaussian prior, in voxels.
-        border: "replicate"; "background" is the authors' rule, "zero" is MONAI's. Patches have borders on every side, and
-            there the authors' rule calls the outside background.
+        border: "replicate"; "background" is the authors' rule, "zero" is MONAI's. Patches have borders on every side,
+            where the authors' rule calls the outside background.
         multilabel: sigmoid regions.
 
     Raises:

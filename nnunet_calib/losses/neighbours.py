@@ -7,9 +7,10 @@ The second is the filter of SVLS (Islam and Glocker, IPMI 2021), which NACL's au
 (``valid`` False) are left out of the means. Beyond the image edge, by ``border``:
 
     "replicate"   a voxel outside is a copy of the nearest voxel inside, its validity included
-    "background"  a voxel outside is class 0 (NACL's authors; their gaussian replicates, with its own centre for kernels > 3)
-    "zero"        a voxel outside is of no class, so the q_c sum to less than 1 (MONAI; its gaussian is a plain one whose
-                  size follows from sigma)
+    "background"  a voxel outside is class 0 (NACL's authors; their gaussian replicates, with another centre weight
+                  for kernels above 3)
+    "zero"        a voxel outside is of no class, so the q_c sum to less than 1 (MONAI; its gaussian is a plain one
+                  whose size follows from sigma)
 """
 
 import math
@@ -119,7 +120,7 @@ class SoftTarget:
 
 
 def _filter_axis(values: Tensor, taps: list[float], axis: int, replicate: bool) -> Tensor:
-    """One-dimensional correlation along ``axis`` by shifted adds: exact in float32, where autocast would halve a conv."""
+    """One-dimensional correlation along ``axis`` by shifted adds; autocast would run a conv in half precision."""
     radius, size = len(taps) // 2, values.shape[axis]
     shape = list(values.shape)
     shape[axis] = radius

@@ -1,0 +1,180 @@
+"""All that is known of nnU-Net's trainer, in one class; the trainers are in `nnunet_calib.training.trainers`."""
+
+from collections.abc import Mapping
+from os.path import isfile, join
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_calib.data.plans import SETTINGS_KEY
+from nnunet_calib.losses import LOSSES
+from nnunet_calib.training.checkpoint import load_weights
+from nnunet_calib.training.objective import Objective
+from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings, loss_arguments, resolve_settings
+
+_CUDA = torch.device("cuda")
+_SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "save_every")
+
+
+class CalibrationTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with a calibration loss, configured by the key ``nnunet_calib`` of the plans configuration.
+
+    Deep supervision, ignore label, regions, cascade, batch Dice, DDP, mixed precision, compile, ``--c`` and
+    ``-pretrained_weights`` are nnU-Net's own and stay so: only the inner loss changes, and when.
+
+    Raises:
+        RefusedSettings: on construction, for settings that are wrong or make no sense together.
+    """
+
+    LOSS: ClassVar[str | None] = None
+    """Key of `nnunet_calib.losses.LOSSES`; None for nnU-Net's own loss."""
+    FIXED: ClassVar[Mapping[str, Any]] = {}
+    """Loss arguments that make this trainer what it is; no setting changes them."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = _CUDA,
+    ):
+        # Before nnU-Net creates a results folder: a training that is refused leaves nothing behind.
+        self.settings = resolve_settings(
+            _given_settings(plans, configuration), self.LOSS, self.FIXED, _kernel_size(plans, configuration)
+        )
+        self._continue = plans.get("continue_training", False)
+        self._loaded_checkpoint = False
+        # In the plans they land in the checkpoint, the results folder's plans.json, the log and wandb.
+        plans[RESOLVED_KEY] = {"trainer": type(self).__name__, **self.settings}
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        for name in _SCHEDULE:
+            setattr(self, name, self.settings[name])
+        self.print_to_log_file(f"nnunet-calib settings: {plans[RESOLVED_KEY]}", add_timestamp=False)
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        if self.LOSS is None:
+            return loss
+        supervised = isinstance(loss, DeepSupervisionWrapper)
+        full_resolution = self.settings["deep_supervision"] == "full_resolution"
+        objective = Objective(
+            stock=loss.loss if supervised else loss,
+            dice=self._dice_term(),
+            calibration=LOSSES[self.LOSS](
+                **loss_arguments(self.settings, self.LOSS, self.FIXED), multilabel=self.label_manager.has_regions
+            ),
+            ignore_label=self.label_manager.ignore_label,
+            only_at=tuple(self.configuration_manager.patch_size) if full_resolution else None,
+        )
+        if not supervised:
+            return objective
+        loss.loss = objective
+        return loss
+
+    def _dice_term(self) -> nn.Module | None:
+        if self.settings["dice_weight"] == 0:
+            return None
+        loss = super()._build_loss()
+        inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        inner.weight_ce, inner.weight_dice = 0, self.settings["dice_weight"]
+        return inner
+
+    def on_train_start(self) -> None:
+        """Start from another trainer's network where ``finetune_from`` asks for it, unless a checkpoint was loaded."""
+        if self.settings["finetune_from"] is not None and not self._loaded_checkpoint:
+            source = self._finetune_source()
+            if not self.was_initialized:
+                self.initialize()
+            load_weights(_plain(self.network), source)
+            self.print_to_log_file(f"nnunet-calib: fine-tuning from {source}")
+        super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Choose nnU-Net's loss or the objective for this epoch."""
+        super().on_train_epoch_start()
+        if self.LOSS is None:
+            return
+        objective = self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
+        # Rounded down, so that even one epoch is the objective's.
+        first_calibrated = int(self.settings["calibrate_from"] * self.num_epochs)
+        objective.calibrating = self.current_epoch >= first_calibrated
+        self.print_to_log_file(f"Objective: {self.LOSS if objective.calibrating else 'nnU-Net (until calibrate_from)'}")
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load nnU-Net's checkpoint; on ``--c`` refuse one that was trained with other settings."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self._loaded_checkpoint = True
+        recorded = self.my_init_kwargs["plans"].get(RESOLVED_KEY, {})
+        current = self.plans_manager.plans[RESOLVED_KEY]
+        drift = [f"{k} was {v!r}, now {current.get(k)!r}" for k, v in recorded.items() if current.get(k) != v]
+        if self._continue and drift:
+            raise RefusedSettings(
+                f"--c: the settings of {self.configuration_name} changed since {self.output_folder} was trained "
+                f"({'; '.join(drift)}); put them back, or train a configuration with another name"
+            )
+
+    def _finetune_source(self) -> str:
+        """Final checkpoint of ``finetune_from``, in this configuration or the nearest one that it inherits from.
+
+        Raises:
+            RefusedSettings: there is none.
+        """
+        trainer = self.settings["finetune_from"]
+        results = join(self.output_folder_base, "..")
+        looked = []
+        for configuration in _lineage(self.plans_manager.plans, self.configuration_name):
+            if (trainer, configuration) == (type(self).__name__, self.configuration_name):
+                continue
+            folder = f"{trainer}__{self.plans_manager.plans_name}__{configuration}"
+            source = join(results, folder, f"fold_{self.fold}", "checkpoint_final.pth")
+            if isfile(source):
+                return source
+            looked.append(f"{folder}/fold_{self.fold}")
+        raise RefusedSettings(
+            f"finetune_from {trainer}: no checkpoint_final.pth in {' or '.join(looked) or 'another trainer'}; train it "
+            f"first: nnUNetv2_train {self.plans_manager.dataset_name} CONFIGURATION {self.fold} -tr {trainer} "
+            f"-p {self.plans_manager.plans_name}"
+        )
+
+
+def _given_settings(plans: dict, configuration: str) -> dict[str, Any]:
+    if configuration not in plans["configurations"]:
+        raise RefusedSettings(
+            f"the plans {plans['plans_name']} have no configuration {configuration!r}, only "
+            f"{', '.join(plans['configurations'])}; make one with: nnunet-calib configure"
+        )
+    given = PlansManager(plans).get_configuration(configuration).configuration.get(SETTINGS_KEY, {})
+    if not isinstance(given, dict):
+        raise RefusedSettings(
+            f"{SETTINGS_KEY!r} of configuration {configuration} must hold settings by name, got {given!r}"
+        )
+    return given
+
+
+def _kernel_size(plans: dict, configuration: str) -> list[int]:
+    """3 voxels along every axis, 1 where nnU-Net's first convolution has 1 because the slices are far apart."""
+    manager = PlansManager(plans).get_configuration(configuration)
+    first = manager.network_arch_init_kwargs.get("kernel_sizes", [3])[0]
+    sizes = [first] * len(manager.patch_size) if isinstance(first, int) else first
+    return [1 if size == 1 else 3 for size in sizes]
+
+
+def _lineage(plans: dict, configuration: str) -> list[str]:
+    lineage = [configuration]
+    while "inherits_from" in plans["configurations"][lineage[-1]]:
+        lineage.append(plans["configurations"][lineage[-1]]["inherits_from"])
+    return lineage
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network inside DDP and compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network

@@ -1,0 +1,39 @@
+"""Weights out of nnU-Net's checkpoints, without running what a checkpoint could contain."""
+
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnunet_calib.training.settings import RefusedSettings
+
+
+def load_weights(network: nn.Module, checkpoint: str) -> None:
+    """Load every weight of an nnU-Net checkpoint, segmentation heads included.
+
+    Args:
+        network: of the same architecture, in place.
+        checkpoint: nnU-Net's ``checkpoint_*.pth``; read with ``weights_only``.
+
+    Raises:
+        RefusedSettings: the file holds more than weights and plain values, or weights of another architecture.
+    """
+    try:
+        # nnU-Net logs numpy numbers; their constructors are the only classes allowed besides torch's own.
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["network_weights"]
+        network.load_state_dict(weights)
+    except UnpicklingError as error:
+        raise RefusedSettings(f"{checkpoint} holds more than weights and numbers and is not loaded: {error}") from error
+    except RuntimeError as error:
+        raise RefusedSettings(
+            f"{checkpoint} does not fit this network: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _numpy_scalars() -> list:
+    from numpy._core.multiarray import scalar
+
+    dtypes = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float16", "float32", "float64")]
+    return [scalar, np.dtype, *dtypes]

@@ -1,0 +1,130 @@
+"""Settings of a training: the key ``nnunet_calib`` of a plans configuration, checked and completed."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nnunet_calib.losses import LOSSES
+from nnunet_calib.losses.base import choice, number
+
+RESOLVED_KEY = "nnunet_calib_resolved"
+"""Key at the top of the plans under which a training records what it really used."""
+
+DICE_WEIGHT = 1.0
+CALIBRATE_FROM = 0.75
+
+
+class RefusedSettings(SystemExit, ValueError):
+    """A training that must not start. The stock commands show it as one line (it is a `SystemExit`), no traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(f"nnunet-calib: {message}")
+
+
+def resolve_settings(
+    given: Mapping[str, Any], loss: str | None, fixed: Mapping[str, Any], kernel_size: list[int]
+) -> dict[str, Any]:
+    """Complete and check the settings of one training.
+
+    Args:
+        given: what the plans configuration says.
+        loss: key of `nnunet_calib.losses.LOSSES`; None for nnU-Net's own loss, which knows only the schedule.
+        fixed: loss arguments that the trainer fixes.
+        kernel_size: default for losses with a neighbourhood, one value per axis.
+
+    Returns:
+        Every setting with its value, the loss arguments under their own names; JSON types only.
+
+    Raises:
+        RefusedSettings: an unknown key, a wrong type or value, or a combination without meaning.
+    """
+    defaults = _schedule(finetune=given.get("finetune_from") is not None)
+    if loss is not None:
+        defaults |= {
+            "dice_weight": DICE_WEIGHT,
+            "calibrate_from": 0.0 if given.get("finetune_from") is not None else CALIBRATE_FROM,
+            "deep_supervision": "all",
+            **loss_defaults(loss, fixed, kernel_size),
+        }
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise RefusedSettings(
+            f"unknown setting {', '.join(map(repr, unknown))}; allowed: {', '.join(sorted(defaults))}"
+        )
+    settings = defaults | dict(given)
+    try:
+        for name, check in _CHECKS.items():
+            if name in settings:
+                settings[name] = check(name, settings[name])
+        if loss is not None:
+            LOSSES[loss](**loss_arguments(settings, loss, fixed))
+    except ValueError as error:
+        raise RefusedSettings(str(error)) from error
+    _refuse_meaningless(settings)
+    return settings
+
+
+def loss_defaults(loss: str, fixed: Mapping[str, Any], kernel_size: list[int]) -> dict[str, Any]:
+    """Arguments of a loss that a setting can change, with their defaults."""
+    parameters = inspect.signature(LOSSES[loss]).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name != "multilabel" and name not in fixed}
+    return defaults | ({"kernel_size": kernel_size} if "kernel_size" in defaults else {})
+
+
+def loss_arguments(settings: Mapping[str, Any], loss: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the constructor of a loss, out of all settings."""
+    return {name: settings[name] for name in loss_defaults(loss, fixed, [])} | dict(fixed)
+
+
+def _schedule(finetune: bool) -> dict[str, Any]:
+    """nnU-Net's own schedule; a shorter one with a smaller step where a trained network is the start."""
+    return {
+        "num_epochs": 250 if finetune else 1000,
+        "num_iterations_per_epoch": 250,
+        "num_val_iterations_per_epoch": 50,
+        "initial_lr": 1e-3 if finetune else 1e-2,
+        "save_every": 50,
+        "finetune_from": None,
+    }
+
+
+def _refuse_meaningless(settings: Mapping[str, Any]) -> None:
+    if settings.get("calibrate_from", 0.0) > 0 and settings["finetune_from"] is not None:
+        raise RefusedSettings(
+            "calibrate_from and finetune_from are two ways to put nnU-Net's own loss first; set one of them"
+        )
+    if settings.get("calibrate_from") == 1:
+        raise RefusedSettings(
+            "calibrate_from 1 leaves no epoch to the objective; set less than 1 or use -tr nnUNetTrainer"
+        )
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _learning_rate(name: str, value: Any) -> float:
+    if number(name, value) == 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+    return float(value)
+
+
+def _trainer_name(name: str, value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value.isidentifier()):
+        raise ValueError(f"{name} must be the name of a trainer, such as nnUNetTrainer, or null, got {value!r}")
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "num_epochs": _count,
+    "num_iterations_per_epoch": _count,
+    "num_val_iterations_per_epoch": _count,
+    "save_every": _count,
+    "initial_lr": _learning_rate,
+    "finetune_from": _trainer_name,
+    "dice_weight": number,
+    "calibrate_from": lambda name, value: number(name, value, maximum=1.0),
+    "deep_supervision": lambda name, value: choice(name, value, ("all", "full_resolution")),
+}
