@@ -1,5 +1,6 @@
 """What all calibration losses share: float32, the voxels that count, sigmoid regions as two-class problems."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -104,10 +105,12 @@ def number(name: str, value: float, minimum: float = 0.0, maximum: float = float
     """``value`` as a float.
 
     Raises:
-        ValueError: not a number within [minimum, maximum].
+        ValueError: not a finite number within [minimum, maximum].
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a number from {minimum:g} to {maximum:g}, got {value!r}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not minimum <= value <= maximum:
+        allowed = f"of at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
     return float(value)
 
 
@@ -151,7 +154,7 @@ def _check_shapes(logits: Tensor, target: Tensor, valid: Tensor | None, multilab
         raise ValueError(f"logits must be float (B, C, *S) with 2 or 3 spatial axes, got {_describe(logits)}")
     batch, classes, *space = logits.shape
     wanted = (batch, classes if multilabel else 1, *space)
-    if target.shape != wanted or target.is_floating_point() or (multilabel and target.dtype != torch.bool):
+    if target.shape != wanted or target.is_floating_point() or multilabel != (target.dtype == torch.bool):
         kind = "bool" if multilabel else "integer"
         raise ValueError(f"target must be {kind} of shape {wanted}, got {_describe(target)}")
     if valid is not None and (valid.shape != (batch, 1, *space) or valid.dtype != torch.bool):

@@ -51,7 +51,7 @@ class NACLLoss(CalibrationLoss):
         self.neighbourhood = Neighbourhood(
             kernel_size,
             choice("prior", prior, PRIORS),
-            number("sigma", sigma, minimum=1e-3),
+            number("sigma", sigma, minimum=0.05),
             choice("border", border, BORDERS),
         )
 

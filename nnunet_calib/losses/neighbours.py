@@ -21,6 +21,7 @@ from torch import Tensor
 
 BORDERS = ("replicate", "background", "zero")
 PRIORS = ("mean", "gaussian")
+_SMALLEST_SIGMA = 0.3
 
 
 class Neighbourhood:
@@ -33,13 +34,15 @@ class Neighbourhood:
         border: "replicate", "background" or "zero".
 
     Raises:
-        ValueError: a kernel size is not odd and positive.
+        ValueError: a kernel size is not odd and positive, or sigma so small that float32 would lose the neighbours.
     """
 
     def __init__(self, kernel_size: int | Sequence[int], prior: str, sigma: float = 1.0, border: str = "replicate"):
-        sizes = [kernel_size] if isinstance(kernel_size, int) else list(kernel_size)
+        sizes = kernel_size if isinstance(kernel_size, (list, tuple)) else [kernel_size]
         if not sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 or k % 2 == 0 for k in sizes):
             raise ValueError(f"kernel_size must be a positive odd integer or one for each axis, got {kernel_size!r}")
+        if prior == "gaussian" and border != "zero" and sigma < _SMALLEST_SIGMA:
+            raise ValueError(f"sigma must be at least {_SMALLEST_SIGMA} voxels, got {sigma!r}")
         self.kernel_size = kernel_size
         self.prior = prior
         self.sigma = sigma
@@ -86,8 +89,7 @@ class SoftTarget:
             neighbour_sum = 1 - math.prod(taps[min(1, len(taps) - 1)] for taps in self._taps)
             self._centre_share = neighbour_sum / (neighbour_sum + 1 - centre) if centre < 1 else 1.0
         # Weight of the window's voxels that do not count; the same for every class.
-        self._invalid = None if valid is None else ~valid
-        self._invalid_weight = None if valid is None else self._filter(self._invalid)
+        self._invalid_weight = None if valid is None else self._filter(~valid)
 
     def channel(self, c: int) -> Tensor:
         """q_c, (B, 1, *S); without meaning at voxels that are not valid."""
@@ -106,8 +108,8 @@ class SoftTarget:
         """Centre and the mean of the valid neighbours; the centre alone where there is none."""
         centre = member.to(self._dtype)
         total = torch.full_like(weight, 1 - self._centre)
-        if self._invalid is not None:
-            total -= self._invalid_weight - self._centre * self._invalid.to(self._dtype)
+        if self._invalid_weight is not None:
+            total -= self._invalid_weight
         neighbours = (weight - self._centre * centre) / total.clamp(min=1e-6)
         neighbours = torch.where(total > 1e-6, neighbours, centre)
         return self._centre_share * centre + (1 - self._centre_share) * neighbours

@@ -28,7 +28,7 @@ class SVLSLoss(CalibrationLoss):
 
     def __init__(self, sigma: float = 2.0, kernel_size: int | Sequence[int] = 3, *, multilabel: bool = False):
         super().__init__(multilabel=multilabel)
-        self.neighbourhood = Neighbourhood(kernel_size, "gaussian", number("sigma", sigma, minimum=1e-3))
+        self.neighbourhood = Neighbourhood(kernel_size, "gaussian", number("sigma", sigma))
 
     def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         q = SoftTarget(target, valid, self.neighbourhood, z.dtype)

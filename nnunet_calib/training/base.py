@@ -58,6 +58,20 @@ class CalibrationTrainer(nnUNetTrainer):
             setattr(self, name, self.settings[name])
         self.print_to_log_file(f"nnunet-calib settings: {plans[RESOLVED_KEY]}", add_timestamp=False)
 
+    @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        """Every setting with the value it has where the plans say nothing (isotropic data)."""
+        return cls.check_settings({})
+
+    @classmethod
+    def check_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete ``given`` settings as a training would.
+
+        Raises:
+            RefusedSettings: they are wrong or make no sense together.
+        """
+        return resolve_settings(given, cls.LOSS, cls.FIXED, 3)
+
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         if self.LOSS is None:

@@ -22,7 +22,7 @@ class RefusedSettings(SystemExit, ValueError):
 
 
 def resolve_settings(
-    given: Mapping[str, Any], loss: str | None, fixed: Mapping[str, Any], kernel_size: list[int]
+    given: Mapping[str, Any], loss: str | None, fixed: Mapping[str, Any], kernel_size: int | list[int]
 ) -> dict[str, Any]:
     """Complete and check the settings of one training.
 
@@ -30,7 +30,7 @@ def resolve_settings(
         given: what the plans configuration says.
         loss: key of `nnunet_calib.losses.LOSSES`; None for nnU-Net's own loss, which knows only the schedule.
         fixed: loss arguments that the trainer fixes.
-        kernel_size: default for losses with a neighbourhood, one value per axis.
+        kernel_size: default for losses with a neighbourhood.
 
     Returns:
         Every setting with its value, the loss arguments under their own names; JSON types only.
@@ -64,7 +64,7 @@ def resolve_settings(
     return settings
 
 
-def loss_defaults(loss: str, fixed: Mapping[str, Any], kernel_size: list[int]) -> dict[str, Any]:
+def loss_defaults(loss: str, fixed: Mapping[str, Any], kernel_size: int | list[int]) -> dict[str, Any]:
     """Arguments of a loss that a setting can change, with their defaults."""
     parameters = inspect.signature(LOSSES[loss]).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "multilabel" and name not in fixed}
@@ -73,7 +73,7 @@ def loss_defaults(loss: str, fixed: Mapping[str, Any], kernel_size: list[int]) -
 
 def loss_arguments(settings: Mapping[str, Any], loss: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for the constructor of a loss, out of all settings."""
-    return {name: settings[name] for name in loss_defaults(loss, fixed, [])} | dict(fixed)
+    return {name: settings[name] for name in loss_defaults(loss, fixed, 3)} | dict(fixed)
 
 
 def _schedule(finetune: bool) -> dict[str, Any]:

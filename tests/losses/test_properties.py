@@ -216,9 +216,9 @@ def test_few_valid_neighbours_cost_no_precision(case, shape):
     assert (gradient_32 - gradient).abs().max() <= 1e-5 * gradient.abs().max()
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("sigma", [0.3, 0.5, 4.0])
 @shapes
-def test_half_of_a_soft_target_is_the_neighbours_for_any_sigma(sigma, shape):
+def test_half_of_a_soft_target_is_the_neighbours_whatever_sigma(sigma, shape):
     given = problem("labels", shape, dtype=torch.float32)
     case = ("svls", {"sigma": sigma})
     assert given.value(case).item() == pytest.approx(given.naive(case)["loss"], rel=1e-5)
@@ -365,6 +365,7 @@ def test_an_unknown_choice_is_refused_with_the_allowed_ones(key, option, value, 
         ("ls", {"alpha": -0.1}),
         ("ls", {"alpha": 1.1}),
         ("svls", {"sigma": 0.0}),
+        ("svls", {"sigma": 0.2}),
         ("svls", {"kernel_size": 2}),
         ("svls", {"kernel_size": (3, 4)}),
         ("mbls", {"margin": -1.0}),

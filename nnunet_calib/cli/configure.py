@@ -1,0 +1,91 @@
+"""``nnunet-calib configure``: write a plans configuration with settings, so that nobody edits JSON by hand."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+HELP = "write a plans configuration with settings for our trainers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags as nnU-Net names them."""
+    parser.description = (
+        "Add a configuration to the plans of a data set. It inherits from another, preprocessed data included, and\n"
+        "has a results folder of its own. The settings are checked first; the old plans stay beside the new ones."
+    )
+    parser.epilog = (
+        "example:\n"
+        "  nnunet-calib configure -d 4 -c 3d_fullres --name 3d_fullres_m10 --set margin=10 num_epochs=250\n"
+        "  nnUNetv2_train 4 3d_fullres_m10 0 -tr MbLSTrainer\n\n"
+        "settings of a trainer: nnunet-calib trainers NAME"
+    )
+    parser.add_argument("-d", required=True, metavar="ID", help="data set, number or name")
+    parser.add_argument("-c", required=True, metavar="BASE", help="configuration to inherit from")
+    parser.add_argument("--name", required=True, help="of the new configuration")
+    parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="settings; values as in JSON")
+    parser.add_argument("-tr", metavar="NAME", help="check the settings for this trainer only")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: nnUNetPlans)")
+    parser.add_argument("--previous-stage", metavar="C", help="cascade: configuration whose predictions it takes")
+    parser.add_argument("--replace", action="store_true", help="overwrite a configuration of that name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the settings, write the configuration, say how to train it.
+
+    Raises:
+        UsageError: a setting that no trainer takes, an unusable name, or results that would be mixed up.
+        InputError: the plans cannot be read.
+    """
+    from nnunet_calib.data.errors import UsageError
+    from nnunet_calib.data.plans import add_configuration, preprocessed_folder, read_plans
+    from nnunet_calib.training.settings import RefusedSettings
+    from nnunet_calib.training.trainers import TRAINERS
+
+    settings = dict(_pair(text) for text in args.set)
+    if args.tr is not None and args.tr not in TRAINERS:
+        raise UsageError(f"no trainer {args.tr!r}; there are {', '.join(TRAINERS)}")
+    accepting, refusals = [], {}
+    for name, trainer in TRAINERS.items():
+        try:
+            trainer.check_settings(settings)
+            accepting.append(name)
+        except RefusedSettings as refusal:
+            refusals[name] = str(refusal).removeprefix("nnunet-calib: ")
+    if args.tr in refusals:
+        raise UsageError(f"{args.tr}: {refusals[args.tr]}")
+    if not accepting:
+        # The trainer that knows most of the keys has the most to say.
+        closest = min(refusals, key=lambda name: len(set(settings) - set(TRAINERS[name].default_settings())))
+        raise UsageError(f"no trainer takes these settings; {closest}: {refusals[closest]}")
+    folder = preprocessed_folder(args.d)
+    plans_file = folder / f"{args.p}.json"
+    trained = _trained(folder.name, read_plans(plans_file)["plans_name"], args.name)
+    if trained:
+        raise UsageError(f"{trained} holds trainings of a configuration {args.name}; choose another name")
+    backup = add_configuration(
+        plans_file, args.name, args.c, settings, previous_stage=args.previous_stage, replace=args.replace
+    )
+    print(f"wrote {args.name} into {plans_file} (before: {backup.name})")
+    print(f"train: nnUNetv2_train {args.d} {args.name} 0 -tr {args.tr or accepting[-1]} -p {args.p}")
+    print(f"trainers that take these settings: {', '.join(accepting)}")
+    return 0
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    from nnunet_calib.data.errors import UsageError
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UsageError(f"--set wants K=V, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _trained(dataset: str, plans_name: str, configuration: str) -> Path | None:
+    results = os.environ.get("nnUNet_results")
+    found = Path(results, dataset).glob(f"*__{plans_name}__{configuration}/fold_*/checkpoint_*.pth") if results else ()
+    return next((checkpoint.parent.parent for checkpoint in found), None)

@@ -1,0 +1,248 @@
+"""Every route to a calibrated network on Hippocampus, trained, predicted and scored through the stock commands.
+
+    python scripts/experiment_hippocampus.py DATASET_FOLDER -o WORK [--jobs 2] [--only PATTERN] [--table FILE]
+
+DATASET_FOLDER is ``Dataset004_Hippocampus`` in nnU-Net raw format with ``labelsTs``. All trainings have the same
+number of steps, those that start from another network included: it has had the rest. Unattended and resumable: what
+is finished in WORK is not done again. ``--table`` writes the table of all finished runs.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from threading import Event
+
+import torch
+
+from nnunet_calib.data.plans import add_configuration, read_plans
+
+EPOCHS, STEPS = 8, 125
+SHARE = 0.75  # of the steps that nnU-Net's own loss has in the routes that start with it
+SCHEDULE = {"num_iterations_per_epoch": STEPS, "num_val_iterations_per_epoch": 10, "save_every": 1}
+FULL = {**SCHEDULE, "num_epochs": EPOCHS}
+FIRST = {**SCHEDULE, "num_epochs": round(EPOCHS * SHARE)}
+FINETUNE = {
+    **SCHEDULE,
+    "num_epochs": EPOCHS - round(EPOCHS * SHARE),
+    "initial_lr": 1e-3,
+    "finetune_from": "StockTrainer",
+}
+
+# nnU-Net takes all cores on CPU; with several jobs side by side each gets one.
+ONE_THREAD = (
+    "import multiprocessing, sys; multiprocessing.cpu_count = lambda: 1; "
+    "from importlib import import_module; module, function = sys.argv.pop(1).split(':'); "
+    "sys.exit(getattr(import_module(module), function)())"
+)
+TRAIN = "nnunetv2.run.run_training:run_training_entry"
+PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table."""
+
+    configuration: str
+    trainer: str
+    route: str
+    settings: dict = field(hash=False)
+    base: str = "small"
+    after: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.trainer}__{self.configuration}"
+
+
+def runs() -> list[Run]:
+    """All rows, in the order in which they tell most."""
+
+    def stock(seed: str = "") -> list[Run]:
+        return [
+            Run(f"full{seed}", "StockTrainer", "stock Dice+CE", FULL),
+            Run(f"first{seed}", "StockTrainer", f"stock, first {SHARE:.0%} only", FIRST),
+        ]
+
+    def finetuned(trainer: str, dice: float, seed: str = "") -> Run:
+        name = f"finetune_dice{dice:g}{seed}".replace(".", "p")
+        settings = {**FINETUNE, "dice_weight": dice}
+        return Run(name, trainer, f"fine-tuned, Dice weight {dice:g}", settings, f"first{seed}", f"first{seed}")
+
+    def switched(trainer: str, dice: float, seed: str = "") -> Run:
+        name = f"switch_dice{dice:g}{seed}".replace(".", "p")
+        settings = {**FULL, "dice_weight": dice, "calibrate_from": SHARE}
+        return Run(name, trainer, f"calibrate_from {SHARE:g}, Dice weight {dice:g}", settings)
+
+    def scratch(trainer: str, dice: float) -> Run:
+        route = "from scratch, paper's objective" if dice == 0 else f"from scratch, Dice weight {dice:g}"
+        settings = {**FULL, "dice_weight": dice, "calibrate_from": 0}
+        return Run(f"scratch_dice{dice:g}", trainer, route, settings)
+
+    margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"
+    rows = stock()
+    rows += [finetuned(trainer, dice) for dice in (0, 0.1, 0.3) for trainer in (margin, neighbours)]
+    rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
+    rows += [finetuned("CETrainer", 0)]
+    rows += [switched(trainer, 0.1) for trainer in (margin, neighbours, entropy, focal)]
+    rows += [finetuned(trainer, 0.1) for trainer in (entropy, focal)]
+    rows += stock("_seed2")[:1]
+    rows += [switched(trainer, 0.1, "_seed2") for trainer in (margin, neighbours)]
+    return rows
+
+
+class Bench:
+    """The folders of one experiment and the commands that run in them."""
+
+    def __init__(self, dataset: Path, work: Path, device: str, jobs: int):
+        self.dataset, self.work, self.device = dataset, work, device
+        self.one_thread = device == "cpu" and jobs > 1
+        self.raw, self.preprocessed, self.results = work / "raw", work / "preprocessed", work / "results"
+        self.environment = {
+            **os.environ,
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "1" if device == "cpu" else "8"),
+            "nnUNet_def_n_proc": "2",
+        }
+        self.plans = self.preprocessed / dataset.name / "nnUNetPlans.json"
+        self.number = dataset.name[7:10]
+
+    def prepare(self, rows: list[Run]) -> None:
+        """Plan, preprocess and write a configuration for every row."""
+        for folder in (self.raw, self.preprocessed, self.results, self.work / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (self.raw / self.dataset.name).exists():
+            (self.raw / self.dataset.name).symlink_to(self.dataset.resolve())
+        done = self.work / "preprocessed.done"
+        if not done.exists():
+            words = ["nnUNetv2_plan_and_preprocess", "-d", self.number, "-c", "3d_fullres", "-np", "2"]
+            self.call("preprocess", [str(Path(sys.executable).with_name(words[0])), *words[1:]])
+            done.touch()
+        there = read_plans(self.plans)["configurations"]
+        if "small" not in there:
+            architecture = there["3d_fullres"]["architecture"]
+            architecture["arch_kwargs"]["features_per_stage"] = [8, 16, 32, 64]
+            overrides = {"batch_size": 2, "architecture": architecture}
+            add_configuration(self.plans, "small", "3d_fullres", {}, overrides)
+        for row in rows:
+            if row.configuration not in read_plans(self.plans)["configurations"]:
+                add_configuration(self.plans, row.configuration, row.base, row.settings)
+
+    def model(self, row: Run) -> Path:
+        return self.results / self.dataset.name / f"{row.trainer}__nnUNetPlans__{row.configuration}"
+
+    def finish(self, row: Run) -> None:
+        """Train, predict and score one row, each step only if it is not done yet."""
+        fold = self.model(row) / "fold_0"
+        if not (fold / "validation" / "summary.json").exists():
+            trained = (fold / "checkpoint_final.pth").exists()
+            resume = ["--val"] if trained else ["--c"] if (fold / "checkpoint_latest.pth").exists() else []
+            words = [self.number, row.configuration, "0", "-tr", row.trainer, "-device", self.device, *resume]
+            self.nnunet(f"train_{row.name}", "nnUNetv2_train", TRAIN, words)
+        predictions = self.work / "predictions" / row.name
+        if not (predictions / "done").exists():
+            words = ["-i", str(self.raw / self.dataset.name / "imagesTs"), "-o", str(predictions), "-d", self.number]
+            words += ["-c", row.configuration, "-tr", row.trainer, "-f", "0", "--save_probabilities"]
+            words += ["-device", self.device, "-npp", "1", "-nps", "1"]
+            self.nnunet(f"predict_{row.name}", "nnUNetv2_predict", PREDICT, words)
+            (predictions / "done").touch()
+        scores = self.work / "scores" / row.name
+        if not (scores / "summary.json").exists():
+            words = ["evaluate", str(self.dataset / "labelsTs"), str(predictions), "-o", str(scores), "-np", "1"]
+            self.call(f"evaluate_{row.name}", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
+
+    def nnunet(self, log: str, command: str, entry: str, words: list[str]) -> None:
+        script = str(Path(sys.executable).with_name(command))
+        self.call(log, [sys.executable, "-c", ONE_THREAD, entry, *words] if self.one_thread else [script, *words])
+
+    def call(self, log: str, words: list[str]) -> None:
+        file = self.work / "logs" / f"{log}.txt"
+        with file.open("a") as stream:
+            code = subprocess.run(
+                words, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment
+            ).returncode
+        if code:
+            raise RuntimeError(f"{log} failed with exit code {code}, see {file}")
+
+
+def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
+    """Run the rows, each after the one it starts from; one that fails does not end the others."""
+    finished = {row.configuration: Event() for row in rows if row.trainer == "StockTrainer"}
+
+    def one(row: Run) -> bool:
+        if row.after in finished:
+            finished[row.after].wait()
+        try:
+            bench.finish(row)
+            print(f"done   {row.name}", flush=True)
+            return True
+        except RuntimeError as error:
+            print(f"FAILED {row.name}: {error}", flush=True)
+            return False
+        finally:
+            if row.trainer == "StockTrainer":
+                finished[row.configuration].set()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, rows)).count(False)
+
+
+def table(bench: Bench, rows: list[Run]) -> str:
+    """Markdown table of every scored row."""
+    regions = ("volume", "reference_foreground", "foreground")
+    lines = [
+        "| loss | route | seed | DSC | HD95 mm | " + " | ".join(f"{m} {r}" for r in regions for m in MEASURES) + " |",
+        "|---|---|---|---" + "|---" * (1 + len(regions) * len(MEASURES)) + "|",
+    ]
+    for row in rows:
+        file = bench.work / "scores" / row.name / "summary.json"
+        if not file.exists():
+            continue
+        summary = json.loads(file.read_text())
+        mean = summary["foreground_mean"]
+        seed = 2 if row.configuration.endswith("_seed2") else 1
+        cells = [row.trainer.removesuffix("Trainer"), row.route, str(seed), f"{mean['Dice']:.3f}"]
+        cells.append(f"{float(mean['HD95']):.2f}")
+        cells += [f"{float(summary['calibration_mean'][r][m]):.4f}" for r in regions for m in MEASURES]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+MEASURES = ("ECE", "CECE", "NLL", "Brier")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("-o", dest="work", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (CPU: one thread each)")
+    parser.add_argument("--only", default="*", help="rows TRAINER__CONFIGURATION to run, a shell pattern")
+    parser.add_argument("--table", type=Path, help="write the table here and run nothing")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bench, rows = Bench(args.dataset, args.work, device, args.jobs), runs()
+    if args.table:
+        where = (
+            torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        )
+        text = f"{date.today()}, {where}, `python scripts/experiment_hippocampus.py`\n\n{table(bench, rows)}\n"
+        args.table.write_text(text)
+        return 0
+    if not shutil.which("nnUNetv2_train", path=str(Path(sys.executable).parent)):
+        sys.exit("nnUNetv2_train is not beside this Python; pip install nnunet-calib here")
+    bench.prepare(rows)
+    return min(1, run_all(bench, [row for row in rows if fnmatch.fnmatch(row.name, args.only)], args.jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""``nnunet-calib configure``: what it writes, and what it refuses in one line."""
+
+import json
+
+import pytest
+
+from nnunet_calib.cli.main import main
+
+PLANS = {
+    "plans_name": "nnUNetPlans",
+    "configurations": {
+        "3d_lowres": {"next_stage": "3d_cascade_fullres", "batch_size": 2},
+        "3d_fullres": {"batch_size": 2},
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    },
+}
+
+
+@pytest.fixture
+def plans_file(tmp_path, monkeypatch):
+    folder = tmp_path / "preprocessed" / "Dataset004_Toy"
+    folder.mkdir(parents=True)
+    file = folder / "nnUNetPlans.json"
+    file.write_text(json.dumps(PLANS))
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return file
+
+
+def configure(*words: str) -> int:
+    return main(["configure", "-d", "4", "-c", "3d_fullres", "--name", "new", *words])
+
+
+def test_the_configuration_inherits_and_holds_the_settings(plans_file, capsys):
+    assert configure("--set", "margin=10", "num_epochs=250", "penalty=l2") == 0
+    written = json.loads(plans_file.read_text())["configurations"]["new"]
+    assert written["inherits_from"] == "3d_fullres"
+    assert written["nnunet_calib"] == {"margin": 10, "num_epochs": 250, "penalty": "l2"}
+    assert "trainers that take these settings: MbLSTrainer" in capsys.readouterr().out
+
+
+def test_the_old_plans_stay_as_a_backup(plans_file):
+    before = plans_file.read_text()
+    configure("--set", "num_epochs=5")
+    assert plans_file.with_name("nnUNetPlans.json.bak").read_text() == before
+    main(["configure", "-d", "Dataset004_Toy", "-c", "new", "--name", "newer"])
+    assert plans_file.with_name("nnUNetPlans.json.bak").read_text() == before
+    assert "newer" not in plans_file.with_name("nnUNetPlans.json.bak1").read_text()
+
+
+def test_a_cascade_is_linked_both_ways(plans_file):
+    assert main(["configure", "-d", "4", "-c", "3d_lowres", "--name", "low_m5", "--set", "margin=5"]) == 0
+    words = ["-c", "3d_cascade_fullres", "--name", "high_m5", "--set", "margin=5", "--previous-stage", "low_m5"]
+    assert main(["configure", "-d", "4", *words]) == 0
+    written = json.loads(plans_file.read_text())["configurations"]
+    assert written["high_m5"]["previous_stage"] == "low_m5"
+    assert written["low_m5"]["next_stage"] == ["high_m5"]
+    assert written["3d_lowres"]["next_stage"] == "3d_cascade_fullres"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--set", "margn=3"], "'margn'"),
+        (["--set", "margin=much"], "margin must be a number of at least 0, got 'much'"),
+        (["--set", "num_epochs=2.5"], "num_epochs must be a whole number of at least 1"),
+        (["--set", "dice_weight=-1"], "dice_weight must be a number of at least 0"),
+        (["--set", "calibrate_from=2"], "calibrate_from must be a number from 0 to 1"),
+        (["--set", "deep_supervision=none"], "'all', 'full_resolution'"),
+        (["--set", "calibrate_from=0.5", "finetune_from=nnUNetTrainer"], "set one of them"),
+        (["--set", "margin"], "--set wants K=V"),
+        (["--set", "margin=5", "-tr", "NACLTrainer"], "NACLTrainer: unknown setting 'margin'"),
+        (["-tr", "FooTrainer"], "no trainer 'FooTrainer'"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line_and_change_nothing(plans_file, capsys, words, complaint):
+    before = plans_file.read_text()
+    assert configure(*words) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert plans_file.read_text() == before
+    assert list(plans_file.parent.iterdir()) == [plans_file]
+
+
+@pytest.mark.parametrize("name", ["3d_fullres", "a__b", "a/b", "", "ü"])
+def test_a_name_that_cannot_be_is_refused(plans_file, name):
+    assert main(["configure", "-d", "4", "-c", "3d_fullres", "--name", name]) == 2
+
+
+def test_a_base_that_is_not_there_is_refused_with_those_that_are(plans_file, capsys):
+    assert main(["configure", "-d", "4", "-c", "3d_full", "--name", "new"]) == 2
+    assert "3d_lowres, 3d_fullres, 3d_cascade_fullres" in capsys.readouterr().err
+
+
+def test_a_configuration_is_not_replaced_once_it_was_trained(plans_file, tmp_path, capsys):
+    configure()
+    assert configure() == 2
+    assert configure("--replace", "--set", "num_epochs=3") == 0
+    fold = tmp_path / "results" / "Dataset004_Toy" / "MbLSTrainer__nnUNetPlans__new" / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_best.pth").touch()
+    assert configure("--replace") == 2
+    assert "holds trainings" in capsys.readouterr().err
+
+
+def test_missing_variables_and_plans_are_one_line(plans_file, monkeypatch, capsys):
+    assert main(["configure", "-d", "5", "-c", "3d_fullres", "--name", "new"]) == 2
+    plans_file.write_text("{")
+    assert configure() == 1
+    plans_file.unlink()
+    assert configure() == 1
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert configure() == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 4
+    assert "nnUNet_preprocessed is not set" in errors[3]
