@@ -159,7 +159,7 @@ def _has_different_neighbour(labels: np.ndarray) -> np.ndarray:
         step = view[1:] != view[:-1]
         out[1:] |= step
         out[:-1] |= step
-        out[[0, -1]] = True
+        out[:1] = out[-1:] = True
     return different
 
 

@@ -1,0 +1,127 @@
+"""Label maps from disk: what is read, and what is refused in one line that names the file."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+from nnunet_calib.data.dataset import read_dataset
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.images import check_same_geometry, choose_reader, read_labels
+
+from ..folders import write_labels
+
+LABELS = np.arange(24, dtype=np.uint8).reshape(2, 3, 4) % 3
+
+
+def read(path, allowed=(0, 1, 2)):
+    return read_labels(path, SimpleITKIO, allowed)
+
+
+def test_reads_axes_spacing_and_place_in_the_order_of_the_array(tmp_path):
+    write_labels(tmp_path / "a.nii.gz", LABELS, spacing=(3.0, 2.0, 0.5), origin=(7.0, 8.0, 9.0))
+    image = read(tmp_path / "a.nii.gz")
+    assert np.array_equal(image.labels, LABELS)
+    assert image.labels.dtype == np.uint8
+    assert image.spacing == pytest.approx((3.0, 2.0, 0.5))
+    assert image.geometry["origin"] == pytest.approx((7.0, 8.0, 9.0))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.7, 0.97])
+def test_a_truncated_file_is_refused_though_simpleitk_would_read_it(tmp_path, keep):
+    path = tmp_path / "a.nii.gz"
+    write_labels(path, np.random.default_rng(0).integers(0, 3, (20, 20, 20), dtype=np.uint8))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(InputError, match=r"a\.nii\.gz: truncated or damaged"):
+        read(path)
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"a\.nii\.gz: truncated or damaged"):
+        read(path)
+    with pytest.raises(InputError, match=r"b\.nii\.gz: cannot be read \(No such file"):
+        read(tmp_path / "b.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS + np.uint8(5), "label values not in dataset.json: 5, 6, 7"),
+        (LABELS.astype(np.float32) + 0.5, "not integers, such as 0.5"),
+        (LABELS.astype(np.float32) - 1, "label values from -1 to 1"),
+    ],
+)
+def test_values_that_are_no_labels_of_the_data_set(tmp_path, labels, message):
+    write_labels(tmp_path / "a.nii.gz", labels)
+    with pytest.raises(InputError, match=message) as caught:
+        read(tmp_path / "a.nii.gz")
+    assert "a.nii.gz" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_not_a_number_is_no_label(tmp_path):
+    """Read by nibabel: ITK makes NaN 0."""
+    labels = np.where(LABELS == 1, np.nan, LABELS).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match="label values from nan"):
+        read_labels(tmp_path / "a.nii.gz", NibabelIO, (0, 1, 2))
+
+
+def test_a_4d_image_is_refused(tmp_path):
+    volume = sitk.GetImageFromArray(np.zeros((2, 3, 4, 5), dtype=np.uint8), isVector=False)
+    sitk.WriteImage(volume, str(tmp_path / "a.nii.gz"))
+    with pytest.raises(InputError, match="one 2D or 3D label map"):
+        read(tmp_path / "a.nii.gz")
+
+
+def test_the_same_geometry_is_needed_beyond_rounding(tmp_path):
+    write_labels(tmp_path / "reference.nii.gz", LABELS)
+    reference = read(tmp_path / "reference.nii.gz")
+    others = {
+        "shape": {"labels": LABELS[:, :2]},
+        "spacing": {"spacing": (1.0, 1.0, 1.01)},
+        "origin": {"origin": (0.0, 0.0, 0.5)},
+    }
+    for what, change in others.items():
+        write_labels(tmp_path / "other.nii.gz", **{"labels": LABELS} | change)
+        with pytest.raises(InputError, match=rf"other\.nii\.gz: {what} .*reference\.nii\.gz"):
+            check_same_geometry(reference, read(tmp_path / "other.nii.gz"))
+    write_labels(tmp_path / "other.nii.gz", LABELS, spacing=(1.0, 1.0, 1.00001), origin=(0.0, 0.0, 0.0001))
+    check_same_geometry(reference, read(tmp_path / "other.nii.gz"))
+
+
+def test_another_direction_is_refused(tmp_path):
+    for name, sign in (("reference", 1), ("other", -1)):
+        image = sitk.GetImageFromArray(LABELS)
+        image.SetDirection([sign, 0, 0, 0, 1, 0, 0, 0, 1])
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    with pytest.raises(InputError, match="direction"):
+        check_same_geometry(read(tmp_path / "reference.nii.gz"), read(tmp_path / "other.nii.gz"))
+
+
+def test_the_reader_is_nnunets_choice_and_a_broken_example_does_not_matter(tmp_path, capfd):
+    path = tmp_path / "dataset.json"
+
+    def dataset(**content):
+        path.write_text(json.dumps({"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"} | content))
+        return read_dataset(path)
+
+    broken, whole = tmp_path / "broken.nii.gz", tmp_path / "whole.nii.gz"
+    broken.write_bytes(b"")
+    write_labels(whole, LABELS)
+    capfd.readouterr()
+    assert choose_reader(dataset(), [broken, whole]) is SimpleITKIO
+    chosen = choose_reader(dataset(overwrite_image_reader_writer="NibabelIOWithReorient"), [whole])
+    assert chosen.__name__ == NibabelIOWithReorient.__name__
+    assert choose_reader(dataset(file_ending=".tiff"), []) is Tiff3DIO
+    with pytest.raises(InputError, match="no reader for '.jpg'"):
+        choose_reader(dataset(file_ending=".jpg"), [])
+    assert "Traceback" not in capfd.readouterr().err
