@@ -162,8 +162,8 @@ def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: Probabilit
                 view = turned[tuple(slice(None, None, step) for step in flipped)]
                 if np.count_nonzero(view != predicted) < different / 10:
                     raise InputError(
-                        f"{stored.path}: its axes are flipped or reordered against the segmentation (a reader that "
-                        f"reorients?); predict again with the reader of plans.json, or name that file with -pfile"
+                        f"{stored.path}: its axes are flipped or reordered against the segmentation; was it predicted "
+                        "with another reader (overwrite_image_reader_writer in dataset.json)?"
                     )
     return f"{different} voxels of the segmentation differ from its probabilities' decision (post-processing?)"
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.data.dataset import Dataset, key
+from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.evaluation.case import CaseResult
 from nnunet_calib.metrics import Bins, CalibrationStatistics
@@ -76,12 +77,16 @@ def read_reliability(path: Path) -> dict[str, dict[str, CalibrationStatistics]]:
     """Read a ``reliability.json`` back: statistics by case and region, ready to be added up.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read or is no ``reliability.json``.
     """
-    return {
-        case: {region: _from_lists(counted) for region, counted in regions.items()}
-        for case, regions in read_json(path)["cases"].items()
-    }
+    content = read_json(path)
+    try:
+        return {
+            case: {region: _from_lists(counted) for region, counted in regions.items()}
+            for case, regions in content["cases"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a reliability.json of nnunet-calib evaluate") from error
 
 
 def _as_lists(statistics: CalibrationStatistics) -> dict[str, Any]:

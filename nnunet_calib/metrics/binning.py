@@ -69,7 +69,8 @@ def expected_calibration_error(bins: Bins) -> np.ndarray:
 def average_calibration_error(bins: Bins) -> np.ndarray:
     """ACE: unweighted mean of |accuracy_k - confidence_k| over the bins that hold a voxel.
 
-    Neumann et al., Relaxed softmax, 2018; as MONAI. (netcal's ACE has bins of equal mass instead.)
+    Neumann et al., Relaxed softmax, 2018; as netcal and MONAI. Not the equal-mass error that is also called ACE (Nixon
+    et al., Measuring calibration in deep learning, 2019).
 
     Returns:
         float64 of the leading axes' shape, in [0, 1]; NaN without voxels.

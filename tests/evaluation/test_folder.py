@@ -13,7 +13,7 @@ from scipy import ndimage
 from skimage import io
 
 from nnunet_calib import metrics
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.evaluation import Protocol, evaluate_folder, read_reliability
 
 from ..folders import Folders, ambiguous, assert_same, write_labels
@@ -135,6 +135,12 @@ def test_any_number_can_be_computed_again_from_reliability_json(folders):
             assert_same(metrics.scores(statistics[case["case"]][region], "012"), expected)
     first, second, third = (statistics[f"case_{i}"]["foreground"] for i in range(3))
     assert_same(metrics.scores(first + second + third, "012"), summary["calibration_pooled"]["foreground"])
+
+
+def test_another_json_is_no_reliability_json(folders):
+    evaluate(folders)
+    with pytest.raises(InputError, match="not a reliability.json"):
+        read_reliability(folders.output / "summary.json")
 
 
 def test_cases_csv_has_a_row_per_case_and_label(folders):

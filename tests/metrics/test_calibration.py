@@ -56,6 +56,7 @@ def test_agrees_with_the_vectors():
     assert ours["ECE"] == pytest.approx(naive["ece"], abs=1e-12)
     assert ours["ECE"] == pytest.approx(netcal["ece"], abs=1e-9)
     assert ours["MCE"] == pytest.approx(netcal["MCE"], abs=1e-9)
+    assert ours["ACE"] == pytest.approx(netcal["ACE_equal_mass"], abs=1e-9)  # misnamed: netcal's default is equal width
     assert ours["CECE"] == pytest.approx(np.mean(netcal["cwece"]), abs=1e-9)
     assert [ours["classes"][c]["ECE"] for c in "012"] == pytest.approx(netcal["cwece"], abs=1e-9)
     assert [ours["classes"][c]["ACE"] for c in "012"] == pytest.approx(monai["ace"], abs=1e-6)
