@@ -175,7 +175,8 @@ def _given_settings(plans: dict, configuration: str) -> dict[str, Any]:
 def _kernel_size(plans: dict, configuration: str) -> list[int]:
     """3 voxels along every axis, 1 where nnU-Net's first convolution has 1 because the slices are far apart."""
     manager = PlansManager(plans).get_configuration(configuration)
-    first = manager.network_arch_init_kwargs.get("kernel_sizes", [3])[0]
+    kernels = manager.network_arch_init_kwargs.get("kernel_sizes", 3)
+    first = kernels if isinstance(kernels, int) else kernels[0]
     sizes = [first] * len(manager.patch_size) if isinstance(first, int) else first
     return [1 if size == 1 else 3 for size in sizes]
 

@@ -30,7 +30,7 @@ def resolve_settings(
         given: what the plans configuration says.
         loss: key of `nnunet_calib.losses.LOSSES`; None for nnU-Net's own loss, which knows only the schedule.
         fixed: loss arguments that the trainer fixes.
-        kernel_size: default for losses with a neighbourhood.
+        kernel_size: default for losses with a neighbourhood; one value per axis where the number of axes is known.
 
     Returns:
         Every setting with its value, the loss arguments under their own names; JSON types only.
@@ -60,6 +60,9 @@ def resolve_settings(
             LOSSES[loss](**loss_arguments(settings, loss, fixed))
     except ValueError as error:
         raise RefusedSettings(str(error)) from error
+    size = settings.get("kernel_size")
+    if isinstance(kernel_size, list) and isinstance(size, (list, tuple)) and len(size) != len(kernel_size):
+        raise RefusedSettings(f"kernel_size {size!r} does not fit images of {len(kernel_size)} axes")
     _refuse_meaningless(settings)
     return settings
 
