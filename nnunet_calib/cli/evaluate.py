@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield _row("mean over cases", [*_STRUCTURE_COLUMNS, "missed"])
         for label, scores in summary["mean"].items():
-            missed = str(summary["structures"][label]["missed"])
-            yield _row(f"label {label}", [*(_number(scores[name]) for name in _STRUCTURE_COLUMNS), missed])
+            structure = summary["structures"][label]
+            cells = [_number(scores[name]) for name in _STRUCTURE_COLUMNS]
+            yield _row(f"{label} {structure['name']}", [*cells, str(structure["missed"])])
         yield _row("foreground", [_number(summary["foreground_mean"][name]) for name in _STRUCTURE_COLUMNS])
     if summary["calibration_mean"]:
         yield ""
@@ -74,8 +75,8 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
         yield "no probabilities (<case>.npz) beside the predictions: no calibration"
 
 
-def _row(name: str, cells) -> str:
-    return f"{name:<22}" + "".join(f"{cell:>9}" for cell in cells)
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"{name:<24}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 def _number(value: float) -> str:

@@ -37,7 +37,9 @@ def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]
     return {
         "foreground_mean": _foreground_mean(mean),
         "mean": mean,
-        "structures": {key(s): _occurrence(records, key(s)) for s in dataset.structures},
+        "structures": {
+            key(s): {"name": dataset.names[key(s)], **_occurrence(records, key(s))} for s in dataset.structures
+        },
         "calibration_mean": {region: _mean_of(calibrations) for region, calibrations in by_region.items()},
         "calibration_pooled": {region: metrics.scores(pooled(results, region), channel_keys) for region in regions},
         "intervals": _intervals(records, mean, by_region),

@@ -182,7 +182,8 @@ def test_missed_made_up_and_absent_structures(tmp_path):
         assert by_case[name]["HD"] == by_case[name]["HD95"] == by_case[name]["ASSD"] == math.inf
         assert by_case[name]["NSD"] == by_case[name]["Dice"] == 0
     assert all(math.isnan(by_case["absent"][number]) for number in ("Dice", "IoU", "HD", "HD95", "ASSD", "NSD"))
-    assert summary["structures"]["2"] == {"cases": 4, "in_both": 1, "missed": 1, "only_predicted": 1, "in_neither": 1}
+    counts = {"cases": 4, "in_both": 1, "missed": 1, "only_predicted": 1, "in_neither": 1}
+    assert summary["structures"]["2"] == {"name": "b", **counts}
     assert summary["mean"]["2"]["HD95"] == math.inf
     assert summary["mean"]["2"]["NSD"] == summary["mean"]["2"]["Dice"] == pytest.approx(1 / 3)
     written = folders.summary()
