@@ -15,9 +15,10 @@ _CALIBRATION_COLUMNS = ("ECE", "CECE", "ACE", "NLL", "Brier")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.description = (
-        "Score label maps against references: Dice, IoU, HD, HD95, ASSD and NSD of every label or region and, where "
-        "nnUNetv2_predict --save_probabilities left <case>.npz files, ECE, CECE, ACE, MCE, NLL and Brier score. Writes "
-        "summary.json (also readable by nnU-Net), cases.csv and reliability.json."
+        "Score label maps against references: Dice, IoU, HD, HD95, ASSD and NSD of every label\n"
+        "or region and, where nnUNetv2_predict --save_probabilities left <case>.npz files, ECE,\n"
+        "CECE, ACE, MCE, NLL and Brier score. Writes summary.json (also readable by nnU-Net),\n"
+        "cases.csv and reliability.json."
     )
     parser.epilog = "example:\n  nnunet-calib evaluate labelsTs predictions -o scores"
     parser.add_argument("reference", metavar="REF", type=Path, help="folder of reference label maps")
@@ -76,7 +77,7 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _row(name: str, cells: Iterable[str]) -> str:
-    return f"{name:<24}" + "".join(f"{cell:>9}" for cell in cells)
+    return f"{name[:23]:<24}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 def _number(value: float) -> str:
