@@ -33,7 +33,8 @@ def load_weights(network: nn.Module, checkpoint: str) -> None:
 
 
 def _numpy_scalars() -> list:
-    from numpy._core.multiarray import scalar
-
+    scalar = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float16", "float32", "float64")]
-    return [scalar, np.dtype, *dtypes]
+    # Under the names of numpy 1 and 2, for a checkpoint may be older than the numpy that reads it.
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    return [*((scalar, name) for name in names), np.dtype, *dtypes]
