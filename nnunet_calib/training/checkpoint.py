@@ -1,5 +1,6 @@
 """Weights out of nnU-Net's checkpoints, without running what a checkpoint could contain."""
 
+import re
 from pickle import UnpicklingError
 
 import numpy as np
@@ -17,16 +18,23 @@ def load_weights(network: nn.Module, checkpoint: str) -> None:
         checkpoint: nnU-Net's ``checkpoint_*.pth``; read with ``weights_only``.
 
     Raises:
-        RefusedSettings: the file holds more than weights and plain values, or weights of another architecture.
+        RefusedSettings: the file holds more than weights and plain values, or weights of another architecture, or is no
+            whole checkpoint.
     """
     try:
         # nnU-Net logs numpy numbers; their constructors are the only classes allowed besides torch's own.
         with torch.serialization.safe_globals(_numpy_scalars()):
             weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["network_weights"]
-        network.load_state_dict(weights)
     except UnpicklingError as error:
-        raise RefusedSettings(f"{checkpoint} holds more than weights and numbers and is not loaded: {error}") from error
-    except RuntimeError as error:
+        # Not in torch's words, which are many lines and advise to load the file without care.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{found[1]}, " if found else ""
+        raise RefusedSettings(f"{checkpoint} holds {what}more than weights and numbers, and is not loaded") from error
+    except (EOFError, LookupError, OSError, RuntimeError, TypeError) as error:
+        raise RefusedSettings(f"{checkpoint} is not a whole checkpoint of nnU-Net; train it again") from error
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
         raise RefusedSettings(
             f"{checkpoint} does not fit this network: {' '.join(str(error).split())[:300]}"
         ) from error
