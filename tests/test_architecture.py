@@ -1,0 +1,92 @@
+"""Imports run one way: ``cli -> demo -> report, evaluation, posthoc, fewshot, training -> metrics, data, losses``."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "nnunet_calib"
+LEVELS = [
+    {"metrics", "data", "losses"},
+    {"report", "evaluation", "posthoc", "fewshot", "training"},
+    {"demo"},
+    {"cli"},
+]
+LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    """``nnunet_calib.losses.base`` to ``losses``; the package's own name for what lies at its top."""
+    return module.split(".")[1] if "." in module else module
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names of all that a module imports anywhere in it, functions included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            # `from nnunet_calib import losses` imports a room by its name.
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def own(file: Path) -> set[str]:
+    return {room(name) for name in imported(file) if name.startswith("nnunet_calib.")} & LEVEL.keys()
+
+
+def foreign(file: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(file)} - set(sys.stdlib_module_names) - {"nnunet_calib"}
+
+
+def files(of: str) -> list[Path]:
+    return [file for file in MODULES if room(name_of(file)) == of]
+
+
+every_module = pytest.mark.parametrize("file", MODULES, ids=name_of)
+
+
+@every_module
+def test_imports_go_down_or_stay_in_the_room(file):
+    here = room(name_of(file))
+    if here in LEVEL:
+        assert not {there for there in own(file) if there != here and LEVEL[there] >= LEVEL[here]}
+    else:
+        assert not own(file), "what every interpreter start runs imports no room"
+
+
+def test_every_room_has_a_level():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert rooms - {"_trainers"} <= LEVEL.keys()
+
+
+@pytest.mark.parametrize(
+    ("of", "allowed"), [("losses", {"torch"}), ("metrics", {"numpy", "scipy", "torch"}), ("nnunet_calib", set())]
+)
+def test_the_ground_floor_needs_little(of, allowed):
+    needs = {name for file in files(of) for name in foreign(file)}
+    assert needs <= allowed
+
+
+def test_what_starts_with_the_interpreter_needs_the_standard_library():
+    assert not foreign(PACKAGE / "_autoload.py")
+    assert not imported(PACKAGE / "__init__.py")
+
+
+def test_one_module_of_training_knows_the_host():
+    assert [file.name for file in files("training") if "nnunetv2" in foreign(file)] == ["base.py"]
+
+
+def test_the_folder_that_nnunet_searches_re_exports_only():
+    (file,) = (PACKAGE.parent / "trainers").glob("*.py")
+    kinds = {type(node) for node in ast.parse(file.read_text(encoding="utf-8")).body}
+    assert kinds == {ast.Expr, ast.ImportFrom}
+    assert foreign(file) == set()

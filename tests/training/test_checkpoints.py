@@ -1,0 +1,244 @@
+"""What a training records, what ``--c`` refuses, and what ``finetune_from`` loads."""
+
+import copy
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_calib.training.checkpoint import load_weights
+from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings
+
+from .toy import PLANS, architecture, build, construct, prepare_folders
+
+MARGIN_2 = {"margin": 2.0, "calibrate_from": 0, "num_epochs": 3}
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path, monkeypatch):
+    for variable, folder in prepare_folders(tmp_path).items():
+        monkeypatch.setenv(variable, folder)
+    # It would start data loaders; there are no data.
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+
+
+def log_an_epoch(trainer) -> None:
+    """What nnU-Net's logger holds after an epoch, numpy numbers included."""
+    for key in ("epoch_start_timestamps", "lrs", "train_losses", "val_losses", "epoch_end_timestamps"):
+        trainer.logger.log(key, np.float32(0.5), 0)
+    trainer.logger.log("mean_fg_dice", np.float64(0.5), 0)
+    trainer.logger.log("dice_per_class_or_region", [np.float64(0.25), np.float32(0.75)], 0)
+    trainer._best_ema = trainer.logger.get_value("ema_fg_dice", step=-1)
+
+
+def saved(trainer, name: str = "checkpoint_final.pth") -> str:
+    log_an_epoch(trainer)
+    file = os.path.join(trainer.output_folder, name)
+    trainer.save_checkpoint(file)
+    return file
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(trainer.network.state_dict())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ------------------------------------------------------------------------------------------------------------ recorded
+
+
+def test_resolved_settings_are_in_the_plans_the_checkpoint_and_the_log():
+    trainer = build("MbLSTrainer", MARGIN_2, axes=2)
+    expected = {"trainer": "MbLSTrainer", **trainer.settings}
+    assert expected["margin"] == 2.0
+    assert trainer.plans_manager.plans[RESOLVED_KEY] == expected
+    assert trainer.my_init_kwargs["plans"][RESOLVED_KEY] == expected
+    assert torch.load(saved(trainer), weights_only=False)["init_args"]["plans"][RESOLVED_KEY] == expected
+    assert str(expected) in Path(trainer.log_file).read_text()
+
+
+def test_resolved_settings_are_json():
+    resolved = construct("NACLTrainer").plans_manager.plans[RESOLVED_KEY]
+    assert json.loads(json.dumps(resolved)) == resolved
+
+
+# ----------------------------------------------------------------------------------------------------------- drift, --c
+
+
+def test_a_training_continues_with_the_settings_it_had():
+    first = build("MbLSTrainer", MARGIN_2, axes=2)
+    checkpoint = saved(first)
+    trainer = construct("MbLSTrainer", MARGIN_2, axes=2, continued=True)
+    trainer.load_checkpoint(checkpoint)
+    assert same(weights_of(trainer), weights_of(first))
+    assert trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "drift"),
+    [
+        ({**MARGIN_2, "margin": 3.0}, "margin was 2.0, now 3.0"),
+        ({**MARGIN_2, "num_epochs": 4}, "num_epochs was 3, now 4"),
+        ({**MARGIN_2, "dice_weight": 0.5}, "dice_weight was 1.0, now 0.5"),
+    ],
+)
+def test_continuing_with_other_settings_is_refused_in_one_line(settings, drift):
+    checkpoint = saved(build("MbLSTrainer", MARGIN_2, axes=2))
+    trainer = construct("MbLSTrainer", settings, axes=2, continued=True)
+    with pytest.raises(RefusedSettings) as caught:
+        trainer.load_checkpoint(checkpoint)
+    assert drift in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_validation_with_other_settings_is_no_drift():
+    checkpoint = saved(build("MbLSTrainer", MARGIN_2, axes=2))
+    construct("MbLSTrainer", {**MARGIN_2, "margin": 3.0}, axes=2, continued=False).load_checkpoint(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------- finetune_from
+
+
+def stock(**options) -> nnUNetTrainer:
+    """A stock trainer with weights that no other network here starts with."""
+    trainer = build("nnUNetTrainer", axes=2, **options)
+    with torch.no_grad():
+        for weights in trainer.network.parameters():
+            weights.add_(1)
+    return trainer
+
+
+@pytest.mark.parametrize("configuration", ["small", "base"], ids=["same configuration", "inherited one"])
+@pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
+@pytest.mark.parametrize("initialized", [False, True])
+def test_fine_tuning_starts_from_every_weight_of_the_stock_checkpoint(configuration, kind, initialized):
+    first = stock(kind=kind, configuration=configuration)
+    saved(first)
+    start = build if initialized else construct
+    trainer = start("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2, kind=kind)
+    trainer.on_train_start()
+    assert any("seg_layers" in key for key in weights_of(trainer))
+    assert same(weights_of(trainer), weights_of(first))
+
+
+def test_fine_tuning_starts_anew_what_is_not_weights():
+    first = stock()
+    saved(first)
+    trainer = construct("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2)
+    trainer.on_train_start()
+    assert trainer.current_epoch == 0
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    assert not trainer.optimizer.state
+
+
+def test_the_configurations_own_checkpoint_is_nearer_than_the_inherited_one():
+    far, near = stock(configuration="base"), stock(configuration="small")
+    with torch.no_grad():
+        next(far.network.parameters()).zero_()
+    saved(far)
+    saved(near)
+    trainer = construct("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2)
+    trainer.on_train_start()
+    assert same(weights_of(trainer), weights_of(near))
+
+
+def test_a_continued_fine_tuning_keeps_its_own_weights():
+    saved(stock())
+    settings = {"finetune_from": "nnUNetTrainer"}
+    tuned = build("MbLSTrainer", settings, axes=2)
+    checkpoint = saved(tuned, "checkpoint_latest.pth")
+    trainer = construct("MbLSTrainer", settings, axes=2, continued=True)
+    trainer.load_checkpoint(checkpoint)
+    trainer.on_train_start()
+    assert same(weights_of(trainer), weights_of(tuned))
+
+
+def test_a_trainer_can_start_from_its_own_kind_in_the_inherited_configuration():
+    first = build("MbLSTrainer", configuration="base", axes=2)
+    saved(first)
+    trainer = construct("MbLSTrainer", {"finetune_from": "MbLSTrainer"}, axes=2)
+    trainer.on_train_start()
+    assert same(weights_of(trainer), weights_of(first))
+
+
+def test_without_the_checkpoint_the_command_that_makes_it_is_named():
+    trainer = construct("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2)
+    with pytest.raises(RefusedSettings) as caught:
+        trainer.on_train_start()
+    message = str(caught.value)
+    assert f"nnUNetTrainer__{PLANS}__small/fold_0 or nnUNetTrainer__{PLANS}__base/fold_0" in message
+    assert "nnUNetv2_train Dataset001_Toy CONFIGURATION 0 -tr nnUNetTrainer -p nnUNetPlans" in message
+
+
+def test_weights_of_another_architecture_are_refused():
+    saved(stock(architecture=architecture(2, features=8)))
+    trainer = construct("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2)
+    with pytest.raises(RefusedSettings, match=r"checkpoint_final\.pth does not fit this network: .*size mismatch"):
+        trainer.on_train_start()
+
+
+class Malicious:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("place", ["network_weights", "logging", "extra"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(place, tmp_path):
+    checkpoint = torch.load(saved(first := stock()), weights_only=False)
+    ran = tmp_path / "ran"
+    if place == "network_weights":
+        checkpoint[place]["more"] = Malicious(ran)
+    else:
+        checkpoint[place] = Malicious(ran)
+    torch.save(checkpoint, Path(first.output_folder) / "checkpoint_final.pth")
+    trainer = construct("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2)
+    with pytest.raises(RefusedSettings, match=r"holds \w+\.mkdir, more than weights and numbers, and is not loaded$"):
+        trainer.on_train_start()
+    assert not ran.exists()
+    # It is what it seems: loaded without care it does run.
+    torch.load(Path(first.output_folder) / "checkpoint_final.pth", weights_only=False)
+    assert ran.exists()
+
+
+def test_a_checkpoint_written_with_numpy_1_is_loaded(tmp_path):
+    first = stock()
+    old = tmp_path / "old.pth"
+    with zipfile.ZipFile(saved(first)) as source, zipfile.ZipFile(old, "w") as copied:
+        for entry in source.infolist():
+            content = source.read(entry)
+            # numpy 1 called this module numpy.core
+            copied.writestr(entry, content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    trainer = build("MbLSTrainer", axes=2)
+    load_weights(trainer.network, str(old))
+    assert same(weights_of(trainer), weights_of(first))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut"], ids=["empty", "text", "cut"])
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    file = tmp_path / "checkpoint_final.pth"
+    file.write_bytes(content)
+    with pytest.raises(
+        RefusedSettings, match=r"checkpoint_final\.pth (is not a whole checkpoint|holds more than weights)"
+    ):
+        load_weights(torch.nn.Linear(1, 1), str(file))
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path):
+    file = tmp_path / "checkpoint_final.pth"
+    torch.save({"epoch": 1}, file)
+    with pytest.raises(
+        RefusedSettings, match=r"checkpoint_final\.pth (is not a whole checkpoint|holds more than weights)"
+    ):
+        load_weights(torch.nn.Linear(1, 1), str(file))
