@@ -22,11 +22,14 @@ from pathlib import Path
 from threading import Event
 
 import torch
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
 
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs
+VALIDATED = 4  # cases in nnU-Net's validation after each training; it mirrors eight times, slow on CPU
 SHARE = 0.75  # of the steps that nnU-Net's own loss has in the routes that start with it
 SCHEDULE = {"num_iterations_per_epoch": STEPS, "num_val_iterations_per_epoch": 10, "save_every": 1}
 FULL = {**SCHEDULE, "num_epochs": EPOCHS}
@@ -91,12 +94,13 @@ def runs() -> list[Run]:
     margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"
     rows = stock()
     rows += [finetuned(trainer, dice) for dice in (0, 0.1, 0.3) for trainer in (margin, neighbours)]
-    rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
+    rows += [switched(trainer, 0.1) for trainer in (margin, neighbours)]
     rows += [finetuned("CETrainer", 0)]
-    rows += [switched(trainer, 0.1) for trainer in (margin, neighbours, entropy, focal)]
     rows += [finetuned(trainer, 0.1) for trainer in (entropy, focal)]
+    rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += stock("_seed2")[:1]
     rows += [switched(trainer, 0.1, "_seed2") for trainer in (margin, neighbours)]
+    rows += [switched(trainer, 0.1) for trainer in (entropy, focal)]
     return rows
 
 
@@ -129,6 +133,7 @@ class Bench:
             words = ["nnUNetv2_plan_and_preprocess", "-d", self.number, "-c", "3d_fullres", "-np", "2"]
             self.call("preprocess", [str(Path(sys.executable).with_name(words[0])), *words[1:]])
             done.touch()
+        self.write_split()
         there = read_plans(self.plans)["configurations"]
         if "small" not in there:
             architecture = there["3d_fullres"]["architecture"]
@@ -138,6 +143,13 @@ class Bench:
         for row in rows:
             if row.configuration not in read_plans(self.plans)["configurations"]:
                 add_configuration(self.plans, row.configuration, row.base, row.settings)
+
+    def write_split(self) -> None:
+        """nnU-Net's own first fold, with only a few of its validation cases: the test cases are what is scored."""
+        file = self.plans.with_name("splits_final.json")
+        cases = sorted(label.name.removesuffix(".nii.gz") for label in (self.dataset / "labelsTr").glob("*.nii.gz"))
+        fold = generate_crossval_split(cases, seed=12345, n_splits=5)[0]
+        write_whole(file, json.dumps([{"train": list(fold["train"]), "val": list(fold["val"])[:VALIDATED]}], indent=4))
 
     def model(self, row: Run) -> Path:
         return self.results / self.dataset.name / f"{row.trainer}__nnUNetPlans__{row.configuration}"
@@ -153,7 +165,7 @@ class Bench:
         predictions = self.work / "predictions" / row.name
         if not (predictions / "done").exists():
             words = ["-i", str(self.raw / self.dataset.name / "imagesTs"), "-o", str(predictions), "-d", self.number]
-            words += ["-c", row.configuration, "-tr", row.trainer, "-f", "0", "--save_probabilities"]
+            words += ["-c", row.configuration, "-tr", row.trainer, "-f", "0", "--save_probabilities", "--disable_tta"]
             words += ["-device", self.device, "-npp", "1", "-nps", "1"]
             self.nnunet(f"predict_{row.name}", "nnUNetv2_predict", PREDICT, words)
             (predictions / "done").touch()
