@@ -1,0 +1,71 @@
+"""Two processes that train every trainer under DistributedDataParallel; run by test_ddp.py as a program.
+
+    python ddp_processes.py FOLDER
+
+nnU-Net's own start is for NVIDIA's cards alone (NCCL, ``device_ids``); the trainers here are changed in just that. Each
+process writes what it saw to FOLDER/rank_R.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as host
+import torch
+import torch.distributed as dist
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from toy import batch, construct, prepare_folders
+
+from nnunet_calib.training.trainers import TRAINERS
+
+KINDS = ("labels_ignore", "regions_ignore")
+STEPS = ((0, False), (1, False), (1, True))
+"""Epoch, and whether the patches of process 1 are ignored entirely; epoch 0 is nnU-Net's loss, 1 the objective."""
+
+
+def on_cpu(trainer: type) -> type:
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):  # noqa: B008
+        trainer.__init__(self, plans, configuration, fold, dataset_json, device)
+        self.device, self.grad_scaler = torch.device("cpu"), None
+
+    return type(trainer.__name__, (trainer,), {"__init__": __init__})
+
+
+def train(name: str, kind: str) -> dict:
+    settings = {"num_epochs": 2} if name == "StockTrainer" else {"num_epochs": 2, "calibrate_from": 0.5}
+    trainer = construct(name, settings, kind=kind, axes=2, trainer=on_cpu(TRAINERS[name]))
+    torch.manual_seed(dist.get_rank())
+    trainer.initialize()
+    losses = []
+    for step, (epoch, ignored) in enumerate(STEPS):
+        if step == epoch:
+            trainer.current_epoch = epoch
+            trainer.on_train_epoch_start()
+        seed = 10 * step + dist.get_rank()
+        data = batch(trainer, kind, all_ignored=ignored and dist.get_rank() == 1, seed=seed)
+        losses.append(float(trainer.train_step(data)["loss"]))
+    first, *_, last = trainer.loss.weight_factors
+    return {
+        "wrapped": isinstance(trainer.network, DistributedDataParallel),
+        "losses": losses,
+        "trace": float(last / first),
+        "weights": [weights.double().sum().item() for weights in trainer.network.parameters()],
+    }
+
+
+def run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    host.DDP = lambda network, device_ids: DistributedDataParallel(network)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    seen = {f"{name}-{kind}": train(name, kind) for name in TRAINERS for kind in KINDS}
+    Path(folder, f"rank_{rank}.json").write_text(json.dumps(seen))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    os.environ.update(prepare_folders(root))
+    mp.spawn(run, args=(str(root),), nprocs=2)
