@@ -1,14 +1,14 @@
 """A small 3D data set whose borders are truly ambiguous, so that a probability can be right or wrong.
 
-Every case shows an organ with a core inside and a node beside it. Each structure s has a signed distance d_s(x) in mm,
+Every case shows a bright organ and a dark node. Each structure s has a signed distance d_s(x) in mm,
 negative inside. Reader r draws the border where
 
     d_s(x) = bias_r + wobble_{r,s}(x),
 
-bias_r being the reader's habit, the same in all cases (a generous or a strict reader), and wobble a smooth random field. The
-image does not tell which reader is right: its intensity falls off as the share of readers does, Phi(-d_s / sigma) with
-sigma^2 = var(bias) + var(wobble), plus noise. The stored label of a case is the drawing of one reader; hence the honest
-probability of a class at a voxel is the fraction of readers who drew it, and that fraction is stored too.
+bias_r being the reader's habit, the same in all cases (generous or strict), and wobble a smooth random field.
+The image does not tell which reader is right: its intensity falls off as the share of readers does, Phi(-d_s / sigma)
+with sigma^2 = var(bias) + var(wobble), plus noise. The stored label of a case is the drawing of one reader; hence the
+honest probability of a class at a voxel is the fraction of readers who drew it, and that fraction is stored too.
 """
 
 import json
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.special import ndtr, ndtri
 
+from nnunet_calib.data.files import write_whole
+
 DATASET = "Dataset999_CalibDemo"
-LABELS = {"background": 0, "organ": 1, "core": 2, "node": 3}
+LABELS = {"background": 0, "organ": 1, "node": 2}
 READERS = 8
 TRAINING_CASES = 16
 TEST_CASES = 6
@@ -32,7 +34,7 @@ SPACING = (1.2, 0.9, 0.9)  # mm, (z, y, x)
 BIAS_MM = 0.6
 WOBBLE_MM = 0.7
 WOBBLE_LENGTH_MM = 3.0
-NOISE = 0.15  # of an image whose neighbouring structures differ by 1
+NOISE = 0.15  # structures differ from the background by 1
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,12 @@ class Structure:
 
     centre: tuple[float, float, float]
     semi_axes: tuple[float, float, float]
-    step: float  # what it adds to the intensity around it
+    intensity: float  # the background has 0
 
 
 STRUCTURES = {
-    "organ": Structure((-2.0, -3.5, -3.5), (12.5, 10.0, 10.5), step=1.0),
-    "core": Structure((-2.5, -3.5, -4.0), (6.5, 6.0, 5.5), step=1.0),
-    "node": Structure((6.0, 9.0, 8.5), (6.5, 5.5, 6.0), step=-1.0),
+    "organ": Structure((-4.0, -5.0, -5.0), (11.5, 10.0, 10.0), intensity=1.0),
+    "node": Structure((7.0, 7.5, 7.5), (8.5, 8.0, 8.0), intensity=-1.0),
 }
 
 
@@ -56,7 +57,7 @@ class Case:
     """One case, axes (z, y, x).
 
     Attributes:
-        image: float32, unit of one step between neighbouring structures.
+        image: float32, the background has 0, the structures +1 and -1.
         label: uint8, the drawing of one reader, values of ``LABELS``.
         fractions: float32 ``(classes, z, y, x)`` in [0, 1], the fraction of readers who drew the class; sums to 1.
     """
@@ -75,8 +76,8 @@ def _smooth_field(rng: np.random.Generator) -> NDArray[np.float64]:
 def _signed_distance(structure: Structure, rng: np.random.Generator) -> NDArray[np.float64]:
     """Distance in mm to the true border of a randomly moved, stretched and dented ellipsoid, negative inside."""
     axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(SHAPE, SPACING, strict=True)]
-    centre = np.add(structure.centre, rng.uniform(-1.5, 1.5, 3))
-    semi_axes = np.multiply(structure.semi_axes, rng.uniform(0.9, 1.1, 3))
+    centre = np.add(structure.centre, rng.uniform(-1.0, 1.0, 3))
+    semi_axes = np.multiply(structure.semi_axes, rng.uniform(0.94, 1.06, 3))
     offsets = [x - c for x, c in zip(np.meshgrid(*axes, indexing="ij"), centre, strict=True)]
     level = np.sqrt(sum((x / a) ** 2 for x, a in zip(offsets, semi_axes, strict=True)))
     slope = np.sqrt(sum((x / a**2) ** 2 for x, a in zip(offsets, semi_axes, strict=True)))
@@ -96,13 +97,16 @@ def make_case(reader: int, rng: np.random.Generator) -> Case:
     """
     distances = {name: _signed_distance(structure, rng) for name, structure in STRUCTURES.items()}
     sigma = np.hypot(BIAS_MM, WOBBLE_MM)
-    image = sum(STRUCTURES[name].step * ndtr(-distance / sigma) for name, distance in distances.items())
-    image = image + 0.1 * _smooth_field(rng) + NOISE * rng.standard_normal(SHAPE)
+    image = np.zeros(SHAPE)
+    for name, distance in distances.items():
+        share = ndtr(-distance / sigma)
+        image = (1 - share) * image + share * STRUCTURES[name].intensity
+    image += 0.1 * _smooth_field(rng) + NOISE * rng.standard_normal(SHAPE)
 
     biases = BIAS_MM * ndtri((np.arange(READERS) + 0.5) / READERS)
     drawings = np.zeros((READERS, *SHAPE), dtype=np.uint8)
     for drawing, bias in zip(drawings, biases, strict=True):
-        for name, distance in distances.items():  # the core comes after the organ that holds it
+        for name, distance in distances.items():  # where they touch, the node comes last
             drawing[distance < bias + WOBBLE_MM * _smooth_field(rng)] = LABELS[name]
     fractions = np.stack([(drawings == label).mean(axis=0) for label in LABELS.values()])
     return Case(image.astype(np.float32), drawings[reader].copy(), fractions.astype(np.float32))
@@ -114,7 +118,7 @@ def _write_volume(array: NDArray, file: Path) -> None:
     sitk.WriteImage(volume, str(file), useCompression=True)
 
 
-def write_dataset(raw: Path, readers: Path, seed: int, advance: Callable[[], object] = lambda: None) -> None:
+def write_dataset(raw: Path, readers: Path, seed: int, tick: Callable[[int], object] = lambda cases: None) -> None:
     """Write the data set in nnU-Net's raw format, and what the readers think beside it.
 
     ``dataset.json`` is written last: where it exists, the data set is whole.
@@ -124,7 +128,7 @@ def write_dataset(raw: Path, readers: Path, seed: int, advance: Callable[[], obj
         readers: gets ``labelsTr, labelsTs`` with, as nnU-Net writes predictions, the class most readers drew
             (``CASE.nii.gz``) and the fractions (``CASE.npz``, key ``probabilities``).
         seed: 0 or larger; the same seed gives the same voxels.
-        advance: called after each case.
+        tick: called with the number of cases written, after each.
     """
     streams = iter(np.random.default_rng(seed).spawn(TRAINING_CASES + TEST_CASES + 1))
     order = next(streams)
@@ -141,7 +145,7 @@ def write_dataset(raw: Path, readers: Path, seed: int, advance: Callable[[], obj
             majority = case.fractions.argmax(axis=0).astype(np.uint8)
             _write_volume(majority, readers / f"labels{part}" / f"{name}.nii.gz")
             np.savez_compressed(readers / f"labels{part}" / f"{name}.npz", probabilities=case.fractions)
-            advance()
+            tick(number)
     dataset = {
         "channel_names": {"0": "MRI"},  # nnU-Net then normalises each image by its own mean and deviation
         "labels": LABELS,
@@ -150,6 +154,4 @@ def write_dataset(raw: Path, readers: Path, seed: int, advance: Callable[[], obj
         "name": "CalibDemo",
         "description": f"Simulated; the label of a case is the drawing of one of {READERS} readers. Seed {seed}.",
     }
-    temporary = raw / "dataset.json.tmp"
-    temporary.write_text(json.dumps(dataset, indent=2))
-    temporary.replace(raw / "dataset.json")
+    write_whole(raw / "dataset.json", json.dumps(dataset, indent=2) + "\n")

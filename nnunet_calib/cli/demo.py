@@ -1,0 +1,114 @@
+"""``nnunet-calib demo``: the whole road, from data to the table, on data that it makes."""
+
+import argparse
+import shlex
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from nnunet_calib.data.errors import InputError, UsageError
+
+HELP = "make a small data set and run the whole road on it: plan, train, predict, evaluate"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.description = (
+        "Make a small 3D data set whose borders are truly ambiguous, then run nnU-Net's own commands on it: plan, "
+        "preprocess, train (nnU-Net's loss, MbLS, NACL; the same number of steps), predict, and evaluate. Takes a few "
+        "minutes on two processor cores. Everything stays in one folder; the same command goes on where it was stopped."
+    )
+    parser.epilog = "example:\n  nnunet-calib demo -o /tmp/demo"
+    parser.add_argument(
+        "-o",
+        dest="output",
+        metavar="DIR",
+        type=Path,
+        default=Path("nnunet_calib_demo"),
+        help="folder for everything (default: ./nnunet_calib_demo)",
+    )
+    parser.add_argument(
+        "-device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the data, 0 or larger (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Walk the road, print a line a step and the table."""
+    from tqdm import tqdm
+
+    from nnunet_calib.demo.road import Road
+
+    if args.seed < 0:
+        raise UsageError(f"--seed must be 0 or larger, not {args.seed}")
+    road = Road(args.output, _device(args.device), args.seed)
+    steps = road.steps()
+    print(f"demo in {road.folder} on {road.device}, {len(steps)} steps")
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
+    start = time.monotonic()
+    try:
+        for number, step in enumerate(steps, 1):
+            title = f"[{number:2d}/{len(steps)}] {step.title}"
+            if step.done():
+                print(f"{title:<36} done before", flush=True)
+                continue
+            began = time.monotonic()
+            with tqdm(total=step.ticks, desc=title, leave=False, disable=None, bar_format=_BAR) as bar:
+                step.run(lambda reached, bar=bar: _show(bar, reached))
+            print(f"{title:<36} {time.monotonic() - began:5.0f} s", flush=True)
+    except KeyboardInterrupt:
+        raise InputError(f"interrupted; the same command goes on from here (folder {road.folder})") from None
+    print(f"{'':<36} {time.monotonic() - start:5.0f} s in all\n")
+    _report(road)
+    return 0
+
+
+_BAR = "{desc:<36} {bar:20} {n_fmt}/{total_fmt} {elapsed}"
+
+
+def _show(bar, reached: int) -> None:
+    bar.n = reached
+    bar.refresh()
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("-device cuda: torch sees no GPU here; use -device cpu")
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return asked
+
+
+def _report(road) -> None:
+    from nnunet_calib.demo import phantom
+    from nnunet_calib.demo.road import READERS_ROW, REGION
+
+    print(f"mean over {phantom.TEST_CASES} test cases; ECE and CECE in the region '{REGION}' (voxels that reference or")
+    print("prediction call foreground)\n")
+    print(f"{'loss':<26}{'DSC':>8}{'HD95 [mm]':>12}{'ECE':>8}{'CECE':>8}")
+    for row in road.rows():
+        print(f"{row.name:<26}{row.dice:>8.3f}{row.hd95:>12.2f}{row.ece:>8.3f}{row.cece:>8.3f}")
+    print(
+        f"\n'{READERS_ROW}': as probability of a class the fraction of the {phantom.READERS} readers who drew it. The"
+    )
+    print("reference is the drawing of one of them, so this is what an honest network can reach.\n")
+    for what, where in (
+        ("data set", road.raw),
+        ("readers", road.readers),
+        ("predictions", road.predictions),
+        ("scores", road.evaluation / "*" / "summary.json"),
+        ("commands", road.script()),
+    ):
+        print(f"{what:<12} {where}")
+    print("\nthe commands, with nnU-Net's three folder variables as in the script:")
+    for command in road.commands():
+        print(f"  {shlex.join(command)}")
