@@ -4,6 +4,7 @@ import argparse
 import shlex
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             began = time.monotonic()
             with tqdm(total=step.ticks, desc=title, leave=False, disable=None, bar_format=_BAR) as bar:
-                step.run(lambda reached, bar=bar: _show(bar, reached))
+                step.run(partial(_show, bar))
             print(f"{title:<36} {time.monotonic() - began:5.0f} s", flush=True)
     except KeyboardInterrupt:
         raise InputError(f"interrupted; the same command goes on from here (folder {road.folder})") from None

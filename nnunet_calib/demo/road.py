@@ -37,7 +37,7 @@ CONFIGURATION = "demo"
 FOLD = "0"
 FEATURES = (8, 16, 32, 64)
 EPOCHS = 8
-SETTINGS = {"num_epochs": EPOCHS, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2}
+SETTINGS = {"num_epochs": EPOCHS, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 2}
 
 Tick = Callable[[int], None]
 

@@ -1,0 +1,119 @@
+import gzip
+import json
+import shlex
+import zipfile
+
+import pytest
+
+from nnunet_calib.cli.main import main
+from nnunet_calib.data.errors import UsageError
+from nnunet_calib.demo import road as road_module
+from nnunet_calib.demo.road import Road
+
+
+@pytest.fixture
+def road(tmp_path):
+    return Road(tmp_path / "demo", "cpu", seed=0)
+
+
+def titles(road):
+    return [step.title for step in road.steps()]
+
+
+def test_the_steps_in_order(road):
+    assert titles(road) == [
+        "make the data set",
+        "plan and preprocess",
+        "train StockTrainer",
+        "train MbLSTrainer",
+        "train NACLTrainer",
+        "predict with StockTrainer",
+        "predict with MbLSTrainer",
+        "predict with NACLTrainer",
+        "evaluate StockTrainer",
+        "evaluate MbLSTrainer",
+        "evaluate NACLTrainer",
+        "evaluate readers",
+    ]
+
+
+def test_nothing_is_done_in_a_new_folder(road):
+    assert not any(step.done() for step in road.steps())
+
+
+def test_the_script_holds_every_command_and_our_folders(road):
+    lines = road.script().read_text().splitlines()
+    assert f"export nnUNet_raw={road.folder}/nnUNet_raw" in lines
+    assert lines[3:] == [shlex.join(command) for command in road.commands()]
+    assert "nnUNetv2_train 999 demo 0 -tr MbLSTrainer -device cpu" in lines
+
+
+def test_the_callers_own_folders_are_not_touched(road, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", "/mine")
+    assert road._environment()["nnUNet_raw"] == str(road.folder / "nnUNet_raw")
+    assert road_module.os.environ["nnUNet_raw"] == "/mine"
+
+
+def test_a_folder_with_other_content_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="not empty and no demo's folder"):
+        Road(tmp_path, "cpu", seed=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_demo_with_another_seed_is_refused(road):
+    with pytest.raises(UsageError, match="holds a demo with seed 0, not 1"):
+        Road(road.folder, "cpu", seed=1)
+
+
+def test_a_step_that_runs_removes_what_was_made_from_it(road):
+    training = road.steps()[2]
+    for folder in (road.predictions, road.evaluation):
+        for trainer in ("StockTrainer", "MbLSTrainer"):
+            (folder / trainer).mkdir(parents=True)
+    with pytest.raises(RuntimeError):
+        road_module.Step(training.title, training.done, _fail, training.ticks, training.voids).run(lambda ticks: None)
+    assert [path.name for path in road.predictions.iterdir()] == ["MbLSTrainer"]
+    assert [path.name for path in road.evaluation.iterdir()] == ["MbLSTrainer"]
+
+
+def _fail(tick):
+    raise RuntimeError
+
+
+@pytest.mark.parametrize("broken", [None, "demo_017.nii.gz", "demo_017.npz"])
+def test_a_prediction_is_done_when_every_file_is_whole(road, broken):
+    output = road.predictions / "MbLSTrainer"
+    output.mkdir(parents=True)
+    (road.raw / "labelsTs").mkdir(parents=True)
+    (road.raw / "labelsTs" / "demo_017.nii.gz").touch()
+    with gzip.open(output / "demo_017.nii.gz", "wb") as stream:
+        stream.write(bytes(1000))
+    with zipfile.ZipFile(output / "demo_017.npz", "w") as archive:
+        archive.writestr("probabilities.npy", bytes(1000))
+    if broken:
+        file = output / broken
+        file.write_bytes(file.read_bytes()[:-10])
+    prediction = next(step for step in road.steps() if step.title == "predict with MbLSTrainer")
+    assert prediction.done() is (broken is None)
+
+
+def test_the_table_reads_infinite_distances(road):
+    for run in [*road_module.TRAINERS, "readers"]:
+        (road.evaluation / run).mkdir(parents=True)
+        summary = {
+            "foreground_mean": {"Dice": 0.5, "HD95": "inf"},
+            "calibration_mean": {"foreground": {"ECE": 0.1, "CECE": 0.2}},
+        }
+        (road.evaluation / run / "summary.json").write_text(json.dumps(summary))
+    rows = list(road.rows())
+    assert [row.name for row in rows] == ["stock nnU-Net (Dice+CE)", "MbLS", "NACL", "the readers themselves"]
+    assert rows[0] == road_module.Row("stock nnU-Net (Dice+CE)", 0.5, float("inf"), 0.1, 0.2)
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["-device", "cuda"]])
+def test_bad_usage_is_one_line_and_code_2(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["demo", "-o", str(tmp_path / "demo"), *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "demo").exists()
