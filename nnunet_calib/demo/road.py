@@ -267,6 +267,7 @@ class Road:
             "nnUNet_def_n_proc": "1",  # every worker process first imports torch, which takes longer than its work here
             "nnUNet_compile": "f",  # compiling takes longer than this training
             "nnUNet_wandb_enabled": "0",
+            "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the processor from the augmentation
             "PYTHONUNBUFFERED": "1",
         }
 
