@@ -3,7 +3,8 @@
     python scripts/experiment_hippocampus.py DATASET_FOLDER -o WORK [--jobs 2] [--only PATTERN] [--table FILE]
 
 DATASET_FOLDER is ``Dataset004_Hippocampus`` in nnU-Net raw format with ``labelsTs``. All trainings have the same
-number of steps, those that start from another network included: it has had the rest. Unattended and resumable: what
+number of steps, but for those fine-tuned from the finished stock network: these are to be compared with stock
+fine-tuned as long. Unattended and resumable: what
 is finished in WORK is not done again. ``--table`` writes the table of all finished runs.
 """
 
@@ -30,6 +31,7 @@ from nnunet_calib.data.plans import add_configuration, read_plans
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs
 VALIDATED = 4  # cases in nnU-Net's validation after each training; it mirrors eight times, slow on CPU
+CHOSEN = 0.3  # weight of nnU-Net's Dice in the routes that decide the defaults
 SHARE = 0.75  # of the steps that nnU-Net's own loss has in the routes that start with it
 SCHEDULE = {"num_iterations_per_epoch": STEPS, "num_val_iterations_per_epoch": 10, "save_every": 1}
 FULL = {**SCHEDULE, "num_epochs": EPOCHS}
@@ -70,16 +72,20 @@ class Run:
 def runs() -> list[Run]:
     """All rows, in the order in which they tell most."""
 
-    def stock(seed: str = "") -> list[Run]:
-        return [
-            Run(f"full{seed}", "StockTrainer", "stock Dice+CE", FULL),
-            Run(f"first{seed}", "StockTrainer", f"stock, first {SHARE:.0%} only", FIRST),
-        ]
+    def stock(seed: str = "") -> Run:
+        return Run(f"full{seed}", "StockTrainer", "stock Dice+CE", FULL)
 
-    def finetuned(trainer: str, dice: float, seed: str = "") -> Run:
-        name = f"finetune_dice{dice:g}{seed}".replace(".", "p")
-        settings = {**FINETUNE, "dice_weight": dice}
-        return Run(name, trainer, f"fine-tuned, Dice weight {dice:g}", settings, f"first{seed}", f"first{seed}")
+    def finetuned(trainer: str, dice: float) -> Run:
+        name = f"finetune_dice{dice:g}".replace(".", "p")
+        route = f"the first {SHARE:.0%} of stock, then fine-tuned, Dice weight {dice:g}"
+        return Run(name, trainer, route, {**FINETUNE, "dice_weight": dice}, "first", "first")
+
+    def refined(trainer: str, dice: float | None = None) -> Run:
+        """Fine-tuned from the finished stock network; without Dice weight the control that goes on with stock."""
+        name = "refine" if dice is None else f"refine_dice{dice:g}".replace(".", "p")
+        route = "stock, then fine-tuned" + ("" if dice is None else f", Dice weight {dice:g}")
+        settings = FINETUNE if dice is None else {**FINETUNE, "dice_weight": dice}
+        return Run(name, trainer, route, settings, "full", "full")
 
     def switched(trainer: str, dice: float, seed: str = "") -> Run:
         name = f"switch_dice{dice:g}{seed}".replace(".", "p")
@@ -92,15 +98,15 @@ def runs() -> list[Run]:
         return Run(f"scratch_dice{dice:g}", trainer, route, settings)
 
     margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"
-    rows = stock()
-    rows += [finetuned(trainer, dice) for dice in (0, 0.1, 0.3) for trainer in (margin, neighbours)]
-    rows += [switched(trainer, 0.1) for trainer in (margin, neighbours)]
-    rows += [finetuned("CETrainer", 0)]
-    rows += [finetuned(trainer, 0.1) for trainer in (entropy, focal)]
+    rows = [stock(), Run("first", "StockTrainer", f"the first {SHARE:.0%} of stock", FIRST)]
+    rows += [finetuned(trainer, dice) for dice in (0, 0.1) for trainer in (margin, neighbours)]
+    rows += [refined(trainer, dice) for dice in (0.3, 0, 1) for trainer in (margin, neighbours)]
+    rows += [switched(trainer, CHOSEN) for trainer in (margin, neighbours)]
+    rows += [stock("_seed2"), switched(neighbours, CHOSEN, "_seed2")]
+    rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
-    rows += stock("_seed2")[:1]
-    rows += [switched(trainer, 0.1, "_seed2") for trainer in (margin, neighbours)]
-    rows += [switched(trainer, 0.1) for trainer in (entropy, focal)]
+    rows += [switched(trainer, CHOSEN) for trainer in (entropy, focal)]
+    rows += [switched(margin, CHOSEN, "_seed2")]
     return rows
 
 
@@ -190,7 +196,8 @@ class Bench:
 
 def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
     """Run the rows, each after the one it starts from; one that fails does not end the others."""
-    finished = {row.configuration: Event() for row in rows if row.trainer == "StockTrainer"}
+    starts = {row.after for row in rows}
+    finished = {row.configuration: Event() for row in rows if row.configuration in starts}
 
     def one(row: Run) -> bool:
         if row.after in finished:
@@ -203,7 +210,7 @@ def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
             print(f"FAILED {row.name}: {error}", flush=True)
             return False
         finally:
-            if row.trainer == "StockTrainer":
+            if row.configuration in finished:
                 finished[row.configuration].set()
 
     with ThreadPoolExecutor(jobs) as pool:
