@@ -25,10 +25,15 @@ def trainers_folder() -> str:
     return ""
 
 
+def opted_out() -> bool:
+    """Whether the user switched the automatic registration off."""
+    return os.environ.get(OPT_OUT, "").strip().lower() in ("0", "false", "no", "off")
+
+
 def register() -> None:
     """Append the trainers folder to ``nnUNet_extTrainer`` unless it is there already or the user opted out."""
     with suppress(Exception):
-        if os.environ.get(OPT_OUT, "").strip().lower() in ("0", "false", "no", "off"):
+        if opted_out():
             return
         folder = trainers_folder()
         listed = [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]

@@ -100,10 +100,11 @@ def runs() -> list[Run]:
     margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"
     rows = [stock(), Run("first", "StockTrainer", f"the first {SHARE:.0%} of stock", FIRST)]
     rows += [finetuned(trainer, dice) for dice in (0, 0.1) for trainer in (margin, neighbours)]
-    rows += [refined(trainer, dice) for dice in (0.3, 0, 1) for trainer in (margin, neighbours)]
+    rows += [refined(trainer, CHOSEN) for trainer in (margin, neighbours)]
     rows += [switched(trainer, CHOSEN) for trainer in (margin, neighbours)]
-    rows += [stock("_seed2"), switched(neighbours, CHOSEN, "_seed2")]
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
+    rows += [stock("_seed2"), switched(neighbours, CHOSEN, "_seed2")]
+    rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [switched(trainer, CHOSEN) for trainer in (entropy, focal)]
     rows += [switched(margin, CHOSEN, "_seed2")]

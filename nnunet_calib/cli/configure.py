@@ -39,17 +39,29 @@ def run(args: argparse.Namespace) -> int:
         InputError: the plans cannot be read.
     """
     from nnunet_calib.data.errors import UsageError
-    from nnunet_calib.data.plans import add_configuration, preprocessed_folder, read_plans
+    from nnunet_calib.data.plans import (
+        SETTINGS_KEY,
+        add_configuration,
+        preprocessed_folder,
+        read_plans,
+        resolve_configuration,
+    )
+    from nnunet_calib.training.base import default_kernel_size
     from nnunet_calib.training.settings import RefusedSettings
     from nnunet_calib.training.trainers import TRAINERS
 
     settings = dict(_pair(text) for text in args.set)
     if args.tr is not None and args.tr not in TRAINERS:
         raise UsageError(f"no trainer {args.tr!r}; there are {', '.join(TRAINERS)}")
+    folder = preprocessed_folder(args.d)
+    plans_file = folder / f"{args.p}.json"
+    plans = read_plans(plans_file)
+    all_settings = {**resolve_configuration(plans, args.c).get(SETTINGS_KEY, {}), **settings}
+    kernel_size = default_kernel_size(plans, args.c)
     accepting, refusals = [], {}
     for name, trainer in TRAINERS.items():
         try:
-            trainer.check_settings(settings)
+            trainer.check_settings(all_settings, kernel_size)
             accepting.append(name)
         except RefusedSettings as refusal:
             refusals[name] = str(refusal).removeprefix("nnunet-calib: ")
@@ -57,18 +69,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.tr}: {refusals[args.tr]}")
     if not accepting:
         # The trainer that knows most of the keys has the most to say.
-        closest = min(refusals, key=lambda name: len(set(settings) - set(TRAINERS[name].default_settings())))
+        closest = min(refusals, key=lambda name: len(set(all_settings) - set(TRAINERS[name].check_settings({}))))
         raise UsageError(f"no trainer takes these settings; {closest}: {refusals[closest]}")
-    folder = preprocessed_folder(args.d)
-    plans_file = folder / f"{args.p}.json"
-    trained = _trained(folder.name, read_plans(plans_file)["plans_name"], args.name)
+    trained = _trained(folder.name, plans["plans_name"], args.name)
     if trained:
         raise UsageError(f"{trained} holds trainings of a configuration {args.name}; choose another name")
     backup = add_configuration(
         plans_file, args.name, args.c, settings, previous_stage=args.previous_stage, replace=args.replace
     )
     print(f"wrote {args.name} into {plans_file} (before: {backup.name})")
-    print(f"train: nnUNetv2_train {args.d} {args.name} 0 -tr {args.tr or accepting[-1]} -p {args.p}")
+    trainer = args.tr or (accepting[0] if len(accepting) == 1 else "NAME")
+    print(f"train: nnUNetv2_train {args.d} {args.name} 0 -tr {trainer} -p {args.p}")
     print(f"trainers that take these settings: {', '.join(accepting)}")
     return 0
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nnunet_calib
-from nnunet_calib._autoload import OPT_OUT, VARIABLE, trainers_folder
+from nnunet_calib._autoload import OPT_OUT, VARIABLE, opted_out, trainers_folder
 
 HELP = "check the installation: versions, variables, where each trainer comes from"
 
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     for variable in _FOLDERS:
         folder = os.environ.get(variable)
         if not folder:
-            print(f"{variable:20} not set; nnU-Net needs it to train")
+            problems += variable != "nnUNet_raw"  # only planning needs that one
+            print(f"{variable:20} {'PROBLEM: ' if variable != 'nnUNet_raw' else ''}not set; see nnU-Net's set-up")
         elif not Path(folder).is_dir():
             problems += 1
             print(f"{variable:20} PROBLEM: {folder} does not exist")
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_trainers() -> int:
     listed = os.environ.get(VARIABLE, "")
     print(f"{VARIABLE:20} {listed or 'empty'}  ({_origin()})")
-    if trainers_folder() not in listed.split(os.pathsep):
+    if trainers_folder() not in [os.path.abspath(entry) for entry in listed.split(os.pathsep) if entry]:
         print(f"  PROBLEM: our folder is not in it; export {VARIABLE}=$(nnunet-calib trainers-path)")
         return 1
     from contextlib import redirect_stdout
@@ -79,10 +80,11 @@ def _check_trainers() -> int:
 
 def _origin() -> str:
     """Who put our folder into the variable, as far as can be told."""
-    if os.environ.get(OPT_OUT, "").strip().lower() in ("0", "false", "no", "off"):
+    if opted_out():
         return f"automatic registration is off by {OPT_OUT}"
-    hooks = [name for name in ("nnunet_calib.start", "nnunet_calib.pth") if _in_site_packages(name)]
-    return f"registered at start-up by {' and '.join(hooks)}" if hooks else "set by the user"
+    # Python 3.15 brought .start files; before, only the .pth runs.
+    hook = "nnunet_calib.start" if sys.version_info >= (3, 15) else "nnunet_calib.pth"
+    return f"{hook} in site-packages adds our folder" if _in_site_packages(hook) else "set by the user"
 
 
 def _in_site_packages(name: str) -> bool:

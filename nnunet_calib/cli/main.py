@@ -4,7 +4,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import nnunet_calib
 from nnunet_calib.data.errors import InputError, UsageError
@@ -22,8 +21,6 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunet-calib {nnunet_calib.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS:
-        if find_spec(f"nnunet_calib.cli.{name.replace('-', '_')}") is None:
-            continue
         module = _module(name)
         sub = verbs.add_parser(name, help=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -50,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"nnunet-calib {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        if args.debug:
+            raise
+        print(f"nnunet-calib {args.verb}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"nnunet-calib {args.verb}: interrupted", file=sys.stderr)
         return 1

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"no trainer {args.name!r}; there are {', '.join(TRAINERS)}")
     trainer = TRAINERS[args.name]
     print(f"{args.name}: {_summary(trainer)}")
-    for key, value in trainer.default_settings().items():
+    for key, value in trainer.check_settings({}).items():
         print(f"  {key:28} {value!r}")
     return 0
 

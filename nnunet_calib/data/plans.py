@@ -27,6 +27,10 @@ def preprocessed_folder(dataset: str) -> Path:
     root = os.environ.get("nnUNet_preprocessed")
     if not root:
         raise UsageError("nnUNet_preprocessed is not set; export it as for nnUNetv2_train")
+    if not re.fullmatch(r"[0-9]{1,3}|Dataset[0-9]{3}_[^/\\*?\[]+", dataset):
+        raise UsageError(
+            f"{dataset!r} is not a data set; give its number or its full name, like Dataset004_Hippocampus"
+        )
     pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else dataset
     found = sorted(folder for folder in Path(root).glob(pattern) if folder.is_dir())
     if len(found) != 1:
@@ -47,23 +51,33 @@ def read_plans(file: str | Path) -> dict[str, Any]:
     return plans
 
 
+def lineage(plans: Mapping[str, Any], name: str) -> list[str]:
+    """A configuration and those it inherits from, nearest first.
+
+    Raises:
+        UsageError: the plans do not have one of them, or it inherits from itself.
+    """
+    names: list[str] = []
+    step: str | None = name
+    while step is not None:
+        if step not in plans["configurations"] or step in names:
+            what = "inherits from itself" if step in names else "is not in the plans"
+            known = ", ".join(plans["configurations"])
+            raise UsageError(f"configuration {step} {what}; {plans['plans_name']} has {known}")
+        names.append(step)
+        step = plans["configurations"][step].get("inherits_from")
+    return names
+
+
 def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A configuration with all that it inherits.
 
     Raises:
-        UsageError: the plans do not have it, or it inherits from itself.
+        UsageError: the plans do not have one of them, or it inherits from itself.
     """
     merged: dict[str, Any] = {}
-    seen: list[str] = []
-    step: str | None = name
-    while step is not None:
-        if step not in plans["configurations"] or step in seen:
-            what = "inherits from itself" if step in seen else "is not in the plans"
-            known = ", ".join(plans["configurations"])
-            raise UsageError(f"configuration {step} {what}; {plans['plans_name']} has {known}")
-        seen.append(step)
-        merged = {**plans["configurations"][step], **merged}
-        step = plans["configurations"][step].get("inherits_from")
+    for step in reversed(lineage(plans, name)):
+        merged |= plans["configurations"][step]
     merged.pop("inherits_from", None)
     return merged
 
@@ -83,10 +97,10 @@ def add_configuration(
         plans_file: nnU-Net's plans, in the ``nnUNet_preprocessed`` folder of a data set.
         name: of the new configuration; letters, digits and single underscores.
         base: configuration to inherit from, preprocessed data included.
-        settings: for our trainers; they replace those of the base, they are not merged with them.
+        settings: for our trainers, besides those of the base.
         overrides: other keys of the configuration, such as ``batch_size``.
         previous_stage: of a cascade, the configuration whose predictions it takes; the base's if None.
-        replace: overwrite a configuration of that name.
+        replace: overwrite a configuration of that name if it is one of ours.
 
     Returns:
         The backup.
@@ -99,12 +113,19 @@ def add_configuration(
     plans = read_plans(plans_file)
     if not re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", name):
         raise UsageError(f"{name!r} cannot name a configuration; use letters, digits and single underscores")
-    if name in plans["configurations"] and not replace:
-        raise UsageError(f"{plans_file} has a configuration {name} already; choose another name or pass --replace")
-    if name == base:
+    there = plans["configurations"].get(name)
+    if there is not None and not (replace and SETTINGS_KEY in there):
+        ours = "choose another name or pass --replace" if not replace else "it is nnU-Net's own, choose another name"
+        raise UsageError(f"{plans_file} has a configuration {name} already; {ours}")
+    if name in lineage(plans, base):
         raise UsageError(f"configuration {name} cannot inherit from itself")
     inherited = resolve_configuration(plans, base)
-    configuration: dict[str, Any] = {"inherits_from": base, **(overrides or {}), SETTINGS_KEY: dict(settings)}
+    configuration: dict[str, Any] = {
+        "inherits_from": base,
+        **(overrides or {}),
+        # nnU-Net inherits key by key: without the base's settings in it this key would drop them.
+        SETTINGS_KEY: {**inherited.get(SETTINGS_KEY, {}), **settings},
+    }
     stage = previous_stage or inherited.get("previous_stage")
     if stage is not None:
         # nnU-Net exports the first stage's predictions for every configuration that it lists as next.

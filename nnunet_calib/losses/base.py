@@ -1,6 +1,6 @@
 """What all calibration losses share: float32, the voxels that count, sigmoid regions as two-class problems."""
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -78,6 +78,11 @@ def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
     return masked_sum(values, valid) / valid.sum().clamp(min=1)
 
 
+def voxel_count(target: Tensor, valid: Tensor | None) -> Tensor | int:
+    """Number of valid voxels of (B, 1, *S) ``target``, at least 1."""
+    return target.numel() if valid is None else valid.sum().clamp(min=1)
+
+
 def masked_sum(values: Tensor, valid: Tensor | None) -> Tensor:
     """Sum of (B, 1, *S) ``values`` over the valid voxels."""
     return values.sum() if valid is None else torch.where(valid, values, 0).sum()
@@ -108,7 +113,7 @@ def number(name: str, value: float, minimum: float = 0.0, maximum: float = float
         ValueError: not a finite number within [minimum, maximum].
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not minimum <= value <= maximum:
+    if not is_number or not minimum <= value <= maximum or value > sys.float_info.max:
         allowed = f"of at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
     return float(value)

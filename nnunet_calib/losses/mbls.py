@@ -9,7 +9,15 @@ Murugesan et al., Calibrating segmentation networks with margin-based label smoo
 from torch import Tensor
 from torch.nn.functional import relu
 
-from nnunet_calib.losses.base import CalibrationLoss, choice, cross_entropy, masked_sum, number, sum_over_classes
+from nnunet_calib.losses.base import (
+    CalibrationLoss,
+    choice,
+    cross_entropy,
+    masked_sum,
+    number,
+    sum_over_classes,
+    voxel_count,
+)
 
 
 class MbLSLoss(CalibrationLoss):
@@ -39,10 +47,9 @@ class MbLSLoss(CalibrationLoss):
             hinge = relu(z_max - z_c - self.margin)
             return masked_sum(hinge if self.penalty == "l1" else hinge.square(), valid)
 
-        voxels = target.numel() if valid is None else valid.sum().clamp(min=1)
         return {
             "cross_entropy": cross_entropy(z, target, valid),
-            "margin": sum_over_classes(excess, z) / (voxels * z.shape[1]),
+            "margin": sum_over_classes(excess, z) / (voxel_count(target, valid) * z.shape[1]),
         }
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nnunet_calib.losses.base import CalibrationLoss, choice, cross_entropy, masked_sum, number, sum_over_classes
+from nnunet_calib.losses.base import (
+    CalibrationLoss,
+    choice,
+    cross_entropy,
+    masked_sum,
+    number,
+    sum_over_classes,
+    voxel_count,
+)
 from nnunet_calib.losses.neighbours import BORDERS, PRIORS, Neighbourhood, SoftTarget
 
 
@@ -62,11 +70,10 @@ class NACLLoss(CalibrationLoss):
             difference = q.channel(c) - s_c
             return masked_sum(difference.abs() if self.penalty == "l1" else difference.square(), valid)
 
-        voxels = target.numel() if valid is None else valid.sum().clamp(min=1)
         s = z if self.on == "logits" else z.softmax(dim=1)
         return {
             "cross_entropy": cross_entropy(z, target, valid),
-            "penalty": sum_over_classes(distance, s) / (voxels * z.shape[1]),
+            "penalty": sum_over_classes(distance, s) / (voxel_count(target, valid) * z.shape[1]),
         }
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from nnunet_calib.losses.base import CalibrationLoss, masked_sum, number, sum_over_classes
+from nnunet_calib.losses.base import CalibrationLoss, masked_sum, number, sum_over_classes, voxel_count
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
 
 
@@ -34,4 +34,4 @@ class SVLSLoss(CalibrationLoss):
         q = SoftTarget(target, valid, self.neighbourhood, z.dtype)
         log_p = log_softmax(z, dim=1)
         total = sum_over_classes(lambda c, log_p_c: masked_sum(-q.channel(c) * log_p_c, valid), log_p)
-        return {"soft_cross_entropy": total / (target.numel() if valid is None else valid.sum().clamp(min=1))}
+        return {"soft_cross_entropy": total / voxel_count(target, valid)}

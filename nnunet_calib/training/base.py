@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_calib.data.plans import SETTINGS_KEY
+from nnunet_calib.data.plans import SETTINGS_KEY, lineage
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.objective import Objective
@@ -45,9 +45,9 @@ class CalibrationTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = _CUDA,
     ):
-        # Before nnU-Net creates a results folder: a training that is refused leaves nothing behind.
-        self.settings = resolve_settings(
-            _given_settings(plans, configuration), self.LOSS, self.FIXED, _kernel_size(plans, configuration)
+        # Before nnU-Net creates a results folder: settings that are refused leave nothing behind.
+        self.settings = self.check_settings(
+            _given_settings(plans, configuration), default_kernel_size(plans, configuration)
         )
         self._continue = plans.get("continue_training", False)
         self._loaded_checkpoint = False
@@ -59,18 +59,17 @@ class CalibrationTrainer(nnUNetTrainer):
         self.print_to_log_file(f"nnunet-calib settings: {plans[RESOLVED_KEY]}", add_timestamp=False)
 
     @classmethod
-    def default_settings(cls) -> dict[str, Any]:
-        """Every setting with the value it has where the plans say nothing (isotropic data)."""
-        return cls.check_settings({})
-
-    @classmethod
-    def check_settings(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def check_settings(cls, given: Mapping[str, Any], kernel_size: int | list[int] = 3) -> dict[str, Any]:
         """Complete ``given`` settings as a training would.
+
+        Args:
+            given: what the plans configuration says.
+            kernel_size: default for losses with a neighbourhood; see `default_kernel_size`.
 
         Raises:
             RefusedSettings: they are wrong or make no sense together.
         """
-        return resolve_settings(given, cls.LOSS, cls.FIXED, 3)
+        return resolve_settings(given, cls.LOSS, cls.FIXED, kernel_size)
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
@@ -80,10 +79,10 @@ class CalibrationTrainer(nnUNetTrainer):
         full_resolution = self.settings["deep_supervision"] == "full_resolution"
         objective = Objective(
             stock=loss.loss if supervised else loss,
-            dice=self._dice_term(),
             calibration=LOSSES[self.LOSS](
                 **loss_arguments(self.settings, self.LOSS, self.FIXED), multilabel=self.label_manager.has_regions
             ),
+            dice_weight=self.settings["dice_weight"],
             ignore_label=self.label_manager.ignore_label,
             only_at=tuple(self.configuration_manager.patch_size) if full_resolution else None,
         )
@@ -92,20 +91,13 @@ class CalibrationTrainer(nnUNetTrainer):
         loss.loss = objective
         return loss
 
-    def _dice_term(self) -> nn.Module | None:
-        if self.settings["dice_weight"] == 0:
-            return None
-        loss = super()._build_loss()
-        inner = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-        inner.weight_ce, inner.weight_dice = 0, self.settings["dice_weight"]
-        return inner
-
     def on_train_start(self) -> None:
         """Start from another trainer's network where ``finetune_from`` asks for it, unless a checkpoint was loaded."""
         if self.settings["finetune_from"] is not None and not self._loaded_checkpoint:
+            if self.was_initialized:  # by -pretrained_weights, which nothing else tells
+                raise RefusedSettings("-pretrained_weights and finetune_from are two starts; use one of them")
             source = self._finetune_source()
-            if not self.was_initialized:
-                self.initialize()
+            self.initialize()
             load_weights(_plain(self.network), source)
             self.print_to_log_file(f"nnunet-calib: fine-tuning from {source}")
         super().on_train_start()
@@ -143,7 +135,7 @@ class CalibrationTrainer(nnUNetTrainer):
         trainer = self.settings["finetune_from"]
         results = join(self.output_folder_base, "..")
         looked = []
-        for configuration in _lineage(self.plans_manager.plans, self.configuration_name):
+        for configuration in lineage(self.plans_manager.plans, self.configuration_name):
             if (trainer, configuration) == (type(self).__name__, self.configuration_name):
                 continue
             folder = f"{trainer}__{self.plans_manager.plans_name}__{configuration}"
@@ -172,20 +164,13 @@ def _given_settings(plans: dict, configuration: str) -> dict[str, Any]:
     return given
 
 
-def _kernel_size(plans: dict, configuration: str) -> list[int]:
+def default_kernel_size(plans: dict, configuration: str) -> list[int]:
     """3 voxels along every axis, 1 where nnU-Net's first convolution has 1 because the slices are far apart."""
     manager = PlansManager(plans).get_configuration(configuration)
     kernels = manager.network_arch_init_kwargs.get("kernel_sizes", 3)
     first = kernels if isinstance(kernels, int) else kernels[0]
     sizes = [first] * len(manager.patch_size) if isinstance(first, int) else first
     return [1 if size == 1 else 3 for size in sizes]
-
-
-def _lineage(plans: dict, configuration: str) -> list[str]:
-    lineage = [configuration]
-    while "inherits_from" in plans["configurations"][lineage[-1]]:
-        lineage.append(plans["configurations"][lineage[-1]]["inherits_from"])
-    return lineage
 
 
 def _plain(network: nn.Module) -> nn.Module:

@@ -6,11 +6,18 @@ import pytest
 
 from nnunet_calib.cli.main import main
 
+
+def architecture(kernel_sizes):
+    return {"network_class_name": "n", "arch_kwargs": {"kernel_sizes": kernel_sizes}, "_kw_requires_import": []}
+
+
+NETWORK = {"patch_size": [32, 32, 32], "architecture": architecture([[1, 3, 3], [3, 3, 3]])}
 PLANS = {
     "plans_name": "nnUNetPlans",
     "configurations": {
-        "3d_lowres": {"next_stage": "3d_cascade_fullres", "batch_size": 2},
-        "3d_fullres": {"batch_size": 2},
+        "3d_lowres": {"next_stage": "3d_cascade_fullres", "batch_size": 2, **NETWORK},
+        "3d_fullres": {"batch_size": 2, **NETWORK},
+        "2d": {"batch_size": 2, "patch_size": [32, 32], "architecture": architecture([[3, 3]] * 3)},
         "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
     },
 }
@@ -90,7 +97,46 @@ def test_a_name_that_cannot_be_is_refused(plans_file, name):
 
 def test_a_base_that_is_not_there_is_refused_with_those_that_are(plans_file, capsys):
     assert main(["configure", "-d", "4", "-c", "3d_full", "--name", "new"]) == 2
-    assert "3d_lowres, 3d_fullres, 3d_cascade_fullres" in capsys.readouterr().err
+    assert "3d_lowres, 3d_fullres, 2d, 3d_cascade_fullres" in capsys.readouterr().err
+
+
+def test_settings_of_the_base_stay_unless_set_anew(plans_file):
+    configure("--set", "margin=10", "num_epochs=250")
+    assert main(["configure", "-d", "4", "-c", "new", "--name", "newer", "--set", "weight=0.2", "num_epochs=50"]) == 0
+    written = json.loads(plans_file.read_text())["configurations"]["newer"]["nnunet_calib"]
+    assert written == {"margin": 10, "num_epochs": 50, "weight": 0.2}
+
+
+def test_a_kernel_of_other_axes_than_the_configuration_is_refused(plans_file, capsys):
+    words = ["--name", "new", "--set", "sigma=1", "kernel_size=[1,3,3]"]
+    assert main(["configure", "-d", "4", "-c", "2d", *words]) == 2
+    assert "kernel_size" in capsys.readouterr().err
+    assert main(["configure", "-d", "4", "-c", "3d_fullres", *words]) == 0
+
+
+def test_no_configuration_can_come_to_inherit_from_itself(plans_file):
+    configure()
+    main(["configure", "-d", "4", "-c", "new", "--name", "newer"])
+    assert main(["configure", "-d", "4", "-c", "newer", "--name", "new", "--replace"]) == 2
+
+
+def test_a_configuration_of_nnunet_is_never_replaced(plans_file, capsys):
+    assert main(["configure", "-d", "4", "-c", "2d", "--name", "3d_fullres", "--replace"]) == 2
+    assert "nnU-Net's own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset", ["", "Dataset*", "/data/Dataset004_Toy", "../Dataset004_Toy", "four"])
+def test_a_data_set_is_a_number_or_a_full_name(plans_file, dataset):
+    assert main(["configure", "-d", dataset, "-c", "3d_fullres", "--name", "new"]) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(plans_file, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(plans_file))
+
+    monkeypatch.setattr("nnunet_calib.data.plans.write_whole", full)
+    assert configure() == 1
+    assert capsys.readouterr().err == f"nnunet-calib configure: {plans_file}: No space left on device\n"
 
 
 def test_a_configuration_is_not_replaced_once_it_was_trained(plans_file, tmp_path, capsys):

@@ -36,19 +36,29 @@ def test_trainers_path_is_a_folder_with_one_module(capsys):
     assert [file.name for file in folder.glob("*.py")] == ["nnunet_calib_trainers.py"]
 
 
-def test_doctor_finds_every_trainer_through_nnunet(monkeypatch, capsys):
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path))
+
+
+def test_doctor_finds_every_trainer_through_nnunet(folders, monkeypatch, capsys):
     from nnunet_calib._autoload import trainers_folder
 
-    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder() + os.sep)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "PROBLEM" not in out
     assert all(name in out for name in TRAINERS)
 
 
-def test_doctor_says_what_to_do_where_the_trainers_are_not_found(monkeypatch, capsys):
+def test_doctor_names_a_missing_folder(folders, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_results")
+    assert main(["doctor"]) == 1
+    assert "nnUNet_results       PROBLEM" in capsys.readouterr().out
+
+
+def test_doctor_says_what_to_do_where_the_trainers_are_not_found(folders, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_extTrainer", "/elsewhere")
     assert main(["doctor"]) == 1
     assert "export nnUNet_extTrainer=$(nnunet-calib trainers-path)" in capsys.readouterr().out
