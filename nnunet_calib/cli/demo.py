@@ -4,6 +4,8 @@ import argparse
 import shlex
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -46,20 +48,18 @@ def run(args: argparse.Namespace) -> int:
     road = Road(args.output, _device(args.device), args.seed)
     steps = road.steps()
     print(f"demo in {road.folder} on {road.device}, {len(steps)} steps")
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
     start = time.monotonic()
     try:
-        for number, step in enumerate(steps, 1):
-            title = f"[{number:2d}/{len(steps)}] {step.title}"
-            if step.done():
-                print(f"{title:<36} done before", flush=True)
-                continue
-            began = time.monotonic()
-            with tqdm(total=step.ticks, desc=title, leave=False, disable=None, bar_format=_BAR) as bar:
-                step.run(partial(_show, bar))
-            print(f"{title:<36} {time.monotonic() - began:5.0f} s", flush=True)
+        with _ended_like_ctrl_c():
+            for number, step in enumerate(steps, 1):
+                title = f"[{number:2d}/{len(steps)}] {step.title}"
+                if step.done():
+                    print(f"{title:<36}  done before", flush=True)
+                    continue
+                began = time.monotonic()
+                with tqdm(total=step.ticks, desc=title, leave=False, disable=None, bar_format=_BAR) as bar:
+                    step.run(partial(_show, bar))
+                print(f"{title:<36} {time.monotonic() - began:5.0f} s", flush=True)
     except KeyboardInterrupt:
         raise InputError(f"interrupted; the same command goes on from here (folder {road.folder})") from None
     print(f"{'':<36} {time.monotonic() - start:5.0f} s in all\n")
@@ -75,8 +75,20 @@ def _show(bar, reached: int) -> None:
     bar.refresh()
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """A closed terminal or a batch system's end must end the running command too, as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _device(asked: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nnunet_calib
 from nnunet_calib import _autoload
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
 from nnunet_calib.demo import phantom
@@ -123,7 +123,7 @@ class Road:
         plans = self.preprocessed / "nnUNetPlans.json"
         preprocess = Step(
             "plan and preprocess",
-            done=lambda: plans.is_file() and CONFIGURATION in read_plans(plans)["configurations"],
+            done=lambda: _has_configuration(plans),
             work=self._plan_and_preprocess,
             ticks=phantom.TRAINING_CASES,
             voids=(self.preprocessed, self.results, self.predictions, self.evaluation),
@@ -296,6 +296,14 @@ class Road:
     def _evaluate_command(self, run: str, predictions: Path) -> list[str]:
         folders = [str(self.raw / "labelsTs"), str(predictions), "-o", str(self.evaluation / run)]
         return ["nnunet-calib", "evaluate", *folders, "-djfile", str(self.raw / "dataset.json")]
+
+
+def _has_configuration(plans: Path) -> bool:
+    """Whether the last thing that planning adds is there; plans that nnU-Net was interrupted in do not count."""
+    try:
+        return CONFIGURATION in read_plans(plans)["configurations"]
+    except InputError:
+        return False
 
 
 def _whole(segmentation: Path) -> bool:

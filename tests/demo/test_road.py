@@ -41,6 +41,12 @@ def test_nothing_is_done_in_a_new_folder(road):
     assert not any(step.done() for step in road.steps())
 
 
+def test_half_written_plans_do_not_count(road):
+    road.preprocessed.mkdir(parents=True)
+    (road.preprocessed / "nnUNetPlans.json").write_text('{"plans_name": "nnUNetPl')
+    assert not road.steps()[1].done()
+
+
 def test_the_script_holds_every_command_and_our_folders(road):
     lines = road.script().read_text().splitlines()
     assert f"export nnUNet_raw={road.folder}/nnUNet_raw" in lines
