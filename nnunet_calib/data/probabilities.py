@@ -108,11 +108,9 @@ class ProbabilityFile:
 
 def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(member, max_header_size=_MAX_HEADER)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(member, max_header_size=_MAX_HEADER)
-    raise ValueError(f"npy format {version} is not supported")
+    if version != (1, 0):  # later ones have headers of up to 4 GB, which numpy reads before it looks at their length
+        raise ValueError(f"npy format {version} is not supported")
+    return np.lib.format.read_array_header_1_0(member, max_header_size=_MAX_HEADER)
 
 
 def _read_array(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

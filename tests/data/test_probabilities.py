@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -20,9 +21,9 @@ def npz(path, content, member="probabilities.npy"):
     return path
 
 
-def npy(array, version=None) -> bytes:
+def npy(array) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=version)
+    np.lib.format.write_array(buffer, array)
     return buffer.getvalue()
 
 
@@ -38,9 +39,9 @@ def test_channels_come_one_by_one_as_stored(tmp_path, dtype, save):
         assert np.array_equal(ours, theirs)
 
 
-def test_fortran_order_and_format_2(tmp_path):
+def test_fortran_order(tmp_path):
     """A one-region model whose axes nnU-Net turned round is stored in Fortran order."""
-    path = npz(tmp_path / "a.npz", npy(np.asfortranarray(P), version=(2, 0)))
+    path = npz(tmp_path / "a.npz", npy(np.asfortranarray(P)))
     assert np.array_equal(np.stack(list(ProbabilityFile(path).channels())), P)
 
 
@@ -110,6 +111,18 @@ def _object_npy(trap) -> bytes:
 def test_what_is_no_array_of_probabilities(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         list(ProbabilityFile(npz(tmp_path / "a.npz", content)).channels())
+
+
+def test_a_small_file_cannot_claim_much_memory(tmp_path):
+    """Format 2 allows a header of 4 GB, all of which numpy reads before it finds it too long; spaces pack well."""
+    size = 1 << 25
+    path = npz(tmp_path / "a.npz", b"\x93NUMPY\x02\x00" + size.to_bytes(4, "little") + b" " * size)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"npy format \(2, 0\)"):
+        ProbabilityFile(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 8
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.1])
