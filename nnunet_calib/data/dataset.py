@@ -125,9 +125,10 @@ def _label_manager(content: dict[str, Any], path: Path, plans: Path | None) -> A
 
     manager_class = LabelManager
     if plans is not None and "label_manager" in (plans_content := read_json(plans)):
-        manager_class = get_labelmanager_class_from_plans(plans_content)
+        name = plans_content["label_manager"]
+        manager_class = get_labelmanager_class_from_plans(plans_content) if isinstance(name, str) else None
         if manager_class is None:
-            raise InputError(f"{plans}: nnU-Net has no label manager {plans_content['label_manager']!r}")
+            raise InputError(f"{plans}: nnU-Net has no label manager {name!r}")
     try:
         return manager_class(content["labels"], content.get("regions_class_order"))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:

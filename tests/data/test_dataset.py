@@ -84,6 +84,9 @@ def test_a_label_manager_nnunet_does_not_have(write, tmp_path):
     plans.write_text('{"label_manager": "NoSuchManager"}')
     with pytest.raises(InputError, match="NoSuchManager"):
         read_dataset(write(LABELS), plans)
+    plans.write_text('{"label_manager": 5}')
+    with pytest.raises(InputError, match=r"plans\.json: nnU-Net has no label manager 5"):
+        read_dataset(write(LABELS), plans)
     plans.write_text('{"label_manager": "LabelManager"}')
     assert read_dataset(write(LABELS), plans).labels == (0, 1, 2)
 
