@@ -30,7 +30,8 @@ class LabelImage:
         path: its file.
         labels: unsigned integers (z, y, x); z is 1 for 2D images.
         spacing: mm, in the order of the axes.
-        geometry: what else the file says of its place, by name: ``origin`` (mm), ``direction`` or ``affine``.
+        geometry: what else the file says of its place, if anything: ``origin`` (mm) and ``direction``, a matrix whose
+            columns are the file's axes, of whatever length the reader gives them.
     """
 
     path: Path
@@ -96,7 +97,10 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
         raise _differ("spacing", prediction, prediction.spacing, reference, reference.spacing)
     for name in reference.geometry.keys() & prediction.geometry.keys():
         ours, theirs = prediction.geometry[name], reference.geometry[name]
-        tolerance = _DIRECTION_TOLERANCE if name == "direction" else _ORIGIN_TOLERANCE * min(reference.spacing)
+        if name == "direction":
+            tolerance = _DIRECTION_TOLERANCE * np.linalg.norm(theirs, axis=0)
+        else:
+            tolerance = _ORIGIN_TOLERANCE * min(reference.spacing)
         if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=tolerance):
             raise _differ(name, prediction, ours.ravel(), reference, theirs.ravel())
 
@@ -132,9 +136,11 @@ def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.n
 
 def _geometry(properties: dict[str, Any]) -> dict[str, np.ndarray]:
     if "sitk_stuff" in properties:
-        return {name: np.asarray(properties["sitk_stuff"][name]) for name in ("origin", "direction")}
+        origin, direction = (np.asarray(properties["sitk_stuff"][name]) for name in ("origin", "direction"))
+        return {"origin": origin, "direction": direction.reshape(origin.size, -1)}
     if "nibabel_stuff" in properties:
-        return {"affine": np.asarray(properties["nibabel_stuff"]["original_affine"])}
+        affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
+        return {"origin": affine[:3, 3], "direction": affine[:3, :3]}
     return {}
 
 

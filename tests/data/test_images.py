@@ -107,6 +107,33 @@ def test_another_direction_is_refused(tmp_path):
         check_same_geometry(read(tmp_path / "reference.nii.gz"), read(tmp_path / "other.nii.gz"))
 
 
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO, NibabelIOWithReorient])
+def test_the_direction_has_the_same_tolerance_with_every_reader(tmp_path, reader):
+    """A turn about x, by 1/2000 or by 1/200, of voxels of (0.5, 0.5, 5) mm."""
+    for name, angle in (("straight", 0.0), ("rounded", 5e-4), ("turned", 5e-3)):
+        turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+        affine = np.eye(4)
+        affine[:3, :3] = turn * (0.5, 0.5, 5.0)
+        nibabel.save(nibabel.Nifti1Image(LABELS.T, affine), tmp_path / f"{name}.nii.gz")
+    straight, rounded, turned = (
+        read_labels(tmp_path / f"{name}.nii.gz", reader, (0, 1, 2)) for name in ("straight", "rounded", "turned")
+    )
+    check_same_geometry(straight, rounded)
+    with pytest.raises(InputError, match=r"turned\.nii\.gz: direction"):
+        check_same_geometry(straight, turned)
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_the_origin_has_the_same_tolerance_with_every_reader(tmp_path, reader):
+    for name, shift in (("reference", 0.0), ("other", 0.02)):
+        affine = np.eye(4)
+        affine[0, 3] = shift
+        nibabel.save(nibabel.Nifti1Image(LABELS.T, affine), tmp_path / f"{name}.nii.gz")
+    reference, other = (read_labels(tmp_path / f"{n}.nii.gz", reader, (0, 1, 2)) for n in ("reference", "other"))
+    with pytest.raises(InputError, match="origin"):
+        check_same_geometry(reference, other)
+
+
 def test_the_reader_is_nnunets_choice_and_a_broken_example_does_not_matter(tmp_path, capfd):
     path = tmp_path / "dataset.json"
 
