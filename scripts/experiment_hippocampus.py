@@ -5,7 +5,8 @@
 DATASET_FOLDER is ``Dataset004_Hippocampus`` in nnU-Net raw format with ``labelsTs``. All trainings have the same
 number of steps, but for those fine-tuned from the finished stock network: these are to be compared with stock
 fine-tuned as long. Unattended and resumable: what
-is finished in WORK is not done again. ``--table`` writes the table of all finished runs.
+is finished in WORK is not done again. ``--table`` writes the tables of all finished runs into a document. A second
+run of a row is a training of its own: nnU-Net's are not seeded.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from datetime import date
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import torch
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
+from nnunet_calib.evaluation.intervals import percentile_interval, resampled_means
 
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs
@@ -72,8 +75,8 @@ class Run:
 def runs() -> list[Run]:
     """All rows, in the order in which they tell most."""
 
-    def stock(seed: str = "") -> Run:
-        return Run(f"full{seed}", "StockTrainer", "stock Dice+CE", FULL)
+    def stock(run: str = "") -> Run:
+        return Run(f"full{run}", "StockTrainer", "stock Dice+CE", FULL)
 
     def finetuned(trainer: str, dice: float) -> Run:
         name = f"finetune_dice{dice:g}".replace(".", "p")
@@ -87,8 +90,8 @@ def runs() -> list[Run]:
         settings = FINETUNE if dice is None else {**FINETUNE, "dice_weight": dice}
         return Run(name, trainer, route, settings, "full", "full")
 
-    def switched(trainer: str, dice: float, seed: str = "") -> Run:
-        name = f"switch_dice{dice:g}{seed}".replace(".", "p")
+    def switched(trainer: str, dice: float, run: str = "") -> Run:
+        name = f"switch_dice{dice:g}{run}".replace(".", "p")
         settings = {**FULL, "dice_weight": dice, "calibrate_from": SHARE}
         return Run(name, trainer, f"calibrate_from {SHARE:g}, Dice weight {dice:g}", settings)
 
@@ -103,11 +106,11 @@ def runs() -> list[Run]:
     rows += [refined(trainer, CHOSEN) for trainer in (margin, neighbours)]
     rows += [switched(trainer, CHOSEN) for trainer in (margin, neighbours)]
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
-    rows += [stock("_seed2"), switched(neighbours, CHOSEN, "_seed2")]
+    rows += [stock("_run2"), switched(neighbours, CHOSEN, "_run2")]
     rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [switched(trainer, CHOSEN) for trainer in (entropy, focal)]
-    rows += [switched(margin, CHOSEN, "_seed2")]
+    rows += [switched(margin, CHOSEN, "_run2")]
     return rows
 
 
@@ -128,11 +131,14 @@ class Bench:
         }
         self.plans = self.preprocessed / dataset.name / "nnUNetPlans.json"
         self.number = dataset.name[7:10]
+        self.machine = work / "machine.txt"
 
     def prepare(self, rows: list[Run]) -> None:
         """Plan, preprocess and write a configuration for every row."""
         for folder in (self.raw, self.preprocessed, self.results, self.work / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
+        gpu = torch.cuda.get_device_name() if self.device == "cuda" else "no GPU"
+        self.machine.write_text(f"{os.cpu_count()} cores of {platform.machine()}, {gpu}, torch {torch.__version__}")
         if not (self.raw / self.dataset.name).exists():
             (self.raw / self.dataset.name).symlink_to(self.dataset.resolve())
         done = self.work / "preprocessed.done"
@@ -218,28 +224,64 @@ def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
         return list(pool.map(one, rows)).count(False)
 
 
-def table(bench: Bench, rows: list[Run]) -> str:
-    """Markdown table of every scored row."""
-    regions = ("volume", "reference_foreground", "foreground")
-    lines = [
-        "| loss | route | seed | DSC | HD95 mm | " + " | ".join(f"{m} {r}" for r in regions for m in MEASURES) + " |",
-        "|---|---|---|---" + "|---" * (1 + len(regions) * len(MEASURES)) + "|",
-    ]
+def tables(bench: Bench, rows: list[Run]) -> str:
+    """Markdown: every scored row, and its paired difference to stock of the same length."""
+    summaries = {}
     for row in rows:
         file = bench.work / "scores" / row.name / "summary.json"
-        if not file.exists():
+        if file.exists():
+            summaries[row.name] = json.loads(file.read_text())
+    columns = [f"{measure} {region}" for region in REGIONS for measure in MEASURES]
+    lines = [f"| loss | route | run | DSC | HD95 mm | {' | '.join(columns)} |", "|---" * (5 + len(columns)) + "|"]
+    differences = [
+        "| loss | route | run | DSC | NLL foreground | ECE foreground | ECE volume |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.name not in summaries:
             continue
-        summary = json.loads(file.read_text())
-        mean = summary["foreground_mean"]
-        seed = 2 if row.configuration.endswith("_seed2") else 1
-        cells = [row.trainer.removesuffix("Trainer"), row.route, str(seed), f"{mean['Dice']:.3f}"]
-        cells.append(f"{float(mean['HD95']):.2f}")
-        cells += [f"{float(summary['calibration_mean'][r][m]):.4f}" for r in regions for m in MEASURES]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        summary = summaries[row.name]
+        second = row.configuration.endswith("_run2")
+        head = f"| {row.trainer.removesuffix('Trainer')} | {row.route} | {2 if second else 1} |"
+        mean, calibration = summary["foreground_mean"], summary["calibration_mean"]
+        cells = [f"{float(mean['Dice']):.3f}", f"{float(mean['HD95']):.2f}"]
+        cells += [f"{float(calibration[region][measure]):.4f}" for region in REGIONS for measure in MEASURES]
+        lines.append(f"{head} {' | '.join(cells)} |")
+        stock = "StockTrainer__" + ("refine" if row.after == "full" else "full_run2" if second else "full")
+        if stock in summaries and row.trainer != "StockTrainer":
+            differences.append(f"{head} {' | '.join(paired_differences(summary, summaries[stock]))} |")
+    return "\n".join(lines) + "\n\n" + "\n".join(differences)
 
 
+def paired_differences(summary: dict, stock: dict) -> list[str]:
+    """Mean difference over the cases with its 95 % bootstrap interval."""
+    values = per_case(summary) - per_case(stock)
+    resampled = resampled_means(values)
+    cells = []
+    for column, mean in enumerate(values.mean(axis=0)):
+        low, high = percentile_interval(resampled[:, column])
+        cells.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return cells
+
+
+def per_case(summary: dict) -> np.ndarray:
+    """Dice (mean over structures), NLL and ECE of the foreground, ECE of the volume, one row a case."""
+    return np.array(
+        [
+            [
+                np.mean([float(scores["Dice"]) for scores in case["metrics"].values()]),
+                float(case["calibration"]["foreground"]["NLL"]),
+                float(case["calibration"]["foreground"]["ECE"]),
+                float(case["calibration"]["volume"]["ECE"]),
+            ]
+            for case in sorted(summary["metric_per_case"], key=lambda case: case["case"])
+        ]
+    )
+
+
+REGIONS = ("volume", "reference_foreground", "foreground")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
+MARKS = ("<!-- tables of scripts/experiment_hippocampus.py -->", "<!-- end of tables -->")
 
 
 def main() -> int:
@@ -248,16 +290,17 @@ def main() -> int:
     parser.add_argument("-o", dest="work", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (CPU: one thread each)")
     parser.add_argument("--only", default="*", help="rows TRAINER__CONFIGURATION to run, a shell pattern")
-    parser.add_argument("--table", type=Path, help="write the table here and run nothing")
+    parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench, rows = Bench(args.dataset, args.work, device, args.jobs), runs()
     if args.table:
-        where = (
-            torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        head = (
+            f"{date.today()}; trained on {bench.machine.read_text().strip()}; {EPOCHS} x {STEPS} steps, patch {PATCH}, batch 2"
         )
-        text = f"{date.today()}, {where}, `python scripts/experiment_hippocampus.py`\n\n{table(bench, rows)}\n"
-        args.table.write_text(text)
+        before, _, rest = args.table.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        write_whole(args.table, f"{before}{MARKS[0]}\n{head}\n\n{tables(bench, rows)}\n{MARKS[1]}{after}")
         return 0
     if not shutil.which("nnUNetv2_train", path=str(Path(sys.executable).parent)):
         sys.exit("nnUNetv2_train is not beside this Python; pip install nnunet-calib here")

@@ -1,6 +1,5 @@
 """The loss nnU-Net calls at each scale: its own until calibration begins, then the calibration objective."""
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_calib.losses import CalibrationLoss
@@ -47,7 +46,7 @@ class Objective(nn.Module):
         loss = self.calibration(output, labels, valid)
         if self.dice_weight == 0:
             return loss
-        known = labels if valid is None else torch.where(valid, labels, 0)
+        known = labels if valid is None else labels.masked_fill(~valid, 0)
         return loss + self.dice_weight * self.stock.dc(output, known, loss_mask=valid)
 
     def _labels_and_valid(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
