@@ -295,9 +295,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench, rows = Bench(args.dataset, args.work, device, args.jobs), runs()
     if args.table:
-        head = (
-            f"{date.today()}; trained on {bench.machine.read_text().strip()}; {EPOCHS} x {STEPS} steps, patch {PATCH}, batch 2"
-        )
+        head = f"{date.today()}; {bench.machine.read_text().strip()}; {EPOCHS} x {STEPS} steps, patch {PATCH}, batch 2"
         before, _, rest = args.table.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         write_whole(args.table, f"{before}{MARKS[0]}\n{head}\n\n{tables(bench, rows)}\n{MARKS[1]}{after}")

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chill", action="store_true", help="leave out references that have no prediction")
     parser.add_argument("--nsd", metavar="MM", type=float, default=1.0, help="tolerance of NSD in mm (default: 1)")
     parser.add_argument("--bins", metavar="N", type=int, default=15, help="calibration bins (default: 15)")
+    parser.add_argument(
+        "--dilate", metavar="MM", type=float, default=0.0, help="widen the region foreground by so many mm (default: 0)"
+    )
     parser.add_argument("--boundary", action="store_true", help="calibration within 3 mm of the reference surface too")
 
 
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         args.pfile,
         processes=args.np,
         chill=args.chill,
-        protocol=Protocol(bins=args.bins, nsd_tolerance=args.nsd, boundary=args.boundary),
+        protocol=Protocol(bins=args.bins, nsd_tolerance=args.nsd, boundary=args.boundary, dilate=args.dilate),
         on_failure=lambda line: tqdm.write(f"nnunet-calib evaluate: {line}", file=sys.stderr),
         stop_at_failure=args.debug,
     )
@@ -69,9 +72,11 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
         yield _row("foreground", [_number(summary["foreground_mean"][name]) for name in _STRUCTURE_COLUMNS])
     if summary["calibration_mean"]:
         yield ""
-        yield _row("mean over cases", _CALIBRATION_COLUMNS)
+        if 0 < (calibrated := sum(bool(record["calibration"]) for record in summary["metric_per_case"])) < cases:
+            yield f"calibration of {calibrated} of {cases} cases: the others have no probabilities (<case>.npz)"
+        yield _row("mean over cases", [*_CALIBRATION_COLUMNS, "cases"])
         for region, scores in summary["calibration_mean"].items():
-            yield _row(region, [_number(scores[name]) for name in _CALIBRATION_COLUMNS])
+            yield _row(region, [*(_number(scores[name]) for name in _CALIBRATION_COLUMNS), str(scores["cases"])])
     elif cases:
         yield "no probabilities (<case>.npz) beside the predictions: no calibration"
 

@@ -127,11 +127,10 @@ def _regions(
 ) -> dict[str, np.ndarray]:
     """The sets of voxels calibration is measured on; ``reference`` has its ignored voxels set to background."""
     counts = np.ones(reference.shape, dtype=bool) if valid is None else valid
-    regions = {
-        "volume": counts,
-        "reference_foreground": reference != 0,
-        "foreground": ((reference != 0) | (prediction.labels != 0)) & counts,
-    }
+    foreground = ((reference != 0) | (prediction.labels != 0)) & counts
+    if protocol.dilate:
+        foreground |= metrics.near_surface(foreground, prediction.spacing, protocol.dilate) & counts
+    regions = {"volume": counts, "reference_foreground": reference != 0, "foreground": foreground}
     if protocol.boundary:
         regions["boundary"] = metrics.near_surface(reference, prediction.spacing, BOUNDARY_MM) & counts
     return regions
@@ -174,13 +173,20 @@ def _without_ignored(labels: np.ndarray, valid: np.ndarray | None) -> np.ndarray
 
 
 def _label_boxes(*label_maps: np.ndarray) -> dict[int, tuple[slice, ...]]:
-    """Smallest box around each label in any of the maps; the whole map for background."""
+    """Box around each label in any of the maps, the whole map for background.
+
+    One voxel wider than the label where the image goes on, so that a label one voxel thick is not taken for the only
+    slice there is.
+    """
     found: dict[int, list[tuple[slice, ...]]] = {0: [tuple(slice(0, length) for length in label_maps[0].shape)]}
     for labels in label_maps:
         for label, box in enumerate(ndimage.find_objects(labels), start=1):
             if box is not None:
                 found.setdefault(label, []).append(box)
-    return {label: _union(boxes, label_maps[0].ndim) for label, boxes in found.items()}
+    return {
+        label: tuple(slice(max(0, side.start - 1), side.stop + 1) for side in _union(boxes, label_maps[0].ndim))
+        for label, boxes in found.items()
+    }
 
 
 def _union(boxes: list[tuple[slice, ...]], ndim: int) -> tuple[slice, ...]:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +22,7 @@ from nnunet_calib.data.images import choose_reader
 from nnunet_calib.evaluation.case import CaseResult, evaluate_case
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.summary import summarise
-from nnunet_calib.evaluation.write import write_cases, write_reliability, write_summary
+from nnunet_calib.evaluation.write import RESULTS, write_results
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def evaluate_folder(
 
     Raises:
         UsageError: folders or options that make no sense.
-        InputError: files that stop the whole evaluation: dataset.json, or references and predictions that do not pair.
+        InputError: files that stop the whole evaluation: dataset.json, references and predictions that do not pair, or
+            results that cannot be written.
     """
     reference_folder, prediction_folder, output = map(Path, (reference_folder, prediction_folder, output_folder))
     protocol = protocol or Protocol()
@@ -98,35 +100,54 @@ def evaluate_folder(
         | {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__},
         "software": _software(),
     }
-    write_reliability(ordered, dataset, protocol.bins, output / "reliability.json")
-    write_cases(ordered, dataset, output / "cases.csv")
-    write_summary(summary, output / "summary.json")
+    write_results(output, summary, ordered, dataset, protocol.bins)
     return summary
 
 
 def _scored(
     score: Callable[[CaseFiles], CaseResult], cases: Sequence[CaseFiles], workers: int
 ) -> Iterator[tuple[CaseFiles, CaseResult | Exception]]:
-    """Score cases, in processes if that helps, and yield each as it is done."""
+    """Score cases, in processes if that helps, and yield each as it is done.
+
+    A process the system kills, for want of memory, takes its pool with it: the cases left are scored one at a time.
+    """
     if workers == 1 or len(cases) == 1:
         for case in cases:
             yield case, _outcome(partial(score, case))
         return
-    pool = ProcessPoolExecutor(min(workers, len(cases)), mp_context=multiprocessing.get_context("spawn"))
-    try:
+    left = list(cases)
+    with suppress(BrokenProcessPool), _processes(min(workers, len(cases))) as pool:
         futures = {pool.submit(score, case): case for case in cases}
         for future in as_completed(futures):
-            yield futures[future], _outcome(future.result)
+            outcome = _outcome(future.result)
+            left.remove(futures[future])
+            yield futures[future], outcome
+    while left:
+        with _processes(1) as pool:
+            try:
+                while left:
+                    case = left.pop(0)
+                    yield case, _outcome(pool.submit(score, case).result)
+            except BrokenProcessPool:
+                yield case, InputError("its process was killed, out of memory perhaps")
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that drops what it has not begun when it is left."""
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _outcome(result: Callable[[], CaseResult]) -> CaseResult | Exception:
-    """A case's result or its error: one bad case does not end the others."""
+    """A case's result or its error: one bad case does not end the others. A broken pool is no case's error."""
     try:
         return result()
     except BrokenProcessPool:
-        return InputError("its process was killed, out of memory perhaps; try -np 1")
+        raise
     except Exception as error:
         return error
 
@@ -144,6 +165,9 @@ def _make_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be made a folder for the results ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{folder} cannot be written to")
+    for name in RESULTS:
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a directory; move it away, the results need its name")
 
 
 def _software() -> dict[str, str]:

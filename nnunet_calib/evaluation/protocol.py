@@ -20,6 +20,7 @@ class Protocol:
         bins: equal-width bins of every reliability diagram.
         nsd_tolerance: mm, of the surface Dice.
         boundary: measure calibration near the reference surface too.
+        dilate: mm by which the region ``foreground`` reaches beyond reference and prediction.
 
     Raises:
         UsageError: a value outside its range.
@@ -28,19 +29,22 @@ class Protocol:
     bins: int = BINS
     nsd_tolerance: float = 1.0
     boundary: bool = False
+    dilate: float = 0.0
 
     def __post_init__(self):
         if not 1 <= self.bins <= 1000:
             raise UsageError(f"the number of bins must be between 1 and 1000, not {self.bins}")
-        if not (math.isfinite(self.nsd_tolerance) and self.nsd_tolerance >= 0):
-            raise UsageError(f"the NSD tolerance must be a number of mm, 0 or more, not {self.nsd_tolerance}")
+        for name, length in (("NSD tolerance", self.nsd_tolerance), ("dilation", self.dilate)):
+            if not (math.isfinite(length) and length >= 0):
+                raise UsageError(f"the {name} must be a number of mm, 0 or more, not {length}")
 
     def describe(self, dataset: Dataset) -> dict[str, Any]:
         """The choices in words and numbers, for the record."""
         regions = {
             "volume": "all voxels",
             "reference_foreground": "voxels of any structure in the reference",
-            "foreground": "voxels of any structure in reference or prediction",
+            "foreground": "voxels of any structure in reference or prediction"
+            + (f", and those within {self.dilate:g} mm of one" if self.dilate else ""),
         }
         if self.boundary:
             regions["boundary"] = f"voxels within {BOUNDARY_MM:g} mm of the reference surface"
@@ -60,6 +64,7 @@ class Protocol:
             "NLL": nll + "; nats; p clipped at the smallest positive number of its stored type",
             "ACE": "unweighted mean over the bins that hold a voxel",
             "regions": regions,
+            "dilate_mm": self.dilate,
             "surface": "voxels with a face neighbour outside; beyond the image edge is outside; distances in mm",
             "HD95": "larger of the two directed 95th percentiles, linear interpolation",
             "ASSD": "mean over both directions pooled",

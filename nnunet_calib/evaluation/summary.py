@@ -23,7 +23,8 @@ def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]
 
     ``mean`` and ``foreground_mean`` are nnU-Net's: the mean over cases that have the number, then the plain mean over
     structures, NaN if a structure is in no case at all. A missed structure makes its mean distance infinite;
-    ``structures`` tells how many there are.
+    ``structures`` tells how many there are. The ``cases`` of a region's calibration are those with probabilities and
+    a voxel in it.
 
     Args:
         results: of the cases, in the order they are to be listed; none is allowed.
@@ -33,6 +34,7 @@ def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]
     mean = {key(s): _mean_of([r["metrics"][key(s)] for r in records]) for s in dataset.structures} if records else {}
     regions = list(dict.fromkeys(region for record in records for region in record["calibration"]))
     by_region = {region: [r["calibration"][region] for r in records if r["calibration"]] for region in regions}
+    cases = {region: {"cases": sum(c["n"] > 0 for c in by_region[region])} for region in regions}
     channel_keys = [key(channel) for channel in dataset.channels]
     return {
         "foreground_mean": _foreground_mean(mean),
@@ -40,8 +42,10 @@ def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]
         "structures": {
             key(s): {"name": dataset.names[key(s)], **_occurrence(records, key(s))} for s in dataset.structures
         },
-        "calibration_mean": {region: _mean_of(calibrations) for region, calibrations in by_region.items()},
-        "calibration_pooled": {region: metrics.scores(pooled(results, region), channel_keys) for region in regions},
+        "calibration_mean": {region: _mean_of(by_region[region]) | cases[region] for region in regions},
+        "calibration_pooled": {
+            region: metrics.scores(pooled(results, region), channel_keys) | cases[region] for region in regions
+        },
         "intervals": _intervals(records, mean, by_region),
         "metric_per_case": records,
     }

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,40 @@ from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.evaluation.case import CaseResult
 from nnunet_calib.metrics import Bins, CalibrationStatistics
 
+RESULTS = ("summary.json", "cases.csv", "reliability.json")
+
 _CASE_SCORES = ("ECE", "CECE", "ACE", "MCE", "Brier", "NLL")
 _CLASS_SCORES = ("ECE", "ACE", "MCE", "Brier", "NLL")
 
 
-def write_summary(summary: dict[str, Any], path: Path) -> None:
-    """Write ``summary.json``: valid JSON, non-finite numbers as the strings "inf", "-inf", "nan"."""
-    write_whole(path, json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+def write_results(
+    folder: Path, summary: dict[str, Any], results: Sequence[CaseResult], dataset: Dataset, bins: int
+) -> None:
+    """Write the three files, whole or not at all: the folder never holds files of two runs.
+
+    Raises:
+        InputError: one of them cannot be written.
+    """
+    texts = _summary_text(summary), _cases_text(results, dataset), _reliability_text(results, dataset, bins)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".results.") as fresh:
+            for name, text in zip(RESULTS, texts, strict=True):
+                write_whole(Path(fresh, name), text)
+            for name in RESULTS:  # the last old one goes before the first new one comes
+                (folder / name).unlink(missing_ok=True)
+            for name in RESULTS:
+                os.replace(Path(fresh, name), folder / name)
+    except OSError as error:
+        raise InputError(f"{folder}: the results cannot be written ({error.strerror})") from error
 
 
-def write_cases(results: Sequence[CaseResult], dataset: Dataset, path: Path) -> None:
-    """Write ``cases.csv``: a row per case and structure.
+def _summary_text(summary: dict[str, Any]) -> str:
+    """``summary.json``: valid JSON, non-finite numbers as the strings "inf", "-inf", "nan"."""
+    return json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
+
+
+def _cases_text(results: Sequence[CaseResult], dataset: Dataset) -> str:
+    """``cases.csv``: a row per case and structure.
 
     Columns ``<region>_<score>`` are the case's (repeated in each of its rows), ``<region>_class_<score>`` the binary
     problem of the row's structure. Empty: no probabilities.
@@ -55,11 +80,11 @@ def write_cases(results: Sequence[CaseResult], dataset: Dataset, path: Path) -> 
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    return text.getvalue()
 
 
-def write_reliability(results: Sequence[CaseResult], dataset: Dataset, bins: int, path: Path) -> None:
-    """Write ``reliability.json``: the counts behind every calibration number, per case, region and class."""
+def _reliability_text(results: Sequence[CaseResult], dataset: Dataset, bins: int) -> str:
+    """``reliability.json``: the counts behind every calibration number, per case, region and class."""
     content = {
         "bins": bins,
         "classes": [key(channel) for channel in dataset.channels],
@@ -70,7 +95,7 @@ def write_reliability(results: Sequence[CaseResult], dataset: Dataset, bins: int
             if result.statistics
         },
     }
-    write_whole(path, json.dumps(content, allow_nan=False) + "\n")
+    return json.dumps(content, allow_nan=False) + "\n"
 
 
 def read_reliability(path: Path) -> dict[str, dict[str, CalibrationStatistics]]:

@@ -126,7 +126,7 @@ def near_surface(labels: np.ndarray, spacing: Sequence[float], within: float) ->
     """Voxels near the surface of any structure of a label map.
 
     Args:
-        labels: label map (0 is background), 2D or 3D.
+        labels: label map (0 is background) or bool mask, 2D or 3D.
         spacing: mm per axis.
         within: mm, inclusive, measured between voxel centres.
 
@@ -143,7 +143,7 @@ def near_surface(labels: np.ndarray, spacing: Sequence[float], within: float) ->
         for side, margin in zip(_bounding_box(foreground), margins, strict=True)
     )
     crop = labels[box]
-    axes = _extended_axes(crop.shape)
+    axes = _extended_axes(labels.shape)
     flat = crop.reshape([crop.shape[axis] for axis in axes])
     away = ~((flat != 0) & _has_different_neighbour(flat))
     distance = ndimage.distance_transform_edt(away, sampling=[spacing[axis] for axis in axes])

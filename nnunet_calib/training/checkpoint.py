@@ -21,6 +21,8 @@ def load_weights(network: nn.Module, checkpoint: str) -> None:
         RefusedSettings: the file holds more than weights and plain values, or weights of another architecture, or is no
             whole checkpoint.
     """
+    if not hasattr(torch.serialization, "safe_globals"):
+        raise RefusedSettings(f"finetune_from needs torch 2.6 or newer, this is {torch.__version__}")
     try:
         # nnU-Net logs numpy numbers; their constructors are the only classes allowed besides torch's own.
         with torch.serialization.safe_globals(_numpy_scalars()):

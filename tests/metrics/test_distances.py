@@ -170,6 +170,12 @@ def test_near_surface_is_the_ball_around_it():
     assert [int(near[z].sum()) for z in range(7)] == [0, 0, 21, 29, 21, 0, 0]
 
 
+def test_near_surface_of_a_structure_in_one_slice_is_all_of_it():
+    labels = np.zeros((3, 5, 5), dtype=np.uint8)
+    labels[1, 1:4, 1:4] = 1
+    assert np.array_equal(near_surface(labels, (1.0, 1.0, 1.0), 0.0), labels == 1)
+
+
 def test_near_surface_knows_borders_between_structures_and_empty_references():
     labels = np.repeat([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2]], 10, axis=0)
     assert near_surface(labels, (1.0, 1.0), 0.0)[5].tolist() == [True, *[False] * 3, True, True, *[False] * 3, True]
