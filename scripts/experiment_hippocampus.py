@@ -107,10 +107,10 @@ def runs() -> list[Run]:
     rows += [switched(trainer, CHOSEN) for trainer in (margin, neighbours)]
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
     rows += [stock("_run2"), switched(neighbours, CHOSEN, "_run2")]
-    rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
-    rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [switched(trainer, CHOSEN) for trainer in (entropy, focal)]
+    rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [switched(margin, CHOSEN, "_run2")]
+    rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     return rows
 
 
