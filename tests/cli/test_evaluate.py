@@ -35,11 +35,19 @@ def test_scores_a_folder_and_prints_the_means(folders, capsys):
     assert sorted(path.name for path in folders.output.iterdir()) == ["cases.csv", "reliability.json", "summary.json"]
 
 
+def test_calibration_of_some_of_the_cases_is_said_to_be_that(folders, capsys):
+    assert main(folders.words) == 0
+    assert "calibration of" not in capsys.readouterr().out
+    (folders.prediction / "case_0.npz").unlink()
+    assert main(folders.words) == 0
+    assert "calibration of 1 of 2 cases" in capsys.readouterr().out
+
+
 def test_options_reach_the_protocol(folders):
-    words = [*folders.words, "--nsd", "2.5", "--bins", "10", "--boundary", "-djfile", str(folders.dataset_json)]
-    assert main(words) == 0
+    words = [*folders.words, "--nsd", "2.5", "--bins", "10", "--dilate", "1.5", "--boundary"]
+    assert main([*words, "-djfile", str(folders.dataset_json)]) == 0
     protocol = folders.summary()["protocol"]
-    assert (protocol["bins"], protocol["NSD_tolerance_mm"]) == (10, 2.5)
+    assert (protocol["bins"], protocol["NSD_tolerance_mm"], protocol["dilate_mm"]) == (10, 2.5, 1.5)
     assert "boundary" in protocol["regions"]
 
 
@@ -134,6 +142,7 @@ def test_a_prediction_without_reference(folders, capsys):
     [
         (["--bins", "0"], "bins"),
         (["--nsd", "-1"], "NSD tolerance"),
+        (["--dilate", "inf"], "dilation"),
         (["-np", "0"], "processes"),
     ],
 )
@@ -156,6 +165,14 @@ def test_output_that_cannot_be_a_folder(folders, capsys):
     folders.output.write_text("a file")
     assert main(folders.words) == 2
     assert "cannot be made a folder" in error_lines(capsys)[0]
+
+
+def test_a_result_that_cannot_be_written(folders, capsys):
+    (folders.output / "summary.json").mkdir(parents=True)
+    assert main(folders.words) == 1
+    (line,) = error_lines(capsys)
+    assert "summary.json is a directory" in line
+    assert [path.name for path in folders.output.iterdir()] == ["summary.json"]
 
 
 def test_broken_dataset_json(folders, capsys):

@@ -1,11 +1,15 @@
 """A folder from files to summary: nnU-Net's numbers in it, the record's promises around them."""
 
 import csv
+import importlib
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_average_surface_distance, compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics, compute_metrics_on_folder, load_summary_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -134,7 +138,8 @@ def test_any_number_can_be_computed_again_from_reliability_json(folders):
         for region, expected in case["calibration"].items():
             assert_same(metrics.scores(statistics[case["case"]][region], "012"), expected)
     first, second, third = (statistics[f"case_{i}"]["foreground"] for i in range(3))
-    assert_same(metrics.scores(first + second + third, "012"), summary["calibration_pooled"]["foreground"])
+    pooled = metrics.scores(first + second + third, "012") | {"cases": 3}
+    assert_same(pooled, summary["calibration_pooled"]["foreground"])
 
 
 def test_another_json_is_no_reliability_json(folders):
@@ -204,6 +209,16 @@ def test_without_probabilities_there_is_no_calibration_but_the_rest(folders):
     assert list(json.loads((folders.output / "reliability.json").read_text())["cases"]) == ["case_0", "case_2"]
 
 
+def test_how_many_cases_a_calibration_has_is_told(folders):
+    """One case has no probabilities, another no foreground in its reference."""
+    (folders.prediction / "case_1.npz").unlink()
+    write_labels(folders.reference / "case_2.nii.gz", np.zeros((6, 14, 12), dtype=np.uint8), (2.5, 1.0, 0.8))
+    summary = evaluate(folders)
+    for calibration in (summary["calibration_mean"], summary["calibration_pooled"]):
+        cases = {region: scores["cases"] for region, scores in calibration.items()}
+        assert cases == {"volume": 2, "reference_foreground": 1, "foreground": 2}
+
+
 def test_ignored_voxels_count_nowhere(tmp_path):
     """What is predicted, and how surely, where the reference says ignore changes no number."""
     reference, p = ambiguous(4, (6, 14, 12))
@@ -215,14 +230,14 @@ def test_ignored_voxels_count_nowhere(tmp_path):
         if fill:
             other[:, :, :4] = np.eye(3, dtype=np.float32)[fill][:, None, None, None]
         folders.add("case", reference, other.argmax(axis=0), other)
-        summaries.append(evaluate(folders, protocol=Protocol(boundary=True)))
+        summaries.append(evaluate(folders, protocol=Protocol(boundary=True, dilate=20.0)))
         theirs = of_nnunet(folders, [1, 2], ignore_label=3)
         ours = summaries[-1]["metric_per_case"][0]["metrics"]
         assert {name: ours["1"][name] for name in theirs[1]} == theirs[1]
     clean, dirty = (summary["metric_per_case"][0] for summary in summaries)
     assert clean["metrics"] == dirty["metrics"]
     assert_same(clean["calibration"], dirty["calibration"])
-    assert clean["calibration"]["volume"]["n"] == 6 * 10 * 12
+    assert clean["calibration"]["volume"]["n"] == clean["calibration"]["foreground"]["n"] == 6 * 10 * 12
 
 
 def test_regions_have_nnunets_keys_and_binary_calibration(tmp_path):
@@ -258,6 +273,39 @@ def test_distances_of_regions_are_those_of_their_masks(tmp_path):
         distances = metrics.surface_distances(*masks, (3.0, 1.0, 0.5))
         assert ours[structure]["HD95"] == metrics.hausdorff_95(distances)
         assert ours[structure]["ASSD"] == metrics.average_surface_distance(distances)
+
+
+def squares() -> tuple[np.ndarray, np.ndarray]:
+    """Reference and prediction in a single slice of a volume."""
+    reference, prediction = np.zeros((2, 5, 30, 30), dtype=np.uint8)
+    reference[2, 5:20, 5:20] = 1
+    prediction[2, 5:20, 8:24] = 1
+    return reference, prediction
+
+
+def test_a_structure_in_one_slice_of_a_volume_is_all_surface(tmp_path):
+    """As in MONAI 1.5: the voxels' neighbours in the next slices are outside."""
+    folders = Folders(tmp_path, LABELS)
+    reference, prediction = squares()
+    folders.add("case", reference, prediction)
+    ours = evaluate(folders)["metric_per_case"][0]["metrics"]["1"]
+    assert (ours["ASSD"], ours["NSD"]) == pytest.approx((0.51613, 0.83871), abs=1e-5)
+    whole = metrics.surface_distances(reference == 1, prediction == 1, (1.0, 1.0, 1.0))
+    assert ours["ASSD"] == metrics.average_surface_distance(whole)
+    y, y_pred = (torch.from_numpy(labels[None, None]) for labels in (reference, prediction))
+    options = {"y_pred": y_pred, "y": y, "include_background": True}
+    assert ours["ASSD"] == pytest.approx(float(compute_average_surface_distance(**options, symmetric=True)), abs=1e-5)
+    assert ours["NSD"] == pytest.approx(float(compute_surface_dice(**options, class_thresholds=[1.0])), abs=1e-5)
+
+
+def test_a_column_of_a_2d_image_is_all_surface(tmp_path):
+    """Eight voxels, the first five found: the others are 1, 2 and 3 away, 13 surface voxels in all."""
+    folders = Folders(tmp_path, LABELS)
+    reference, prediction = np.zeros((2, 1, 12, 10), dtype=np.uint8)
+    reference[0, 2:10, 4] = prediction[0, 2:7, 4] = 1
+    folders.add("case", reference, prediction)
+    ours = evaluate(folders)["metric_per_case"][0]["metrics"]["1"]
+    assert (ours["HD"], ours["ASSD"], ours["NSD"]) == pytest.approx((3, 6 / 13, 11 / 13))
 
 
 def test_postprocessed_predictions_are_noted(folders):
@@ -323,6 +371,26 @@ def test_options_change_the_protocol_and_the_numbers(folders):
         Protocol(bins=0)
     with pytest.raises(UsageError, match="NSD"):
         Protocol(nsd_tolerance=math.nan)
+    with pytest.raises(UsageError, match="dilation"):
+        Protocol(dilate=-1.0)
+
+
+def test_the_foreground_region_can_be_dilated_in_mm(tmp_path):
+    """2 mm around two voxels one beside the other along z, spacing (2, 1, 1).
+
+    13 offsets y^2 + x^2 <= 4 in either slice and the voxel alone one slice further, on both sides: 2 (13 + 1).
+    """
+    folders = Folders(tmp_path, LABELS)
+    reference, prediction = np.zeros((2, 8, 11, 11), dtype=np.uint8)
+    reference[3, 5, 5] = prediction[4, 5, 5] = 1
+    p = np.moveaxis(np.eye(3, dtype=np.float32)[prediction], -1, 0)
+    folders.add("case", reference, prediction, p, spacing=(2.0, 1.0, 1.0))
+    for millimetres, n in ((0.0, 2), (0.5, 2), (2.0, 28)):
+        summary = evaluate(folders, protocol=Protocol(dilate=millimetres))
+        assert summary["protocol"]["dilate_mm"] == millimetres
+        calibration = summary["metric_per_case"][0]["calibration"]
+        assert [calibration[region]["n"] for region in ("reference_foreground", "foreground")] == [1, n]
+    assert "2 mm" in summary["protocol"]["regions"]["foreground"]
 
 
 def test_one_bad_case_is_reported_and_the_rest_goes_on(folders):
@@ -333,3 +401,56 @@ def test_one_bad_case_is_reported_and_the_rest_goes_on(folders):
     assert len(failures) == 1
     assert "case_1.npz" in failures[0]
     assert folders.summary()["failed"][0]["case"] == "case_1"
+
+
+def test_a_case_that_kills_its_process_fails_alone(folders, tmp_path, monkeypatch):
+    """As the system does to a process for want of memory; a pool then gives up on all that it has not finished."""
+    (tmp_path / "deadly.py").write_text(
+        "import os\n"
+        "from nnunet_calib.evaluation.case import evaluate_case\n"
+        "def score(files, **options):\n"
+        "    return os._exit(9) if files.name == 'case_0' else evaluate_case(files, **options)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("nnunet_calib.evaluation.folder.evaluate_case", importlib.import_module("deadly").score)
+    failures = []
+    summary = evaluate(folders, processes=2, on_failure=failures.append)
+    assert [record["case"] for record in summary["metric_per_case"]] == ["case_1", "case_2"]
+    assert failures == ["case case_0: its process was killed, out of memory perhaps"]
+
+
+def contents(folders: Folders) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folders.output.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "cases.csv", "reliability.json"])
+def test_a_target_that_cannot_be_replaced_leaves_the_others_as_they_were(folders, name):
+    evaluate(folders)
+    (folders.output / name).unlink()
+    (folders.output / name).mkdir()
+    before = contents(folders)
+    with pytest.raises(InputError, match=rf"{name} is a directory"):
+        evaluate(folders, protocol=Protocol(bins=5))
+    assert contents(folders) == before
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_the_results_never_are_of_two_runs(folders, monkeypatch, done):
+    """Whichever file the last step fails at."""
+    evaluate(folders)
+    before, replace, moved = contents(folders), os.replace, []
+
+    def replace_or_fail(source, target):
+        if os.path.dirname(target) == str(folders.output):
+            if len(moved) == done:
+                raise OSError(28, "No space left on device")
+            moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        evaluate(folders, protocol=Protocol(bins=5))
+    after = contents(folders)
+    assert len(moved) == done
+    assert not any(after.get(name) == content for name, content in before.items()) or not moved
+    assert list(folders.output.iterdir()) == [folders.output / name for name in after]
