@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         plans_file, args.name, args.c, settings, previous_stage=args.previous_stage, replace=args.replace
     )
     print(f"wrote {args.name} into {plans_file} (before: {backup.name})")
-    trainer = args.tr or (accepting[0] if len(accepting) == 1 else "NAME")
-    print(f"train: nnUNetv2_train {args.d} {args.name} 0 -tr {trainer} -p {args.p}")
+    to_train = args.tr or (accepting[0] if len(accepting) == 1 else "NAME")
+    print(f"train: nnUNetv2_train {args.d} {args.name} 0 -tr {to_train} -p {args.p}")
     print(f"trainers that take these settings: {', '.join(accepting)}")
     return 0
 

@@ -47,7 +47,7 @@ class Objective(nn.Module):
         if self.dice_weight == 0:
             return loss
         known = labels if valid is None else labels.masked_fill(~valid, 0)
-        return loss + self.dice_weight * self.stock.dc(output, known, loss_mask=valid)
+        return loss + self.dice_weight * self.stock.get_submodule("dc")(output, known, loss_mask=valid)
 
     def _labels_and_valid(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.calibration.multilabel:
