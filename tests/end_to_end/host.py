@@ -57,6 +57,7 @@ class Installed:
         # What the tests' own environment has registered must not help.
         self.environment = {name: value for name, value in os.environ.items() if not _OWN.match(name)}
         self.environment |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
+        self.environment["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait are slow on a busy machine
 
     def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the environment's Python."""

@@ -32,7 +32,7 @@ def host(from_wheel, tmp_path_factory) -> Host:
     host.add_small(LABELS, "low", "3d_lowres", {"calibrate_from": 0})
     host.add_small(LABELS, "full", "3d_cascade_fullres", {"calibrate_from": 0}, previous_stage="low")
     # Long enough an epoch to be killed in.
-    host.add_small(IGNORING, "small", "3d_fullres", {"calibrate_from": 0.5, "num_iterations_per_epoch": 30})
+    host.add_small(IGNORING, "small", "3d_fullres", {"calibrate_from": 0.5, "num_iterations_per_epoch": 20})
     host.add_small(REGIONS, "small", "2d", {"margin": 2, "dice_weight": 0.5})
     host.add_small(REGIONS, "wrong", "2d", {"marign": 2})
     return host

@@ -16,7 +16,7 @@ from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings
 
 from .toy import PLANS, architecture, build, construct, prepare_folders
 
-MARGIN_2 = {"margin": 2.0, "calibrate_from": 0, "num_epochs": 3}
+MARGIN_2 = {"margin": 2.0, "calibrate_from": 0, "num_epochs": 3, "dice_weight": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -117,12 +117,10 @@ def stock(**options) -> nnUNetTrainer:
 
 @pytest.mark.parametrize("configuration", ["small", "base"], ids=["same configuration", "inherited one"])
 @pytest.mark.parametrize("kind", ["labels", "regions_ignore"])
-@pytest.mark.parametrize("initialized", [False, True])
-def test_fine_tuning_starts_from_every_weight_of_the_stock_checkpoint(configuration, kind, initialized):
+def test_fine_tuning_starts_from_every_weight_of_the_stock_checkpoint(configuration, kind):
     first = stock(kind=kind, configuration=configuration)
     saved(first)
-    start = build if initialized else construct
-    trainer = start("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2, kind=kind)
+    trainer = construct("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2, kind=kind)
     trainer.on_train_start()
     assert any("seg_layers" in key for key in weights_of(trainer))
     assert same(weights_of(trainer), weights_of(first))
@@ -175,6 +173,13 @@ def test_without_the_checkpoint_the_command_that_makes_it_is_named():
     message = str(caught.value)
     assert f"nnUNetTrainer__{PLANS}__small/fold_0 or nnUNetTrainer__{PLANS}__base/fold_0" in message
     assert "nnUNetv2_train Dataset001_Toy CONFIGURATION 0 -tr nnUNetTrainer -p nnUNetPlans" in message
+
+
+def test_pretrained_weights_beside_fine_tuning_are_refused():
+    saved(stock())
+    trainer = build("MbLSTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2)  # -pretrained_weights initializes
+    with pytest.raises(RefusedSettings, match="-pretrained_weights and finetune_from are two starts"):
+        trainer.on_train_start()
 
 
 def test_weights_of_another_architecture_are_refused():

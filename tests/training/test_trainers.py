@@ -211,11 +211,11 @@ def test_until_calibrate_from_the_loss_is_exactly_nnunets(name, kind):
     assert first != then
 
 
-@every_trainer
-def test_by_default_a_training_starts_with_nnunets_loss(name):
-    trainer, stock = (build(n, axes=2) for n in (name, "nnUNetTrainer"))
+@kinds
+def test_the_stock_trainer_keeps_nnunets_loss(kind):
+    trainer, stock = (build(name, kind=kind, axes=2) for name in ("StockTrainer", "nnUNetTrainer"))
     trainer.on_train_epoch_start()
-    outputs, reference = logits(trainer), targets(trainer, "labels")
+    outputs, reference = logits(trainer), targets(trainer, kind)
     assert trainer.loss(outputs, reference) == stock.loss(outputs, reference)
 
 
