@@ -34,6 +34,7 @@ from nnunet_calib.evaluation.intervals import percentile_interval, resampled_mea
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs
 VALIDATED = 4  # cases in nnU-Net's validation after each training; it mirrors eight times, slow on CPU
+LATE = 0.9  # and in the route that the defaults take; of 8 epochs the last is the objective's
 CHOSEN = 0.3  # weight of nnU-Net's Dice in the routes that decide the defaults
 SHARE = 0.75  # of the steps that nnU-Net's own loss has in the routes that start with it
 SCHEDULE = {"num_iterations_per_epoch": STEPS, "num_val_iterations_per_epoch": 10, "save_every": 1}
@@ -90,10 +91,10 @@ def runs() -> list[Run]:
         settings = FINETUNE if dice is None else {**FINETUNE, "dice_weight": dice}
         return Run(name, trainer, route, settings, "full", "full")
 
-    def switched(trainer: str, dice: float, run: str = "") -> Run:
-        name = f"switch_dice{dice:g}{run}".replace(".", "p")
-        settings = {**FULL, "dice_weight": dice, "calibrate_from": SHARE}
-        return Run(name, trainer, f"calibrate_from {SHARE:g}, Dice weight {dice:g}", settings)
+    def switched(trainer: str, share: float, run: str = "") -> Run:
+        name = f"switch{'' if share == SHARE else f'{share:g}'}_dice{CHOSEN:g}{run}".replace(".", "p")
+        settings = {**FULL, "dice_weight": CHOSEN, "calibrate_from": share}
+        return Run(name, trainer, f"calibrate_from {share:g}, Dice weight {CHOSEN:g}", settings)
 
     def scratch(trainer: str, dice: float) -> Run:
         route = "from scratch, paper's objective" if dice == 0 else f"from scratch, Dice weight {dice:g}"
@@ -104,12 +105,11 @@ def runs() -> list[Run]:
     rows = [stock(), Run("first", "StockTrainer", f"the first {SHARE:.0%} of stock", FIRST)]
     rows += [finetuned(trainer, dice) for dice in (0, 0.1) for trainer in (margin, neighbours)]
     rows += [refined(trainer, CHOSEN) for trainer in (margin, neighbours)]
-    rows += [switched(trainer, CHOSEN) for trainer in (margin, neighbours)]
+    rows += [switched(trainer, share) for share in (SHARE, LATE) for trainer in (margin, neighbours)]
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
-    rows += [stock("_run2"), switched(neighbours, CHOSEN, "_run2")]
-    rows += [switched(trainer, CHOSEN) for trainer in (entropy, focal)]
+    rows += [stock("_run2"), *(switched(trainer, LATE, "_run2") for trainer in (neighbours, margin))]
+    rows += [switched(trainer, LATE) for trainer in (entropy, focal)]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
-    rows += [switched(margin, CHOSEN, "_run2")]
     rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     return rows
 
