@@ -33,11 +33,13 @@ TRAINERS = {
 READERS_ROW = "the readers themselves"
 REGION = "foreground"
 BASE = "3d_fullres"
-CONFIGURATION = "demo"
+STOCK_CONFIGURATION = "demo"
+CONFIGURATION = "demo_calibrated"
 FOLD = "0"
 FEATURES = (8, 16, 32, 64)
 EPOCHS = 8
 SETTINGS = {"num_epochs": EPOCHS, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 2}
+CALIBRATE_FROM = 0.5  # of so few steps the default would leave the objective too few to be seen
 
 Tick = Callable[[int], None]
 
@@ -193,10 +195,11 @@ class Road:
         architecture = read_plans(plans)["configurations"][BASE]["architecture"]
         arguments = architecture["arch_kwargs"]
         arguments["features_per_stage"] = list(FEATURES[: arguments["n_stages"]])
-        add_configuration(plans, CONFIGURATION, BASE, SETTINGS, {"architecture": architecture})
+        add_configuration(plans, STOCK_CONFIGURATION, BASE, SETTINGS, {"architecture": architecture})
+        add_configuration(plans, CONFIGURATION, STOCK_CONFIGURATION, {"calibrate_from": CALIBRATE_FROM})
 
     def _training(self, trainer: str) -> Step:
-        fold = self.results / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / f"fold_{FOLD}"
+        fold = self.results / f"{trainer}__nnUNetPlans__{_configuration(trainer)}" / f"fold_{FOLD}"
         log = f"train_{trainer}"
 
         def progress(tick: Tick) -> None:
@@ -275,11 +278,11 @@ class Road:
         return ["nnUNetv2_plan_and_preprocess", "-d", "999", "-c", BASE, "-npfp", "1", "-np", "1"]
 
     def _train_command(self, trainer: str) -> list[str]:
-        return ["nnUNetv2_train", "999", CONFIGURATION, FOLD, "-tr", trainer, "-device", self.device]
+        return ["nnUNetv2_train", "999", _configuration(trainer), FOLD, "-tr", trainer, "-device", self.device]
 
     def _predict_command(self, trainer: str) -> list[str]:
         folders = ["-i", str(self.raw / "imagesTs"), "-o", str(self.predictions / trainer)]
-        model = ["-d", "999", "-c", CONFIGURATION, "-f", FOLD, "-tr", trainer]
+        model = ["-d", "999", "-c", _configuration(trainer), "-f", FOLD, "-tr", trainer]
         return [
             "nnUNetv2_predict",
             *folders,
@@ -296,6 +299,10 @@ class Road:
     def _evaluate_command(self, run: str, predictions: Path) -> list[str]:
         folders = [str(self.raw / "labelsTs"), str(predictions), "-o", str(self.evaluation / run)]
         return ["nnunet-calib", "evaluate", *folders, "-djfile", str(self.raw / "dataset.json")]
+
+
+def _configuration(trainer: str) -> str:
+    return STOCK_CONFIGURATION if trainer == "StockTrainer" else CONFIGURATION
 
 
 def _has_configuration(plans: Path) -> bool:
