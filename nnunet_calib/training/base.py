@@ -12,7 +12,8 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_calib.data.plans import SETTINGS_KEY, lineage
+from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.objective import Objective
@@ -151,12 +152,10 @@ class CalibrationTrainer(nnUNetTrainer):
 
 
 def _given_settings(plans: dict, configuration: str) -> dict[str, Any]:
-    if configuration not in plans["configurations"]:
-        raise RefusedSettings(
-            f"the plans {plans['plans_name']} have no configuration {configuration!r}, only "
-            f"{', '.join(plans['configurations'])}; make one with: nnunet-calib configure"
-        )
-    given = PlansManager(plans).get_configuration(configuration).configuration.get(SETTINGS_KEY, {})
+    try:
+        given = resolve_configuration(plans, configuration).get(SETTINGS_KEY, {})
+    except UsageError as error:
+        raise RefusedSettings(f"{error}; make one with: nnunet-calib configure") from error
     if not isinstance(given, dict):
         raise RefusedSettings(
             f"{SETTINGS_KEY!r} of configuration {configuration} must hold settings by name, got {given!r}"

@@ -51,7 +51,7 @@ def test_the_script_holds_every_command_and_our_folders(road):
     lines = road.script().read_text().splitlines()
     assert f"export nnUNet_raw={road.folder}/nnUNet_raw" in lines
     assert lines[3:] == [shlex.join(command) for command in road.commands()]
-    assert "nnUNetv2_train 999 demo 0 -tr MbLSTrainer -device cpu" in lines
+    assert "nnUNetv2_train 999 demo_calibrated 0 -tr MbLSTrainer -device cpu" in lines
 
 
 def test_the_callers_own_folders_are_not_touched(road, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_training_without_an_epoch_of_the_objective_is_refused():
 
 def test_plans_without_the_configuration_are_refused_with_those_there_are():
     message = refusal("MbLSTrainer", None, configuration="3d_fullres_m5")
-    assert "the plans nnUNetPlans have no configuration '3d_fullres_m5', only base, small" in message
+    assert "configuration 3d_fullres_m5 is not in the plans; nnUNetPlans has base, small" in message
 
 
 def test_a_refusal_is_a_value_error_and_ends_a_command_in_one_line():
