@@ -107,11 +107,10 @@ def runs() -> list[Run]:
     rows += [refined(trainer, CHOSEN) for trainer in (margin, neighbours)]
     rows += [switched(trainer, share) for share in (SHARE, LATE) for trainer in (margin, neighbours)]
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
-    rows += [refined(trainer, 1) for trainer in (margin, neighbours)]
-    rows += [stock("_run2"), *(switched(trainer, LATE, "_run2") for trainer in (neighbours, margin))]
-    rows += [switched(trainer, LATE) for trainer in (entropy, focal)]
+    rows += [stock("_run2"), *(switched(trainer, SHARE) for trainer in (entropy, focal))]
+    rows += [switched(trainer, SHARE, "_run2") for trainer in (margin, neighbours)]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
-    rows += [refined(trainer, 0) for trainer in (margin, neighbours)]
+    rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     return rows
 
 

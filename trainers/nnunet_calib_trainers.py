@@ -1,7 +1,7 @@
 """What nnU-Net finds in the folder ``nnUNet_extTrainer`` points at.
 
-Re-exports only: nnU-Net imports this file as a top-level module and forgets it again after the search, so classes defined
-here could not be pickled and would not be the same object twice.
+Re-exports only: nnU-Net imports this file as a top-level module and forgets it again after the search, so classes
+defined here could not be pickled and would not be the same object twice.
 """
 
 from nnunet_calib.training import *  # noqa: F403
