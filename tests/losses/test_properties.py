@@ -22,7 +22,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 
 
-def close(actual, expected, rtol=1e-10):
+def assert_close(actual, expected, rtol=1e-10):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
 
 
@@ -77,8 +77,8 @@ def test_regions_are_the_two_class_problems_stacked(case, shape, masked):
     given = problem("regions", shape, masked=masked, seed=3)
     value, gradient = given.gradient(case)
     stacked_value, stacked_gradient = given.stacked().gradient(case)
-    close(value, stacked_value)
-    close(gradient, stacked_gradient[:, 1].reshape(gradient.shape))
+    assert_close(value, stacked_value)
+    assert_close(gradient, stacked_gradient[:, 1].reshape(gradient.shape))
 
 
 @every_variant
@@ -112,8 +112,8 @@ def test_masked_voxels_change_nothing(case, shape, form):
     value, gradient = clean.gradient(case)
     junk_value, junk_gradient = Problem(form, logits, target, clean.valid).gradient(case)
 
-    close(junk_value, value)
-    close(junk_gradient, gradient)
+    assert_close(junk_value, value)
+    assert_close(junk_gradient, gradient)
     assert (gradient[hidden.expand_as(gradient)] == 0).all()
     assert (gradient[clean.valid.expand_as(gradient)] != 0).any()
 
@@ -123,7 +123,7 @@ def test_masked_voxels_change_nothing(case, shape, form):
 def test_a_masked_image_leaves_the_batch(case, form):
     given = problem(form, SHAPES["2d"], masked=True, seed=6)
     given.valid[1] = False
-    close(given.value(case), given.map(lambda tensor: tensor[:1]).value(case))
+    assert_close(given.value(case), given.map(lambda tensor: tensor[:1]).value(case))
 
 
 @every_variant
@@ -132,7 +132,7 @@ def test_a_masked_image_leaves_the_batch(case, form):
 def test_a_full_mask_is_no_mask(case, shape, form):
     given = problem(form, shape)
     full = Problem(form, given.logits, given.target, torch.ones_like(given.target[:, :1], dtype=torch.bool))
-    close(given.value(case), full.value(case))
+    assert_close(given.value(case), full.value(case))
 
 
 @every_variant
@@ -160,7 +160,7 @@ def test_nothing_misclassified_leaves_the_base_term(case, form):
         given.logits = torch.zeros_like(given.logits).scatter_(1, given.target, 4.0)
     value, gradient = given.gradient(case)
     key, options = case
-    close(value, given.value((key, {**options, "weight": 0.0})))
+    assert_close(value, given.value((key, {**options, "weight": 0.0})))
     assert gradient.isfinite().all()
 
 
@@ -191,7 +191,7 @@ def test_extreme_logits_in_half_precision_under_autocast(case, shape, form, dtyp
     assert gradient.dtype == dtype
     assert gradient.isfinite().all()
     given.logits = given.logits.float()
-    close(value, given.value(case), rtol=1e-6)
+    assert_close(value, given.value(case), rtol=1e-6)
 
 
 @every_variant
@@ -201,7 +201,7 @@ def test_half_precision_computes_in_float32(case, form):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = given.value(case)
     given.logits = given.logits.double()
-    close(value.double(), given.value(case), rtol=1e-5)
+    assert_close(value.double(), given.value(case), rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", [*NACL_PRIORS, ("svls", {}), ("svls", {"kernel_size": 5, "sigma": 1.0})], ids=name)
@@ -212,7 +212,7 @@ def test_few_valid_neighbours_cost_no_precision(case, shape):
     value, gradient = given.gradient(case)
     given.logits = given.logits.float()
     value_32, gradient_32 = given.gradient(case)
-    close(value_32.double(), value, rtol=1e-5)
+    assert_close(value_32.double(), value, rtol=1e-5)
     assert (gradient_32 - gradient).abs().max() <= 1e-5 * gradient.abs().max()
 
 
@@ -241,8 +241,8 @@ def test_permuting_the_batch_changes_nothing(case, shape, form):
     order = torch.tensor([2, 0, 1])
     value, gradient = given.gradient(case)
     permuted_value, permuted_gradient = given.map(lambda tensor: tensor[order]).gradient(case)
-    close(permuted_value, value)
-    close(permuted_gradient, gradient[order])
+    assert_close(permuted_value, value)
+    assert_close(permuted_gradient, gradient[order])
 
 
 @every_variant
@@ -253,8 +253,8 @@ def test_flipping_axes_changes_nothing(case, shape, form):
     value, gradient = given.gradient(case)
     for axes in ([2], [3], list(range(2, 2 + len(shape)))):
         flipped_value, flipped_gradient = given.map(lambda tensor, axes=axes: tensor.flip(axes)).gradient(case)
-        close(flipped_value, value)
-        close(flipped_gradient, gradient.flip(axes))
+        assert_close(flipped_value, value)
+        assert_close(flipped_gradient, gradient.flip(axes))
 
 
 @every_variant
@@ -262,7 +262,7 @@ def test_flipping_axes_changes_nothing(case, shape, form):
 @shapes
 def test_swapping_axes_of_an_isotropic_kernel_changes_nothing(case, shape, form):
     given = problem(form, shape, masked=True, seed=9)
-    close(given.map(lambda tensor: tensor.transpose(2, 3).contiguous()).value(case), given.value(case))
+    assert_close(given.map(lambda tensor: tensor.transpose(2, 3).contiguous()).value(case), given.value(case))
 
 
 @every_variant
@@ -274,8 +274,8 @@ def test_memory_layout_changes_nothing_and_inputs_are_left_alone(case, shape, fo
     strided = given.map(lambda tensor: tensor.clone().contiguous(memory_format=layout))
     value, gradient = given.gradient(case)
     strided_value, strided_gradient = strided.gradient(case)
-    close(strided_value, value)
-    close(strided_gradient, gradient)
+    assert_close(strided_value, value)
+    assert_close(strided_gradient, gradient)
     for before, after in ((given.logits, strided.logits), (given.target, strided.target), (given.valid, strided.valid)):
         assert torch.equal(before, after)
 
@@ -290,8 +290,8 @@ def test_labels_of_any_integer_type(case, dtype):
     expected, expected_gradient = given.gradient(case)
     given.target = given.target.to(dtype)
     value, gradient = given.gradient(case)
-    close(value, expected)
-    close(gradient, expected_gradient)
+    assert_close(value, expected)
+    assert_close(gradient, expected_gradient)
 
 
 WRONG_INPUTS = {
@@ -405,7 +405,7 @@ def test_evaluation_without_gradients_and_copies_of_the_module_give_the_same(cas
     copied = pickle.loads(pickle.dumps(given.loss(case)))  # as spawned processes get it
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        close(copied(given.logits, given.target, given.valid), expected)
+        assert_close(copied(given.logits, given.target, given.valid), expected)
 
 
 def saved_for_backward(given: Problem, case) -> list[torch.Tensor]:
@@ -508,5 +508,5 @@ def test_no_synchronisation_on_a_gpu(case, form):
         value, gradient = on_gpu.gradient(case)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    close(value.cpu(), expected, rtol=1e-5)
-    close(gradient.cpu(), expected_gradient, rtol=1e-5)
+    assert_close(value.cpu(), expected, rtol=1e-5)
+    assert_close(gradient.cpu(), expected_gradient, rtol=1e-5)
