@@ -113,7 +113,8 @@ def _report(road) -> None:
     print(
         f"\n'{READERS_ROW}': as probability of a class the fraction of the {phantom.READERS} readers who drew it. The"
     )
-    print("reference is the drawing of one of them, so this is what an honest network can reach.\n")
+    print("reference is the drawing of one of them, so this is what an honest network can reach. Trainings as short as")
+    print("these show that everything works, not which loss is better; docs/results.md has those that do.\n")
     for what, where in (
         ("data set", road.raw),
         ("readers", road.readers),
