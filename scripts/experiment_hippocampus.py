@@ -34,7 +34,7 @@ from nnunet_calib.evaluation.intervals import percentile_interval, resampled_mea
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs
 VALIDATED = 4  # cases in nnU-Net's validation after each training; it mirrors eight times, slow on CPU
-LATE = 0.9  # and in the route that the defaults take; of 8 epochs the last is the objective's
+LATE = 0.9  # a later switch to try: of 8 epochs the last is the objective's
 CHOSEN = 0.3  # weight of nnU-Net's Dice in the routes that decide the defaults
 SHARE = 0.75  # of the steps that nnU-Net's own loss has in the routes that start with it
 SCHEDULE = {"num_iterations_per_epoch": STEPS, "num_val_iterations_per_epoch": 10, "save_every": 1}

@@ -73,14 +73,12 @@ def at_target(values: Tensor, target: Tensor) -> Tensor:
 
 def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
     """Mean of (B, 1, *S) ``values`` over the valid voxels; 0 with a graph if there is none."""
-    if valid is None:
-        return values.mean()
-    return masked_sum(values, valid) / valid.sum().clamp(min=1)
+    return masked_sum(values, valid) / voxel_count(values, valid)
 
 
-def voxel_count(target: Tensor, valid: Tensor | None) -> Tensor | int:
-    """Number of valid voxels of (B, 1, *S) ``target``, at least 1."""
-    return target.numel() if valid is None else valid.sum().clamp(min=1)
+def voxel_count(values: Tensor, valid: Tensor | None) -> Tensor | int:
+    """Number of valid voxels of (B, C, *S) ``values``, at least 1."""
+    return values[:, 0].numel() if valid is None else valid.sum().clamp(min=1)
 
 
 def masked_sum(values: Tensor, valid: Tensor | None) -> Tensor:

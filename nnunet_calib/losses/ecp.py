@@ -8,7 +8,16 @@ Pereyra et al., Regularizing neural networks by penalizing confident output dist
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from nnunet_calib.losses.base import CalibrationLoss, at_target, flag, masked_mean, masked_sum, number, sum_over_classes
+from nnunet_calib.losses.base import (
+    CalibrationLoss,
+    at_target,
+    flag,
+    masked_mean,
+    masked_sum,
+    number,
+    sum_over_classes,
+    voxel_count,
+)
 
 
 class ECPLoss(CalibrationLoss):
@@ -43,4 +52,4 @@ class ECPLoss(CalibrationLoss):
 def mean_entropy(log_p: Tensor, among: Tensor | None) -> Tensor:
     """Mean Shannon entropy in nats of (B, C, *S) ``log_p`` over the voxels ``among`` (bool (B, 1, *S)); 0 if none."""
     total = sum_over_classes(lambda _, log_p_c: masked_sum(-log_p_c.exp() * log_p_c, among), log_p)
-    return total / (log_p[:, 0].numel() if among is None else among.sum().clamp(min=1))
+    return total / voxel_count(log_p, among)

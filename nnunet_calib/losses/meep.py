@@ -23,6 +23,7 @@ from nnunet_calib.losses.base import (
     masked_sum,
     number,
     sum_over_classes,
+    voxel_count,
 )
 from nnunet_calib.losses.ecp import mean_entropy
 
@@ -86,5 +87,4 @@ def _binary_mean(term: Callable[[int, Tensor], Tensor], log_p: Tensor, among: Te
     def summed(c: int, log_p_c: Tensor) -> Tensor:
         return masked_sum(term(c, log_p_c.exp().clamp(_KERAS_EPSILON, 1 - _KERAS_EPSILON)), among)
 
-    voxels = log_p[:, 0].numel() if among is None else among.sum().clamp(min=1)
-    return sum_over_classes(summed, log_p) / (voxels * log_p.shape[1])
+    return sum_over_classes(summed, log_p) / (voxel_count(log_p, among) * log_p.shape[1])

@@ -95,7 +95,8 @@ def _schedule(finetune: bool) -> dict[str, Any]:
 def _refuse_meaningless(settings: Mapping[str, Any]) -> None:
     if settings.get("calibrate_from", 0.0) > 0 and settings["finetune_from"] is not None:
         raise RefusedSettings(
-            "calibrate_from and finetune_from are two ways to put nnU-Net's own loss first; set one of them"
+            "calibrate_from and finetune_from are two ways to put nnU-Net's own loss first; set one of them "
+            "(0 or null undoes an inherited one)"
         )
     if settings.get("calibrate_from") == 1:
         raise RefusedSettings(
