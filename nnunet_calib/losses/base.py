@@ -43,20 +43,35 @@ class CalibrationLoss(nn.Module, ABC):
         Raises:
             ValueError: a shape or dtype is not the one above.
         """
-        with _full_precision(logits.device):
+        with full_precision(logits.device):
             return self._total(self.parts(logits, target, valid))
 
     def parts(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Terms of the formula by name, without their weights; arguments and errors as in `forward`."""
+        with full_precision(logits.device):
+            return self._parts(*self._prepare(logits, target, valid))
+
+    def _prepare(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Arguments of `forward` as `_parts` gets them."""
         _check_shapes(logits, target, valid, self.multilabel)
-        with _full_precision(logits.device):
-            z = logits if logits.dtype == torch.float64 else logits.float()
-            if self.multilabel:
-                z, target, valid = _two_class_problems(z, target, valid)
-            if valid is not None:
-                z = torch.where(valid, z, 0)
-                target = torch.where(valid, target, 0)
-            return self._parts(z, target.long(), valid)
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        if self.multilabel:
+            z, target, valid = _two_class_problems(z, target, valid)
+        if valid is not None:
+            z = torch.where(valid, z, 0)
+            target = torch.where(valid, target, 0)
+        return z, target.long(), valid
+
+    def observe(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> None:
+        """Take note of a validation batch, where a loss has weights that follow the validation data.
+
+        Args and errors are those of `forward`.
+        """
+        return None
+
+    def update(self) -> None:
+        """Set these weights from what was observed since the last call; every process of a group must call it."""
+        return None
 
     @abstractmethod
     def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
@@ -117,6 +132,17 @@ def number(name: str, value: float, minimum: float = 0.0, maximum: float = float
     return float(value)
 
 
+def count(name: str, value: int) -> int:
+    """``value`` if it is a positive integer.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """``value`` if it is one of ``allowed``.
 
@@ -139,7 +165,8 @@ def flag(name: str, value: bool) -> bool:
     return value
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager:
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Context without autocast on ``device``."""
     # Autocast would run relu, abs and subtraction in half precision; there is none to switch off on mps.
     return nullcontext() if device.type == "mps" else torch.autocast(device.type, enabled=False)
 

@@ -1,7 +1,11 @@
 """Trainers for nnU-Net; all knowledge of the host is in `nnunet_calib.training.base`."""
 
 from nnunet_calib.training.trainers import (
+    ACETrainer,
     CETrainer,
+    CPCTrainer,
+    CRaCTrainer,
+    DCATrainer,
     ECPTrainer,
     FLSDTrainer,
     FLTrainer,
@@ -10,12 +14,17 @@ from nnunet_calib.training.trainers import (
     MEEPKLTrainer,
     MEEPTrainer,
     NACLTrainer,
+    SoftACETrainer,
     StockTrainer,
     SVLSTrainer,
 )
 
 __all__ = [
+    "ACETrainer",
     "CETrainer",
+    "CPCTrainer",
+    "CRaCTrainer",
+    "DCATrainer",
     "ECPTrainer",
     "FLSDTrainer",
     "FLTrainer",
@@ -25,5 +34,6 @@ __all__ = [
     "MbLSTrainer",
     "NACLTrainer",
     "SVLSTrainer",
+    "SoftACETrainer",
     "StockTrainer",
 ]

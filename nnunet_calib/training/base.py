@@ -20,6 +20,7 @@ from nnunet_calib.training.objective import Objective
 from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings, loss_arguments, resolve_settings
 
 _CUDA = torch.device("cuda")
+_STATE_KEY = "nnunet_calib_state"
 _SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "save_every")
 
 
@@ -77,7 +78,6 @@ class CalibrationTrainer(nnUNetTrainer):
         if self.LOSS is None:
             return loss
         supervised = isinstance(loss, DeepSupervisionWrapper)
-        full_resolution = self.settings["deep_supervision"] == "full_resolution"
         objective = Objective(
             stock=loss.loss if supervised else loss,
             calibration=LOSSES[self.LOSS](
@@ -85,7 +85,8 @@ class CalibrationTrainer(nnUNetTrainer):
             ),
             dice_weight=self.settings["dice_weight"],
             ignore_label=self.label_manager.ignore_label,
-            only_at=tuple(self.configuration_manager.patch_size) if full_resolution else None,
+            patch_size=tuple(self.configuration_manager.patch_size),
+            all_scales=self.settings["deep_supervision"] == "all",
         )
         if not supervised:
             return objective
@@ -108,11 +109,33 @@ class CalibrationTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         if self.LOSS is None:
             return
-        objective = self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
+        self.loss.train()
+        objective = self._objective()
         # Rounded down, so that even one epoch is the objective's.
         first_calibrated = int(self.settings["calibrate_from"] * self.num_epochs)
         objective.calibrating = self.current_epoch >= first_calibrated
         self.print_to_log_file(f"Objective: {self.LOSS if objective.calibrating else 'nnU-Net (until calibrate_from)'}")
+
+    def _objective(self) -> Objective:
+        return self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Let the loss take note of the validation batches."""
+        super().on_validation_epoch_start()
+        if self.LOSS is not None:
+            self.loss.eval()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Let the loss follow what it took note of, before nnU-Net saves the epoch's checkpoint."""
+        super().on_validation_epoch_end(val_outputs)
+        if self.LOSS is not None:
+            self._objective().calibration.update()
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Save nnU-Net's checkpoint, with the state of the loss among the trainer's arguments if it has one."""
+        if self.LOSS is not None and (state := self._objective().calibration.state_dict()):
+            self.my_init_kwargs[_STATE_KEY] = state
+        super().save_checkpoint(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load nnU-Net's checkpoint; on ``--c`` refuse one that was trained with other settings."""
@@ -126,6 +149,8 @@ class CalibrationTrainer(nnUNetTrainer):
                 f"--c: the settings of {self.configuration_name} changed since {self.output_folder} was trained "
                 f"({'; '.join(drift)}); put them back, or train a configuration with another name"
             )
+        if self.LOSS is not None and _STATE_KEY in self.my_init_kwargs:
+            self._objective().calibration.load_state_dict(self.my_init_kwargs[_STATE_KEY])
 
     def _finetune_source(self) -> str:
         """Final checkpoint of ``finetune_from``, in this configuration or the nearest one that it inherits from.

@@ -14,7 +14,10 @@ class Objective(nn.Module):
         dice_weight: of nnU-Net's Dice in the objective.
         ignore_label: of the label map; None without one. For regions any value says that the last channel of the target
             marks what to ignore.
-        only_at: spatial shape at which the objective applies, coarser scales keep nnU-Net's loss; None for all scales.
+        patch_size: spatial shape of the full resolution.
+        all_scales: False leaves scales coarser than the patch to nnU-Net's loss.
+
+    In evaluation mode (``eval()``) the calibration loss takes note of the batches at full resolution.
     """
 
     def __init__(
@@ -23,14 +26,16 @@ class Objective(nn.Module):
         calibration: CalibrationLoss,
         dice_weight: float,
         ignore_label: int | None,
-        only_at: tuple[int, ...] | None,
+        patch_size: tuple[int, ...],
+        all_scales: bool,
     ):
         super().__init__()
         self.stock = stock
         self.calibration = calibration
         self.dice_weight = dice_weight
         self.ignore_label = ignore_label
-        self.only_at = only_at
+        self.patch_size = patch_size
+        self.all_scales = all_scales
         self.calibrating = True
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
@@ -40,9 +45,12 @@ class Objective(nn.Module):
             output: logits (B, C, *S).
             target: (B, 1, *S) labels, or (B, R, *S) bool regions with the ignore mask as one more channel.
         """
-        if not self.calibrating or (self.only_at is not None and tuple(output.shape[2:]) != self.only_at):
+        full_resolution = tuple(output.shape[2:]) == self.patch_size
+        if not self.calibrating or not (full_resolution or self.all_scales):
             return self.stock(output, target)
         labels, valid = self._labels_and_valid(target)
+        if full_resolution and not self.training:
+            self.calibration.observe(output, labels, valid)
         loss = self.calibration(output, labels, valid)
         if self.dice_weight == 0:
             return loss

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nnunet_calib.losses import LOSSES
-from nnunet_calib.losses.base import choice, number
+from nnunet_calib.losses.base import choice, count, number
 
 RESOLVED_KEY = "nnunet_calib_resolved"
 """Key at the top of the plans under which a training records what it really used."""
@@ -104,12 +104,6 @@ def _refuse_meaningless(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
-
-
 def _learning_rate(name: str, value: Any) -> float:
     if number(name, value) == 0:
         raise ValueError(f"{name} must be above 0, got {value!r}")
@@ -123,10 +117,10 @@ def _trainer_name(name: str, value: Any) -> str | None:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "num_epochs": _count,
-    "num_iterations_per_epoch": _count,
-    "num_val_iterations_per_epoch": _count,
-    "save_every": _count,
+    "num_epochs": count,
+    "num_iterations_per_epoch": count,
+    "num_val_iterations_per_epoch": count,
+    "save_every": count,
     "initial_lr": _learning_rate,
     "finetune_from": _trainer_name,
     "dice_weight": number,

@@ -69,6 +69,38 @@ class MEEPKLTrainer(CalibrationTrainer):
     FIXED = {"variant": "kl"}
 
 
+class CPCTrainer(CalibrationTrainer):
+    """Pairwise constraints (Cheng and Vasconcelos, CVPR 2022)."""
+
+    LOSS = "cpc"
+
+
+class CRaCTrainer(CalibrationTrainer):
+    """Class- and region-adaptive constraints (Murugesan et al., MICCAI 2024)."""
+
+    LOSS = "crac"
+
+
+class ACETrainer(CalibrationTrainer):
+    """Average calibration error as a loss, hard bins (Barfoot et al., MICCAI 2024)."""
+
+    LOSS = "ace"
+    FIXED = {"soft": False}
+
+
+class SoftACETrainer(CalibrationTrainer):
+    """Average calibration error as a loss, soft bins (Barfoot et al., 2025)."""
+
+    LOSS = "ace"
+    FIXED = {"soft": True}
+
+
+class DCATrainer(CalibrationTrainer):
+    """Difference between confidence and accuracy (Liang et al., BMVC 2020)."""
+
+    LOSS = "dca"
+
+
 TRAINERS: dict[str, type[CalibrationTrainer]] = {
     trainer.__name__: trainer
     for trainer in (
@@ -83,6 +115,11 @@ TRAINERS: dict[str, type[CalibrationTrainer]] = {
         NACLTrainer,
         MEEPTrainer,
         MEEPKLTrainer,
+        CPCTrainer,
+        CRaCTrainer,
+        ACETrainer,
+        SoftACETrainer,
+        DCATrainer,
     )
 }
 """Every trainer by the name that ``-tr`` takes."""

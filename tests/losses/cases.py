@@ -23,6 +23,10 @@ DEFAULTS: list[Case] = [
     ("mbls", {"margin": 3.0}),
     ("nacl", {}),
     ("meep", {}),
+    ("cpc", {}),
+    ("crac", {}),
+    ("ace", {}),
+    ("dca", {}),
 ]
 
 NACL_PRIORS: list[Case] = [
@@ -55,6 +59,22 @@ OPTIONS: list[Case] = [
     ("meep", {"weight": 1.5}),
     ("meep", {"binary": True}),
     ("meep", {"binary": True, "variant": "kl"}),
+    ("cpc", {"discrimination_weight": 1.0, "exclusion_weight": 0.0}),
+    ("cpc", {"discrimination_weight": 0.0, "exclusion_weight": 2.0}),
+    ("crac", {"border": "background"}),
+    ("crac", {"margin": 0.0}),
+    ("crac", {"margin": 2.0, "rho": 3.0, "kernel_size": 5}),
+    ("crac", {"border": "background", "kernel_size": 5}),
+    ("ace", {"soft": True}),
+    ("ace", {"bins": 1}),
+    ("ace", {"bins": 7, "weight": 3.0}),
+    ("ace", {"bins": 1, "soft": True}),
+    ("ace", {"bins": 7, "soft": True}),
+    ("ace", {"ignore_absent_classes": False}),
+    ("ace", {"ignore_absent_classes": False, "soft": True}),
+    ("ace", {"include_background": False}),
+    ("ace", {"include_background": False, "soft": True}),
+    ("dca", {"weight": 1.0}),
 ]
 
 SHAPES = {"2d": (4, 5), "3d": (3, 2, 4)}
@@ -68,6 +88,7 @@ def anisotropic(axes: int) -> list[Case]:
     return [
         *[("svls", {"kernel_size": kernel}) for kernel in kernels],
         *[("nacl", {**options, "kernel_size": kernel}) for options in borders for kernel in kernels],
+        *[("crac", {"border": border, "kernel_size": k}) for border in ("replicate", "background") for k in kernels],
     ]
 
 

@@ -161,6 +161,99 @@ def keras_bce(p: float, t: float) -> float:
     return -(t * math.log(p + epsilon) + (1 - t) * math.log(1 - p + epsilon))
 
 
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def cpc(logits, target, valid=None, *, discrimination_weight=0.1, exclusion_weight=1.0) -> Terms:
+    base = cross_entropy(logits, target, valid)
+    discrimination, exclusion = [], []
+    for _, z, y in voxels(logits, target, valid):
+        others = [z_c for c, z_c in enumerate(z) if c != y]
+        discrimination.append(mean([softplus(z_c - z[y]) for z_c in others]))
+        if len(others) > 1:
+            pairs = [softplus(z_j - z_i) / 2 for z_i in others for z_j in others]
+            exclusion.append(sum(pairs) / (len(others) * (len(others) - 1)))
+    return {
+        "loss": base + discrimination_weight * mean(discrimination) + exclusion_weight * mean(exclusion),
+        "cross_entropy": base,
+        "discrimination": mean(discrimination),
+        "exclusion": mean(exclusion),
+    }
+
+
+def crac(logits, target, valid=None, *, margin=5.0, kernel_size=3, border="replicate", rho=0.1, multipliers=1e-6):
+    """With the multipliers and penalty weights of the start; P is the function PHR."""
+    base = cross_entropy(logits, target, valid)
+    q = neighbourhood(target, logits.shape[1], valid, "mean", kernel_size, border=border)
+    mixed = boundary(target, valid, kernel_size, border)
+    terms = []
+    for (image, *position), z, _ in voxels(logits, target, valid):
+        scale = 1.0 if mixed[(image, *position)] else margin
+        for c, z_c in enumerate(z):
+            h = abs(scale * q[(image, c, *position)] - z_c)
+            raised = ((multipliers + rho * h) ** 2 - multipliers**2) / (2 * rho)
+            terms += [raised if multipliers + rho * h >= 0 else -(multipliers**2) / (2 * rho), 0.0]
+    return {"loss": base + mean(terms), "cross_entropy": base, "penalty": mean(terms)}
+
+
+def ace(
+    logits,
+    target,
+    valid=None,
+    *,
+    weight=1.0,
+    bins=20,
+    soft=False,
+    ignore_absent_classes=True,
+    include_background=True,
+) -> Terms:
+    base = cross_entropy(logits, target, valid)
+    width = (1 + 2**-23) / bins
+    errors = []
+    for image in range(target.shape[0]):
+        seen = [(z, y) for index, z, y in voxels(logits, target, valid) if index[0] == image]
+        if not seen:
+            continue
+        for c in range(0 if include_background else 1, logits.shape[1]):
+            weights, gaps = np.zeros(bins), np.zeros(bins)
+            for z, y in seen:
+                p = math.exp(log_softmax(z)[c])
+                for k, share in shares(p, bins, width, soft):
+                    weights[k] += share
+                    gaps[k] += share * (p - (y == c))
+            filled = weights >= 0.01 if soft else weights > 0
+            absent = all(y != c for _, y in seen)
+            of_bins = np.abs(gaps[filled]) / weights[filled]
+            errors.append(0.0 if absent and ignore_absent_classes else float(of_bins.mean()))
+    error = mean(errors)
+    return {"loss": base + weight * error, "cross_entropy": base, "calibration_error": error}
+
+
+def shares(p: float, bins: int, width: float, soft: bool) -> list[tuple[int, float]]:
+    """The bins that get a probability, and how much of it."""
+    if not soft:
+        return [(next(k for k in range(bins) if p <= (k + 1) * width), 1.0)]
+    centres = [(k + 0.5) * width for k in range(bins)]
+    if p <= centres[0]:
+        return [(0, 1.0)]
+    if p >= centres[-1]:
+        return [(bins - 1, 1.0)]
+    upper = next(k for k in range(bins) if p <= centres[k])
+    share = (p - centres[upper - 1]) / width
+    return [(upper - 1, 1 - share), (upper, share)]
+
+
+def dca(logits, target, valid=None, *, weight=10.0) -> Terms:
+    base = cross_entropy(logits, target, valid)
+    confidence, correct = [], []
+    for _, z, y in voxels(logits, target, valid):
+        confidence.append(math.exp(max(log_softmax(z))))
+        correct.append(float(max(range(len(z)), key=z.__getitem__) == y))
+    difference = abs(mean(correct) - mean(confidence))
+    return {"loss": base + weight * difference, "cross_entropy": base, "difference": difference}
+
+
 # ---------------------------------------------------------------------------------------------- neighbourhood's prior
 
 
@@ -213,6 +306,24 @@ def mean_prior(labels, valid, position, classes, kernel, sigma, border):
             counts[labels[neighbour]] += 1
             total += 1
     return counts / total
+
+
+def boundary(target, valid, kernel_size=3, border="replicate") -> np.ndarray:
+    """Where the window holds more than one label among the voxels that count."""
+    axes = target.ndim - 1
+    kernel = (kernel_size,) * axes if isinstance(kernel_size, int) else tuple(kernel_size)
+    valid = np.ones(target.shape, bool) if valid is None else valid
+    mixed = np.zeros(target.shape, bool)
+    for image, *position in np.ndindex(target.shape):
+        found = set()
+        for step in offsets(kernel):
+            neighbour = inside(position, step, target.shape[1:])
+            if neighbour is None and border == "background":
+                found.add(0)
+            elif neighbour is not None and valid[(image, *neighbour)]:
+                found.add(int(target[(image, *neighbour)]))
+        mixed[(image, *position)] = len(found) > 1
+    return mixed
 
 
 def gaussian_prior(labels, valid, position, classes, kernel, sigma, border):
@@ -272,4 +383,8 @@ NAIVE = {
     "mbls": mbls,
     "nacl": nacl,
     "meep": meep,
+    "cpc": cpc,
+    "crac": crac,
+    "ace": ace,
+    "dca": dca,
 }

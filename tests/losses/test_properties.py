@@ -12,7 +12,15 @@ from nnunet_calib.losses import LOSSES
 
 from .cases import DEFAULTS, FORMS, NACL_PRIORS, OPTIONS, SHAPES, Problem, anisotropic, name, problem
 
-VARIANTS = [*DEFAULTS, *NACL_PRIORS[1:], ("meep", {"variant": "kl"}), ("meep", {"binary": True})]
+VARIANTS = [
+    *DEFAULTS,
+    *NACL_PRIORS[1:],
+    ("meep", {"variant": "kl"}),
+    ("meep", {"binary": True}),
+    ("crac", {"border": "background"}),
+    ("ace", {"soft": True}),
+    ("ace", {"include_background": False, "ignore_absent_classes": False}),
+]
 
 every_loss = pytest.mark.parametrize("case", DEFAULTS, ids=name)
 every_variant = pytest.mark.parametrize("case", VARIANTS, ids=name)
@@ -40,7 +48,7 @@ def assert_agrees_with_naive(case, given: Problem):
 
 
 def test_every_loss_of_the_registry_is_tested_here():
-    assert {key for key, _ in DEFAULTS} <= LOSSES.keys()
+    assert {key for key, _ in DEFAULTS} == LOSSES.keys()
 
 
 @every_option
@@ -60,7 +68,9 @@ def test_agrees_with_the_naive_reference_with_a_kernel_per_axis(case, shape, for
 
 @pytest.mark.parametrize("shape", [(1, 4), (1, 1), (2, 1, 1)], ids=str)
 @pytest.mark.parametrize(
-    "case", [("svls", {}), ("svls", {"kernel_size": 5}), *NACL_PRIORS, ("nacl", {"kernel_size": 5})], ids=name
+    "case",
+    [("svls", {}), ("svls", {"kernel_size": 5}), *NACL_PRIORS, ("nacl", {"kernel_size": 5}), ("crac", {})],
+    ids=name,
 )
 @masks
 def test_agrees_with_the_naive_reference_where_the_window_is_larger_than_the_image(case, shape, masked):
@@ -349,6 +359,7 @@ def test_wrong_shapes_and_types_are_refused(case, wrong):
         ("nacl", "prior", "median", ("mean", "gaussian")),
         ("nacl", "border", "reflect", ("replicate", "background", "zero")),
         ("meep", "variant", "dice", ("entropy", "kl")),
+        ("crac", "border", "zero", ("replicate", "background")),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_allowed_ones(key, option, value, allowed):
@@ -378,6 +389,19 @@ def test_an_unknown_choice_is_refused_with_the_allowed_ones(key, option, value, 
         ("nacl", {"weight": "0.1"}),
         ("nacl", {"kernel_size": 3.0}),
         ("svls", {"kernel_size": None}),
+        ("cpc", {"discrimination_weight": -1.0}),
+        ("cpc", {"exclusion_weight": float("nan")}),
+        ("crac", {"margin": -1.0}),
+        ("crac", {"kernel_size": 2}),
+        ("crac", {"rho": 0.0}),
+        ("crac", {"rho_growth": 0.9}),
+        ("crac", {"rho_every": 0}),
+        ("crac", {"rho_max": 0.01}),
+        ("ace", {"weight": -1.0}),
+        ("ace", {"bins": 0}),
+        ("ace", {"bins": 20.0}),
+        ("ace", {"soft": 1}),
+        ("dca", {"weight": -1.0}),
     ],
     ids=str,
 )
@@ -387,7 +411,7 @@ def test_a_number_out_of_range_is_refused_by_name(key, options):
         LOSSES[key](**options)
 
 
-@pytest.mark.parametrize("key", ["svls", "nacl"])
+@pytest.mark.parametrize("key", ["svls", "nacl", "crac"])
 def test_a_kernel_for_other_axes_is_refused(key):
     given = problem("labels", SHAPES["2d"])
     with pytest.raises(ValueError, match="kernel_size"):

@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from nnunet_calib.losses import (
+    ACELoss,
+    CPCLoss,
+    CRaCLoss,
+    DCALoss,
     ECPLoss,
     FLSDLoss,
     FocalLoss,
@@ -42,6 +46,7 @@ def names_of_settings(name: str) -> list[str]:
     return list(resolve_settings({}, TRAINERS[name].LOSS, TRAINERS[name].FIXED, [3, 3, 3]))
 
 
+FLAGS = {"class_mean", "binary", "ignore_absent_classes", "include_background"}
 EVERY_SETTING = [(name, key) for name in TRAINERS for key in names_of_settings(name)]
 
 
@@ -60,7 +65,7 @@ def refusal(name: str, settings, **options) -> str:
 
 @pytest.mark.parametrize(("name", "key"), EVERY_SETTING, ids="-".join)
 def test_a_wrong_type_or_value_is_refused_by_name(name, key):
-    for wrong in ({}, "no such value", -1, float("nan"), True if key != "class_mean" and key != "binary" else 1):
+    for wrong in ({}, "no such value", -1, float("nan"), 1 if key in FLAGS else True):
         assert key in refusal(name, {key: wrong})
     if key != "finetune_from":
         assert key in refusal(name, {key: None})
@@ -85,6 +90,8 @@ def test_a_wrong_type_or_value_is_refused_by_name(name, key):
         ("NACLTrainer", {"on": "labels"}, "on must be one of 'logits', 'probabilities', got 'labels'"),
         ("NACLTrainer", {"kernel_size": 4}, "kernel_size must be a positive odd integer or one for each axis, got 4"),
         ("SVLSTrainer", {"kernel_size": [3, 3, 2]}, "positive odd integer or one for each axis, got [3, 3, 2]"),
+        ("CRaCTrainer", {"rho": 20.0}, "rho_max must be a number of at least 20, got 10.0"),
+        ("ACETrainer", {"bins": 0}, "bins must be a whole number of at least 1, got 0"),
         ("SVLSTrainer", {"sigma": 0.0}, "sigma must be at least 0.3 voxels, got 0.0"),
     ],
 )
@@ -104,6 +111,8 @@ def test_an_unknown_setting_is_refused_with_all_allowed_ones(name):
     [
         ("MEEPTrainer", "variant"),  # fixed: it is what tells MEEPTrainer and MEEPKLTrainer apart
         ("MEEPKLTrainer", "variant"),
+        ("ACETrainer", "soft"),
+        ("SoftACETrainer", "soft"),
         ("CETrainer", "margin"),
         ("StockTrainer", "dice_weight"),
         ("MbLSTrainer", "multilabel"),  # follows from dataset.json
@@ -121,7 +130,7 @@ def test_settings_that_are_no_object_are_refused(settings):
 
 
 @pytest.mark.parametrize(("axes", "sizes"), [(3, [3, 3]), (2, [1, 3, 3])])
-@pytest.mark.parametrize("name", ["NACLTrainer", "SVLSTrainer"])
+@pytest.mark.parametrize("name", ["NACLTrainer", "SVLSTrainer", "CRaCTrainer"])
 def test_a_kernel_of_another_number_of_axes_is_refused(name, axes, sizes):
     message = refusal(name, {"kernel_size": sizes}, axes=axes)
     assert f"kernel_size {sizes} does not fit images of {axes} axes" in message
@@ -191,7 +200,7 @@ def test_settings_of_a_configuration_replace_those_it_inherits():
     assert (settings["weight"], settings["margin"]) == (0.5, 5.0)
 
 
-@pytest.mark.parametrize("name", ["NACLTrainer", "SVLSTrainer"])
+@pytest.mark.parametrize("name", ["NACLTrainer", "SVLSTrainer", "CRaCTrainer"])
 @pytest.mark.parametrize(
     ("axes", "first_kernel", "expected"), [(3, 3, [3, 3, 3]), (3, 1, [1, 3, 3]), (3, 7, [3, 3, 3]), (2, 3, [3, 3])]
 )
@@ -231,6 +240,10 @@ def test_an_architecture_without_kernels_has_neighbourhoods_of_three():
             NACLLoss,
         ),
         ("MEEPTrainer", {"weight": 0.7, "binary": True}, MEEPLoss),
+        ("CPCTrainer", {"discrimination_weight": 0.5, "exclusion_weight": 0.2}, CPCLoss),
+        ("CRaCTrainer", {"margin": 3, "kernel_size": [1, 3, 3], "border": "background", "rho": 0.5}, CRaCLoss),
+        ("ACETrainer", {"weight": 0.5, "bins": 10, "include_background": False}, ACELoss),
+        ("DCATrainer", {"weight": 2}, DCALoss),
     ],
 )
 def test_loss_arguments_of_the_plans_arrive_in_the_loss(name, arguments, loss):
@@ -240,6 +253,13 @@ def test_loss_arguments_of_the_plans_arrive_in_the_loss(name, arguments, loss):
     value = trainer.loss.loss(logits, reference)
     assert value == loss(**arguments)(logits, reference)
     assert value != loss()(logits, reference)
+
+
+def test_the_two_ace_trainers_differ_in_the_bins():
+    logits, reference = torch.randn(2, 3, *[PATCH] * 3), target("labels", (PATCH,) * 3)
+    for name, soft in (("ACETrainer", False), ("SoftACETrainer", True)):
+        value = build(name, {"dice_weight": 0}).loss.loss(logits, reference)
+        assert value == ACELoss(soft=soft)(logits, reference)
 
 
 def test_the_two_meep_trainers_differ_in_the_variant():
