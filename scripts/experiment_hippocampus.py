@@ -91,10 +91,10 @@ def runs() -> list[Run]:
         settings = FINETUNE if dice is None else {**FINETUNE, "dice_weight": dice}
         return Run(name, trainer, route, settings, "full", "full")
 
-    def switched(trainer: str, share: float, run: str = "") -> Run:
-        name = f"switch{'' if share == SHARE else f'{share:g}'}_dice{CHOSEN:g}{run}".replace(".", "p")
-        settings = {**FULL, "dice_weight": CHOSEN, "calibrate_from": share}
-        return Run(name, trainer, f"calibrate_from {share:g}, Dice weight {CHOSEN:g}", settings)
+    def switched(trainer: str, share: float = SHARE, dice: float = CHOSEN, run: str = "") -> Run:
+        name = f"switch{'' if share == SHARE else f'{share:g}'}_dice{dice:g}{run}".replace(".", "p")
+        settings = {**FULL, "dice_weight": dice, "calibrate_from": share}
+        return Run(name, trainer, f"calibrate_from {share:g}, Dice weight {dice:g}", settings)
 
     def scratch(trainer: str, dice: float) -> Run:
         route = "from scratch, paper's objective" if dice == 0 else f"from scratch, Dice weight {dice:g}"
@@ -107,8 +107,10 @@ def runs() -> list[Run]:
     rows += [refined(trainer, CHOSEN) for trainer in (margin, neighbours)]
     rows += [switched(trainer, share) for share in (SHARE, LATE) for trainer in (margin, neighbours)]
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
-    rows += [stock("_run2"), *(switched(trainer, SHARE) for trainer in (entropy, focal))]
-    rows += [switched(trainer, SHARE, "_run2") for trainer in (margin, neighbours)]
+    rows += [stock("_run2"), *(switched(trainer) for trainer in (entropy, focal))]
+    rows += [switched(trainer, dice=dice) for dice in (1, 0.6) for trainer in (margin, neighbours)]
+    rows += [switched(trainer, dice=0.6) for trainer in (focal, entropy)]
+    rows += [switched(trainer, dice=0.6, run="_run2") for trainer in (margin, neighbours)]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     return rows
