@@ -1,0 +1,68 @@
+"""Dirichlet calibration: every class hears all classes. Matrix scaling on z = log p.
+
+    p = softmax(W log p + b)
+    minimising NLL + lambda / (C (C - 1)) sum_{i != j} W_ij^2 + mu / C sum_i b_i^2          (ODIR)
+
+Kull et al., Beyond temperature scaling, NeurIPS 2019, equations 5 and 7. For a region it is beta calibration. ODIR's
+lambda and mu are theirs to choose; 1e-3 is the smallest of the values they searched, for voxels are many.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.likelihood import minimise, note_absent, present_classes, residual_and_nll
+
+_RIDGE = 1e-6  # on the diagonal: it stays finite where no prediction errs
+
+
+class DirichletCalibration(VoxelwiseCalibrator):
+    """A full matrix and offsets, pulled to the diagonal. It can change labels.
+
+    A class absent from the fit set keeps its row and column of the unit matrix and offset 0.
+
+    Args:
+        multilabel: sigmoid regions; one 2 x 2 matrix each.
+        off_diagonal: lambda.
+        intercept: mu.
+    """
+
+    key = "dirichlet"
+    keeps_labels = False
+
+    def __init__(self, *, multilabel: bool = False, off_diagonal: float = 1e-3, intercept: float = 1e-3):
+        super().__init__(multilabel=multilabel)
+        if min(off_diagonal, intercept) < 0:
+            raise ValueError("off_diagonal and intercept must not be negative")
+        self.off_diagonal, self.intercept = off_diagonal, intercept
+
+    @classmethod
+    def _names(cls):
+        return ("matrix", "offset")
+
+    def _estimate(self, z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, Any]:
+        classes = len(z)
+        z, y, there = present_classes(z, y)
+        note_absent(self, there)
+        k = len(z)
+        identity = np.hstack([np.eye(k), np.zeros((k, 1))])
+        penalty = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
+        penalty[:, k] = self.intercept / k
+        np.fill_diagonal(penalty, _RIDGE)
+
+        def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+            away = theta - identity
+            residual, nll = residual_and_nll(theta[:, :k] @ z + theta[:, k:], y, w)
+            gradient = np.hstack([residual @ z.T, residual.sum(axis=1, keepdims=True)])
+            return nll + float((penalty * np.square(away)).sum()), gradient + 2 * penalty * away
+
+        fitted = minimise(objective, identity) if k > 1 else identity
+        matrix, offset = np.eye(classes), np.zeros(classes)
+        matrix[np.ix_(there, there)], offset[there] = fitted[:, :k], fitted[:, k]
+        return {"matrix": matrix.tolist(), "offset": offset.tolist()}
+
+    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+        matrix, offset = (np.asarray(parameters[name], dtype=np.float64) for name in self._names())
+        return softmax(matrix @ z + offset[:, None])
