@@ -27,6 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near PRED, then beside REF")
     parser.add_argument("-pfile", type=Path, help="plans.json; else the one in or near PRED, if any")
     parser.add_argument("-np", type=int, help="cases scored at the same time; default: one per processor, at most 8")
+    parser.add_argument(
+        "--engine", default="processes", help="processes (default), or dask: a Dask cluster of -np processes here"
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS_OR_FILE",
+        help="with --engine dask: a running cluster, tcp://host:port or its file",
+    )
+    parser.add_argument("--fresh", action="store_true", help="score every case again, unchanged ones too")
     parser.add_argument("--chill", action="store_true", help="leave out references that have no prediction")
     parser.add_argument("--nsd", metavar="MM", type=float, default=1.0, help="tolerance of NSD in mm (default: 1)")
     parser.add_argument("--bins", metavar="N", type=int, default=15, help="calibration bins (default: 15)")
@@ -49,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         args.djfile,
         args.pfile,
         processes=args.np,
+        engine=args.engine,
+        scheduler=args.scheduler,
+        fresh=args.fresh,
         chill=args.chill,
         protocol=Protocol(bins=args.bins, nsd_tolerance=args.nsd, boundary=args.boundary, dilate=args.dilate),
         on_failure=lambda line: tqdm.write(f"nnunet-calib evaluate: {line}", file=sys.stderr),

@@ -1,28 +1,32 @@
-"""Score a folder of predictions."""
+"""Score a folder of predictions: cases to records, by an engine; records to a summary, one at a time."""
 
 import logging
-import multiprocessing
 import os
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from nnunet_calib.data.cases import CaseFiles, pair_cases
-from nnunet_calib.data.dataset import find_model_file, read_dataset, require_dataset_json
+from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import choose_reader
-from nnunet_calib.evaluation.case import CaseResult, evaluate_case
+from nnunet_calib.evaluation.case import evaluate_case
+from nnunet_calib.evaluation.engine import Engine, ProcessEngine
+from nnunet_calib.evaluation.engine_dask import DaskEngine
 from nnunet_calib.evaluation.protocol import Protocol
+from nnunet_calib.evaluation.records import Records, setting
 from nnunet_calib.evaluation.summary import summarise
-from nnunet_calib.evaluation.write import RESULTS, write_results
+from nnunet_calib.evaluation.write import LEFTOVERS, RESULTS, write_results
+from nnunet_calib.metrics import CalibrationStatistics
+
+ENGINES = ("processes", "dask")
+RECORDS = "cases"
+"""The folder of the cases' records, in that of the results."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +39,9 @@ def evaluate_folder(
     plans: str | Path | None = None,
     *,
     processes: int | None = None,
+    engine: str = "processes",
+    scheduler: str | None = None,
+    fresh: bool = False,
     chill: bool = False,
     protocol: Protocol | None = None,
     on_failure: Callable[[str], None] = _log.warning,
@@ -42,8 +49,11 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Score every prediction of a folder and write ``summary.json``, ``cases.csv`` and ``reliability.json``.
 
-    A case whose files cannot be used is reported and left out; the rest goes on. With more than one process the
-    caller's script needs the usual ``if __name__ == "__main__"``, since processes are spawned.
+    A case whose files cannot be used is reported and left out; the rest goes on. Every case leaves a record in
+    ``cases`` beside the results as it is finished, so that another run, after a crash too, scores only the cases whose
+    files, protocol, dataset.json or software have changed since. Records of cases that are no longer in the folders
+    stay there, unused. With more than one process the caller's script needs the usual ``if __name__ == "__main__"``,
+    since processes are spawned.
 
     Args:
         reference_folder: label maps.
@@ -51,7 +61,10 @@ def evaluate_folder(
         output_folder: made if needed; the files are written whole or not at all.
         dataset_json: found in or near the prediction folder if None.
         plans: as ``dataset_json``; may be absent altogether.
-        processes: cases scored at the same time. None: one per processor, at most eight.
+        processes: cases scored at the same time, each in one thread. None: one per processor, at most eight.
+        engine: "processes", or "dask" for a Dask cluster of as many processes on this machine.
+        scheduler: with "dask", the address (``tcp://host:port``) or scheduler file of a running cluster to use instead.
+        fresh: score every case, whatever records there are.
         chill: leave out references without prediction instead of refusing.
         protocol: bins, tolerance, regions; None for the defaults.
         on_failure: called with one line for every case that could not be scored.
@@ -62,7 +75,8 @@ def evaluate_folder(
         out.
 
     Raises:
-        UsageError: folders or options that make no sense.
+        UsageError: folders or options that make no sense, an engine that is not installed, a scheduler that does not
+            answer.
         InputError: files that stop the whole evaluation: dataset.json, references and predictions that do not pair, or
             results that cannot be written.
     """
@@ -72,6 +86,7 @@ def evaluate_folder(
     workers = workers if processes is None else processes
     if workers < 1:
         raise UsageError(f"the number of processes must be 1 or more, not {workers}")
+    chosen = _engine(engine, workers, scheduler)
     for folder in (reference_folder, prediction_folder):
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
@@ -82,74 +97,77 @@ def evaluate_folder(
     reader = choose_reader(dataset, [case.reference for case in cases])
     _make_folder(output)
 
-    score = partial(evaluate_case, dataset=dataset, reader=reader, protocol=protocol)
-    results: dict[str, CaseResult] = {}
+    if scheduler is not None:  # its workers have working folders of their own
+        output = output.absolute()
+    records = Records(
+        output / RECORDS,
+        partial(evaluate_case, dataset=dataset, reader=reader, protocol=protocol),
+        setting(protocol, dataset_path, plans_path, reader.__name__),
+    )
+    records.remove_leftovers()
+    kept = set() if fresh else {case.name for case in cases if records.hold(case)}
     failed: dict[str, str] = {}
-    for case, outcome in tqdm(_scored(score, cases, workers), total=len(cases), desc="evaluate", unit="case"):
-        if isinstance(outcome, CaseResult):
-            results[case.name] = outcome
-        elif stop_at_failure:
-            raise outcome
-        else:
-            failed[case.name] = _one_line(case, outcome)
-            on_failure(failed[case.name])
-    ordered = [results[case.name] for case in cases if case.name in results]
-    summary = summarise(ordered, dataset) | {
-        "failed": [{"case": case.name, "error": failed[case.name]} for case in cases if case.name in failed],
+    by_name = {case.name: case for case in cases}
+    to_do = [case if scheduler is None else _absolute(case) for case in cases if case.name not in kept]
+    progress = tqdm(
+        chosen.map(records, to_do),
+        desc=f"evaluate ({len(kept)} unchanged)" if kept else "evaluate",
+        initial=len(kept),
+        total=len(cases),
+        unit="case",
+    )
+    for case, error in progress:
+        if error is None:
+            continue
+        if stop_at_failure:
+            raise error
+        failed[case.name] = _one_line(case, error)
+        on_failure(failed[case.name])
+    scored = [case for case in cases if case.name not in failed]
+    summary = _summary(records, scored, dataset) | {
+        "failed": [{"case": name, "error": failed[name]} for name in by_name if name in failed],
         "protocol": protocol.describe(dataset)
         | {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__},
-        "software": _software(),
+        "software": records.setting["software"],
     }
-    write_results(output, summary, ordered, dataset, protocol.bins)
+    statistics = (
+        (record["case"], records.statistics_text(by_name[record["case"]]))
+        for record in summary["metric_per_case"]
+        if record["calibration"]
+    )
+    write_results(output, summary, dataset, protocol.bins, statistics)
     return summary
 
 
-def _scored(
-    score: Callable[[CaseFiles], CaseResult], cases: Sequence[CaseFiles], workers: int
-) -> Iterator[tuple[CaseFiles, CaseResult | Exception]]:
-    """Score cases, in processes if that helps, and yield each as it is done.
-
-    A process the system kills, for want of memory, takes its pool with it: the cases left are scored one at a time.
-    """
-    if workers == 1 or len(cases) == 1:
-        for case in cases:
-            yield case, _outcome(partial(score, case))
-        return
-    left = list(cases)
-    with suppress(BrokenProcessPool), _processes(min(workers, len(cases))) as pool:
-        futures = {pool.submit(score, case): case for case in cases}
-        for future in as_completed(futures):
-            outcome = _outcome(future.result)
-            left.remove(futures[future])
-            yield futures[future], outcome
-    while left:
-        with _processes(1) as pool:
-            try:
-                while left:
-                    case = left.pop(0)
-                    yield case, _outcome(pool.submit(score, case).result)
-            except BrokenProcessPool:
-                yield case, InputError("its process was killed, out of memory perhaps")
+def _summary(records: Records, cases: Sequence[CaseFiles], dataset: Dataset) -> dict[str, Any]:
+    """The summary of cases whose records are there; only their sum is kept of the statistics."""
+    listed = []
+    pooled: dict[str, CalibrationStatistics] = {}
+    for case in cases:
+        result = records.read(case)
+        listed.append(result.record)
+        for region, counted in result.statistics.items():
+            pooled[region] = pooled[region] + counted if region in pooled else counted
+    return summarise(listed, pooled, dataset)
 
 
-@contextmanager
-def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool that drops what it has not begun when it is left."""
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _engine(name: str, workers: int, scheduler: str | None) -> Engine:
+    if name not in ENGINES:
+        raise UsageError(f"the engine must be one of {', '.join(ENGINES)}, not {name}")
+    if name == "dask":
+        return DaskEngine(workers, scheduler)
+    if scheduler is not None:
+        raise UsageError("a scheduler is for the Dask engine (--engine dask)")
+    return ProcessEngine(workers)
 
 
-def _outcome(result: Callable[[], CaseResult]) -> CaseResult | Exception:
-    """A case's result or its error: one bad case does not end the others. A broken pool is no case's error."""
-    try:
-        return result()
-    except BrokenProcessPool:
-        raise
-    except Exception as error:
-        return error
+def _absolute(case: CaseFiles) -> CaseFiles:
+    return replace(
+        case,
+        reference=case.reference.absolute(),
+        prediction=case.prediction.absolute(),
+        probabilities=case.probabilities and case.probabilities.absolute(),
+    )
 
 
 def _one_line(case: CaseFiles, error: Exception) -> str:
@@ -159,22 +177,17 @@ def _one_line(case: CaseFiles, error: Exception) -> str:
 
 
 def _make_folder(folder: Path) -> None:
+    """The folder of the results and in it that of the records, without what a killed run left half written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in RESULTS:
+            if (folder / name).is_dir():
+                raise InputError(f"{folder / name} is a directory; move it away, the results need its name")
+        (folder / RECORDS).mkdir(exist_ok=True)
+        for leftover in folder.glob(f"{LEFTOVERS}*"):
+            shutil.rmtree(leftover)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made a folder for the results ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} cannot be written to")
-    for name in RESULTS:
-        if (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a directory; move it away, the results need its name")
-
-
-def _software() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("nnunet-calib", "nnunetv2", "numpy", "scipy", "SimpleITK", "nibabel"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions
+    for place in (folder, folder / RECORDS):
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"{place} cannot be written to")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,11 @@ import numpy as np
 from nnunet_calib import metrics
 from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.evaluation import intervals
-from nnunet_calib.evaluation.case import CaseResult
-
-_INTERVAL_METRICS = ("Dice", "IoU", "HD", "HD95", "ASSD", "NSD")
-_INTERVAL_SCORES = ("ECE", "CECE", "ACE", "MCE", "Brier", "NLL")
 
 
-def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]:
+def summarise(
+    records: Sequence[dict[str, Any]], pooled: Mapping[str, metrics.CalibrationStatistics], dataset: Dataset
+) -> dict[str, Any]:
     """Means, pooled calibration, counts of empty structures and intervals.
 
     ``mean`` and ``foreground_mean`` are nnU-Net's: the mean over cases that have the number, then the plain mean over
@@ -27,10 +23,10 @@ def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]
     a voxel in it.
 
     Args:
-        results: of the cases, in the order they are to be listed; none is allowed.
+        records: of the cases, in the order they are to be listed; none is allowed.
+        pooled: by region, the sum of the statistics of the cases that have it.
         dataset: whose labels they have.
     """
-    records = [result.record for result in results]
     mean = {key(s): _mean_of([r["metrics"][key(s)] for r in records]) for s in dataset.structures} if records else {}
     regions = list(dict.fromkeys(region for record in records for region in record["calibration"]))
     by_region = {region: [r["calibration"][region] for r in records if r["calibration"]] for region in regions}
@@ -44,16 +40,11 @@ def summarise(results: Sequence[CaseResult], dataset: Dataset) -> dict[str, Any]
         },
         "calibration_mean": {region: _mean_of(by_region[region]) | cases[region] for region in regions},
         "calibration_pooled": {
-            region: metrics.scores(pooled(results, region), channel_keys) | cases[region] for region in regions
+            region: metrics.scores(pooled[region], channel_keys) | cases[region] for region in regions
         },
-        "intervals": _intervals(records, mean, by_region),
-        "metric_per_case": records,
+        "intervals": _intervals(records),
+        "metric_per_case": list(records),
     }
-
-
-def pooled(results: Sequence[CaseResult], region: str) -> metrics.CalibrationStatistics:
-    """The statistics of a region's voxels of all cases together."""
-    return functools.reduce(operator.add, (r.statistics[region] for r in results if region in r.statistics))
 
 
 def _mean_of(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,7 +68,7 @@ def _foreground_mean(mean: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([of_structure[name] for of_structure in mean.values()])) for name in names}
 
 
-def _occurrence(records: list[dict[str, Any]], structure: str) -> dict[str, int]:
+def _occurrence(records: Sequence[dict[str, Any]], structure: str) -> dict[str, int]:
     """How often a structure is where."""
     present = [(r["metrics"][structure]["n_ref"] > 0, r["metrics"][structure]["n_pred"] > 0) for r in records]
     return {
@@ -89,33 +80,38 @@ def _occurrence(records: list[dict[str, Any]], structure: str) -> dict[str, int]
     }
 
 
-def _intervals(
-    records: list[dict[str, Any]], mean: dict[str, dict[str, float]], by_region: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    """Bootstrap intervals of ``mean``, ``foreground_mean`` and ``calibration_mean``; none for a single case."""
+def _intervals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bootstrap intervals of all means, from one set of samples of the cases; none for a single case."""
     described: dict[str, Any] = {
-        "method": "percentile bootstrap over cases",
+        "method": "BCa bootstrap over cases; percentile where a mean is infinite; nan where fewer than 2 cases have it",
         "level": intervals.LEVEL,
         "resamples": intervals.RESAMPLES,
         "seed": intervals.SEED,
     }
-    if len(records) > 1:
-        table = np.array(
-            [[[r["metrics"][s][m] for m in _INTERVAL_METRICS] for s in mean] for r in records], dtype=float
-        )
-        means = intervals.resampled_means(table.reshape(len(records), -1)).reshape(-1, *table.shape[1:])
-        described["foreground_mean"] = _named(_INTERVAL_METRICS, means.mean(axis=1))
-        described["mean"] = {s: _named(_INTERVAL_METRICS, means[:, i]) for i, s in enumerate(mean)}
-    described["calibration_mean"] = {
-        region: _named(
-            _INTERVAL_SCORES,
-            intervals.resampled_means(np.array([[c[s] for s in _INTERVAL_SCORES] for c in calibrations], dtype=float)),
-        )
-        for region, calibrations in by_region.items()
-        if len(calibrations) > 1
-    }
+    if len(records) < 2:
+        return described
+    rows = [dict(_flat({"mean": r["metrics"], "calibration_mean": r["calibration"]})) for r in records]
+    paths = list(dict.fromkeys(path for row in rows for path in row))
+    table = np.array([[row.get(path, np.nan) for path in paths] for row in rows], dtype=np.float64)
+    means = intervals.Bootstrap.of_means(table)
+    by_metric: dict[str, list[int]] = {}
+    for column, (of, *_, metric) in enumerate(paths):
+        if of == "mean":
+            by_metric.setdefault(metric, []).append(column)
+    foreground = means.mean_of_columns(list(by_metric.values()))
+    found = [*zip([("foreground_mean", m) for m in by_metric], foreground.intervals(), strict=True)]
+    for path, interval in [*found, *zip(paths, means.intervals(), strict=True)]:
+        place = described
+        for name in path[:-1]:
+            place = place.setdefault(name, {})
+        place[path[-1]] = interval
     return described
 
 
-def _named(names: Sequence[str], means: np.ndarray) -> dict[str, list[float]]:
-    return {name: list(intervals.percentile_interval(means[:, i])) for i, name in enumerate(names)}
+def _flat(entry: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers of a nested dictionary, each with the keys that lead to it."""
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*path, name))
+        else:
+            yield (*path, name), value

@@ -32,7 +32,8 @@ def test_scores_a_folder_and_prints_the_means(folders, capsys):
     printed = capsys.readouterr().out
     for word in ("2 cases scored", "HD95", "foreground", "CECE", "reference_foreground", "summary.json"):
         assert word in printed
-    assert sorted(path.name for path in folders.output.iterdir()) == ["cases.csv", "reliability.json", "summary.json"]
+    files = ["cases", "cases.csv", "reliability.json", "summary.json"]
+    assert sorted(path.name for path in folders.output.iterdir()) == files
 
 
 def test_calibration_of_some_of_the_cases_is_said_to_be_that(folders, capsys):
