@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.probabilities import ENDINGS
+
+_PROBABILITIES = "_probabilities"  # what NIfTI files of them have after the name of the case
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class CaseFiles:
         name: the file name without its ending.
         reference: label map.
         prediction: label map.
-        probabilities: nnU-Net's ``.npz`` beside the prediction; None if it was not saved.
+        probabilities: of the prediction, beside it; None if they were not saved.
     """
 
     name: str
@@ -28,9 +31,12 @@ def pair_cases(
 ) -> list[CaseFiles]:
     """Pair files as nnU-Net's evaluation does: every file of the prediction folder with its namesake.
 
+    Probabilities are ``<case>.nncp`` (our compact format), ``<case>.npz`` (nnU-Net's) or
+    ``<case>_probabilities.nii.gz``; where there are several, the first of these.
+
     Args:
         reference_folder: label maps.
-        prediction_folder: label maps, and ``<case>.npz`` where probabilities were saved.
+        prediction_folder: label maps, and probabilities where they were saved.
         file_ending: from ``dataset.json``.
         chill: references without a prediction are left out instead of refused.
 
@@ -45,6 +51,7 @@ def pair_cases(
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
     references, predictions = (_names(folder, file_ending) for folder in (reference_folder, prediction_folder))
+    predictions -= {name + _PROBABILITIES for name in predictions} - references
     if not predictions:
         raise InputError(f"{prediction_folder}: no file ends with {file_ending} (the file_ending of dataset.json)")
     if unknown := sorted(predictions - references):
@@ -62,7 +69,7 @@ def pair_cases(
             name,
             reference_folder / (name + file_ending),
             prediction_folder / (name + file_ending),
-            probabilities if (probabilities := prediction_folder / f"{name}.npz").is_file() else None,
+            next((path for ending in ENDINGS if (path := prediction_folder / (name + ending)).is_file()), None),
         )
         for name in sorted(predictions)
     ]

@@ -1,10 +1,12 @@
-"""Small text files, read and written with care."""
+"""Files read and written with care."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nnunet_calib.data.errors import InputError
 
@@ -28,10 +30,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all: a reader sees the old content or the new, never a part."""
+    with whole_file(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when all of it is written; an error leaves what was there before."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's are private; results are for colleagues too
         os.replace(temporary, path)
     except BaseException:

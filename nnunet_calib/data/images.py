@@ -3,16 +3,21 @@
 import contextlib
 import gzip
 import io
+import itertools
+import os
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
+from nnunet_calib.data import nifti
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
 
@@ -32,12 +37,14 @@ class LabelImage:
         spacing: mm, in the order of the axes.
         geometry: what else the file says of its place, if anything: ``origin`` (mm) and ``direction``, a matrix whose
             columns are the file's axes, of whatever length the reader gives them.
+        affine: from voxel (x, y, z) to mm (right, anterior, superior), 4 x 4; None if the file does not say.
     """
 
     path: Path
     labels: np.ndarray
     spacing: tuple[float, ...]
     geometry: dict[str, np.ndarray]
+    affine: np.ndarray | None = None
 
 
 def choose_reader(dataset: Dataset, examples: Sequence[Path]) -> type[BaseReaderWriter]:
@@ -67,7 +74,7 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
     Raises:
         InputError: a file that is damaged, not a single volume, or holds other values; one line, naming the file.
     """
-    _check_whole(path)
+    header = nifti.read_header(path) if path.name.endswith(nifti.ENDINGS) else None
     output = io.StringIO()  # readers print advice of their own
     try:
         with contextlib.redirect_stdout(output):
@@ -75,14 +82,17 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
     except MemoryError as error:
         raise InputError(f"{path}: does not fit into memory") from error
     except Exception as error:  # third-party readers raise whatever their file format library does
+        _check_whole(path, None, None)  # why, in most cases
         raise InputError(f"{path}: cannot be read as a label map ({_last_line(error)})") from error
+    _check_whole(path, header, volume)
     if volume.ndim != 4 or volume.shape[0] != 1 or not volume.size:
         raise InputError(f"{path}: one 2D or 3D label map is expected; it holds an array of shape {volume.shape[1:]} "
                          f"with {volume.shape[0]} channels")  # fmt: skip
     spacing = tuple(float(step) for step in properties["spacing"])
     if not all(0 < step < np.inf for step in spacing):
         raise InputError(f"{path}: the spacing {_numbers(spacing)} is not positive")
-    return LabelImage(path, _as_integers(volume[0], path, allowed), spacing, _geometry(properties))
+    labels = _as_integers(volume[0], path, allowed)
+    return LabelImage(path, labels, spacing, _geometry(properties), _affine(properties, spacing))
 
 
 def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
@@ -105,9 +115,13 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
             raise _differ(name, prediction, ours.ravel(), reference, theirs.ravel())
 
 
-def _check_whole(path: Path) -> None:
-    """Refuse a truncated gzip file: SimpleITK reads what is there and makes up the rest."""
-    if path.suffix != ".gz":
+def _check_whole(path: Path, header: nibabel.Nifti1Header | None, volume: np.ndarray | None) -> None:
+    """Refuse a truncated or damaged gzip file: SimpleITK reads what is there and makes up the rest.
+
+    The checksum at the end of the file is that of the header and the voxels, which are in memory. Where it is not, as
+    with reoriented or scaled voxels, the file is decompressed once more.
+    """
+    if path.suffix != ".gz" or (header is not None and volume is not None and _is_of(path, header, volume)):
         return
     try:
         with gzip.open(path) as stream:
@@ -119,16 +133,38 @@ def _check_whole(path: Path) -> None:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def _is_of(path: Path, header: nibabel.Nifti1Header, volume: np.ndarray) -> bool:
+    """Whether the gzip checksum and length of a NIfTI file are those of this volume after the file's own header."""
+    try:
+        dtype = header.get_data_dtype()
+        offset = int(header["vox_offset"])
+    except nibabel.spatialimages.HeaderDataError:
+        return False
+    if not 0 < offset <= _CHUNK:
+        return False
+    with gzip.open(path) as stream:
+        checksum = zlib.crc32(stream.read(offset))
+    with np.errstate(invalid="ignore"):
+        for part in itertools.chain.from_iterable(volume):  # slice by slice: no copy of the whole
+            checksum = zlib.crc32(np.ascontiguousarray(part, dtype=dtype), checksum)
+    with path.open("rb") as raw:
+        raw.seek(-8, os.SEEK_END)
+        return raw.read() == struct.pack("<II", checksum, (offset + volume.size * dtype.itemsize) % (1 << 32))
+
+
 def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.ndarray:
     lowest, highest = volume.min(), volume.max()
     if not (lowest >= 0 and highest < 1 << 16):  # NaN fails too
         raise InputError(f"{path}: label values from {lowest:g} to {highest:g}; labels are integers in [0, 65535]")
-    labels = volume.astype(np.uint8 if highest < 1 << 8 else np.uint16)
-    if not np.array_equal(labels, volume):
-        example = volume[labels != volume][0]
-        raise InputError(f"{path}: holds values that are not integers, such as {example:g}; is it an image?")
-    present = np.flatnonzero(np.bincount(labels.reshape(-1)))
-    if unknown := [int(value) for value in np.setdiff1d(present, allowed)]:
+    labels = np.empty(volume.shape, dtype=np.uint8 if highest < 1 << 8 else np.uint16)
+    present = np.zeros(int(highest) + 1, dtype=bool)
+    for ours, theirs in zip(labels, volume, strict=True):  # slice by slice: it stays in the cache
+        ours[...] = theirs
+        if (different := ours != theirs).any():
+            example = theirs[different][0]
+            raise InputError(f"{path}: holds values that are not integers, such as {example:g}; is it an image?")
+        present[ours] = True
+    if unknown := [int(value) for value in np.setdiff1d(np.flatnonzero(present), allowed)]:
         shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise InputError(f"{path}: label values not in dataset.json: {shown}")
     return labels
@@ -142,6 +178,18 @@ def _geometry(properties: dict[str, Any]) -> dict[str, np.ndarray]:
         affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
         return {"origin": affine[:3, 3], "direction": affine[:3, :3]}
     return {}
+
+
+def _affine(properties: dict[str, Any], spacing: tuple[float, ...]) -> np.ndarray | None:
+    if "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
+    if "sitk_stuff" not in properties or len(properties["sitk_stuff"]["origin"]) != 3:
+        return None
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(properties["sitk_stuff"]["direction"], (3, 3)) * spacing[::-1]
+    affine[:3, 3] = properties["sitk_stuff"]["origin"]
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts towards left and posterior
 
 
 def _differ(what: str, prediction: LabelImage, ours: Iterable[float], reference: LabelImage, theirs: Iterable[float]):

@@ -50,3 +50,20 @@ def test_nothing_to_score(folders):
         pair_cases(*folders, ".png")
     with pytest.raises(UsageError, match="is not a folder"):
         pair_cases(folders[0], folders[1] / "nowhere", ".nii.gz")
+
+
+def test_of_several_probability_files_the_fastest_counts(folders):
+    reference, prediction = folders
+    found = []
+    for ending in ("_probabilities.nii", "_probabilities.nii.gz", ".npz", ".nncp"):
+        (prediction / f"case_1{ending}").touch()
+        found.append(pair_cases(reference, prediction, ".nii.gz")[0].probabilities.name)
+    assert found == ["case_1_probabilities.nii", "case_1_probabilities.nii.gz", "case_1.npz", "case_1.nncp"]
+
+
+def test_a_label_map_may_end_as_probabilities_do(folders):
+    reference, prediction = folders
+    for folder in folders:
+        (folder / "case_1_probabilities.nii.gz").touch()
+    names = [case.name for case in pair_cases(reference, prediction, ".nii.gz")]
+    assert names == ["case_1", "case_1_probabilities", "case_2"]

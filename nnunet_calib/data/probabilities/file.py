@@ -1,72 +1,84 @@
-"""nnU-Net's probability files, read one channel at a time.
+"""A probability file of any format, read one channel at a time.
 
-``nnUNetv2_predict --save_probabilities`` writes ``<case>.npz``: a zip whose member ``probabilities.npy`` is a float
-array (C, z, y, x) on the grid of the image. Opening it reads the header alone; nothing is ever unpickled.
+Opening reads the header alone. Nothing is ever unpickled or evaluated, and what a header claims is held against the
+size of the file before memory is set aside for it.
 """
 
-import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 import numpy as np
 
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.probabilities.compact import CompactReader
+from nnunet_calib.data.probabilities.nifti import NiftiReader
+from nnunet_calib.data.probabilities.npz import NpzReader
 
-_MEMBER = "probabilities.npy"
-_TYPES = ("float16", "float32", "float64")
-_MAX_HEADER = 10_000  # bytes; numpy's own bound for headers it does not trust
 _ROUNDING = 1e-5  # how far beyond [0, 1] sums of float32 probabilities, as in an ensemble, may end
-_DAMAGE = (  # what zipfile, zlib and numpy raise for a file that is not what it should be
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-)
+_PLACE_TOLERANCE = 1e-2  # of the smallest spacing
+_DIRECTION_TOLERANCE = 1e-3  # of each axis: half a voxel over 500
+
+
+class _Reader(Protocol):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    affine: np.ndarray | None
+
+    def __init__(self, path: Path) -> None: ...
+
+    def channels(self) -> Iterator[np.ndarray]: ...
+
+
+_READERS: dict[str, type[_Reader]] = {
+    ".nncp": CompactReader,
+    ".npz": NpzReader,
+    "_probabilities.nii.gz": NiftiReader,
+    "_probabilities.nii": NiftiReader,
+}
+ENDINGS = tuple(_READERS)  # after the name of the case; where a case has several files, the first of these counts
 
 
 class ProbabilityFile:
-    """Header of a probability file.
+    """Header of a probability file; its ending says which format it has.
 
     Attributes:
         path: the file.
         shape: (C, z, y, x).
         dtype: float16, float32 or float64.
+        affine: from voxel (x, y, z) to mm (right, anterior, superior), 4 x 4; None where the format does not say.
     """
 
     def __init__(self, path: Path):
         """Read the header.
 
         Raises:
-            InputError: damaged, or not a probability file of nnU-Net.
+            InputError: damaged, or no file of probabilities.
         """
         self.path = path
+        plain_nifti = (".nii", ".nii.gz")  # any name will do for one that is named explicitly
+        reader = next((r for ending, r in _READERS.items() if path.name.endswith(ending)), None)
+        if reader is None and path.name.endswith(plain_nifti):
+            reader = NiftiReader
+        if reader is None:
+            raise InputError(f"{path}: not a probability file; those end with {', '.join(ENDINGS)}")
         try:
-            with zipfile.ZipFile(path) as archive:
-                if _MEMBER not in archive.namelist():
-                    raise InputError(f"{path}: no array 'probabilities'; it is not a file of --save_probabilities")
-                with archive.open(_MEMBER) as member:
-                    self.shape, self._fortran_order, self.dtype = _read_header(member)
-                    self._start = member.tell()
-                size = archive.getinfo(_MEMBER).file_size
-        except _DAMAGE as error:
+            self._stored = reader(path)
+        except InputError:
+            raise
+        except Exception as error:  # of a file that is not what it should be, libraries say so in many ways
             raise _damaged(path, error) from error
-        if self.dtype.name not in _TYPES or len(self.shape) != 4:
+        self.shape, self.dtype, self.affine = self._stored.shape, self._stored.dtype, self._stored.affine
+        if self.dtype.name not in ("float16", "float32", "float64") or len(self.shape) != 4 or min(self.shape) < 1:
             raise InputError(f"{path}: a float array (C, z, y, x) is expected, it holds {self.dtype} {self.shape}")
-        if size != self._start + math.prod(self.shape) * self.dtype.itemsize:
-            raise InputError(f"{path}: its size does not fit its shape {self.shape}; predict it again")
 
-    def check_fits(self, channels: int, shape: tuple[int, ...]) -> None:
+    def check_fits(self, channels: int, shape: tuple[int, ...], affine: np.ndarray | None = None) -> None:
         """Refuse probabilities of another model or another image, before any of them is read.
 
         Args:
             channels: how many classes or regions ``dataset.json`` has.
             shape: (z, y, x) of the label map.
+            affine: where the label map lies, as ``LabelImage.affine``; compared if the file says where it lies.
 
         Raises:
             InputError: the file does not fit them.
@@ -78,6 +90,8 @@ class ProbabilityFile:
         if self.shape[1:] != shape:
             reordered = "; its axes are in another order" if sorted(self.shape[1:]) == sorted(shape) else ""
             raise InputError(f"{self.path}: shape {self.shape[1:]} differs from {shape} of the segmentation{reordered}")
+        if affine is not None and self.affine is not None and not _same_place(self.affine, affine):
+            raise InputError(f"{self.path}: origin, spacing or direction differ from those of the segmentation")
 
     def channels(self) -> Iterator[np.ndarray]:
         """Yield the probabilities of one class or region after the other, (z, y, x), values in [0, 1].
@@ -85,19 +99,18 @@ class ProbabilityFile:
         Raises:
             InputError: the file is damaged or holds something that is not a probability.
         """
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(_MEMBER) as member:
-                member.read(self._start)
-                if self._fortran_order:  # the channel is the fastest axis: there is no reading them one by one
-                    whole = _read_array(member, self.shape[::-1], self.dtype).T
-                    yield from (self._checked(channel) for channel in whole)
-                else:
-                    for _ in range(self.shape[0]):
-                        yield self._checked(_read_array(member, self.shape[1:], self.dtype))
-                if member.read(1):  # reaching the end also checks the checksum
-                    raise InputError(f"{self.path}: longer than its header says; predict it again")
-        except _DAMAGE as error:
-            raise _damaged(self.path, error) from error
+        channels = self._stored.channels()
+        while True:
+            try:
+                channel = next(channels, None)
+            except InputError:
+                raise
+            except Exception as error:  # as in __init__
+                raise _damaged(self.path, error) from error
+            if channel is None:
+                return
+            yield self._checked(channel)
+            del channel  # the next one needs its memory
 
     def _checked(self, channel: np.ndarray) -> np.ndarray:
         lowest, highest = channel.min(), channel.max()
@@ -106,24 +119,16 @@ class ProbabilityFile:
         return channel if lowest >= 0 and highest <= 1 else channel.clip(0, 1)
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    if version != (1, 0):  # later ones have headers of up to 4 GB, which numpy reads before it looks at their length
-        raise ValueError(f"npy format {version} is not supported")
-    return np.lib.format.read_array_header_1_0(member, max_header_size=_MAX_HEADER)
-
-
-def _read_array(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    array = np.empty(shape, dtype=dtype)
-    buffer = array.reshape(-1).view(np.uint8).data
-    while buffer:
-        count = member.readinto(buffer)  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError("ends too early")
-        buffer = buffer[count:]
-    return array
+def _same_place(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    lengths = np.linalg.norm(theirs[:3, :3], axis=0)
+    return bool(
+        np.allclose(ours[:3, :3], theirs[:3, :3], rtol=0, atol=_DIRECTION_TOLERANCE * lengths)
+        and np.allclose(ours[:3, 3], theirs[:3, 3], rtol=0, atol=_PLACE_TOLERANCE * lengths.min())
+    )
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
+    if isinstance(error, MemoryError):
+        return InputError(f"{path}: does not fit into memory")
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(f"{path}: truncated or damaged probability file ({reason}); predict it again")

@@ -1,0 +1,66 @@
+"""NIfTI headers, looked at before a reader sets aside the memory they claim."""
+
+import gzip
+import io
+import math
+import os
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from nnunet_calib.data.errors import InputError
+
+ENDINGS = (".nii", ".nii.gz")
+_MAX_RATIO = 1032  # deflate cannot do better
+_LONGEST = 540  # bytes of a NIfTI-2 header
+
+
+def read_header(path: Path) -> nibabel.Nifti1Header | None:
+    """The header of a NIfTI file, checked against the size of the file.
+
+    Returns:
+        The header; None if the file does not begin with one.
+
+    Raises:
+        InputError: the file cannot be read, or is too small for the volume its header announces.
+    """
+    compressed = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            begin = stream.read(_LONGEST)
+        size = os.path.getsize(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy or predict it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    header = _parse(begin)
+    if header is None:
+        return None
+    offset, itemsize = float(header["vox_offset"]), _itemsize(header)
+    needed = math.prod(max(1, int(length)) for length in header["dim"][1 : 1 + max(0, min(7, int(header["dim"][0])))])
+    needed = needed * itemsize + (offset if 0 <= offset < math.inf else 0)
+    if not 0 <= offset < math.inf or needed > size * (_MAX_RATIO if compressed else 1):
+        dims = tuple(int(length) for length in header["dim"][1:])
+        raise InputError(f"{path}: truncated or damaged: {size} bytes cannot hold the volume {dims} of its header")
+    return header
+
+
+def _parse(begin: bytes) -> nibabel.Nifti1Header | None:
+    for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
+        length = kind.template_dtype.itemsize
+        if len(begin) >= length and int.from_bytes(begin[:4], "little") in (length, _swapped(length)):
+            return kind.from_fileobj(io.BytesIO(begin[:length]), check=False)
+    return None
+
+
+def _swapped(number: int) -> int:
+    return int.from_bytes(number.to_bytes(4, "little"), "big")
+
+
+def _itemsize(header: nibabel.Nifti1Header) -> int:
+    try:
+        return header.get_data_dtype().itemsize
+    except nibabel.spatialimages.HeaderDataError:  # a type that the reader will refuse
+        return max(1, np.abs(int(header["bitpix"])) // 8)
