@@ -174,6 +174,44 @@ def test_nothing_misclassified_leaves_the_base_term(case, form):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_two_classes_there_is_nothing_to_exclude(masked):
+    given = problem("labels", SHAPES["2d"], classes=2, masked=masked)
+    parts = given.loss(("cpc", {})).parts(given.logits, given.target, given.valid)
+    assert parts["exclusion"].item() == 0
+    assert_agrees_with_naive(("cpc", {}), given)
+    # With two classes the pair of the label and the other class is all there is.
+    assert_close(parts["discrimination"], parts["cross_entropy"])
+
+
+def test_many_classes_exclude_each_other_without_a_tensor_of_pairs():
+    classes = 40
+    given = problem("labels", (4, 4, 4), classes=classes, batch=1, dtype=torch.float32)
+    largest = max(tensor.numel() for tensor in saved_for_backward(given, ("cpc", {})))
+    assert largest <= given.logits.numel()
+    assert given.value(("cpc", {})).item() == pytest.approx(given.naive(("cpc", {}))["loss"], rel=1e-5)
+
+
+def test_a_class_absent_from_the_image_adds_nothing_but_counts_in_the_mean():
+    given = problem("labels", SHAPES["2d"], classes=3)
+    given.target = given.target.clamp(max=1)
+    all_classes, present = (
+        given.loss(("ace", {"ignore_absent_classes": ignored})).parts(given.logits, given.target)["calibration_error"]
+        for ignored in (False, True)
+    )
+    without = Problem("labels", given.logits, given.target, None).naive(("ace", {}))["calibration_error"]
+    assert present.item() == pytest.approx(without, rel=1e-6)
+    assert present < all_classes
+
+
+def test_confidence_that_equals_the_accuracy_costs_nothing():
+    """Four voxels at p = (3/4, 1/4), three of them right."""
+    logits = torch.tensor([3.0, 1.0]).log().reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
+    given = Problem("labels", logits, torch.tensor([[[[0, 0], [0, 1]]]]), None)
+    parts = given.loss(("dca", {})).parts(given.logits, given.target)
+    assert parts["difference"].item() == pytest.approx(0, abs=1e-7)
+
+
 # ----------------------------------------------------------------------------------------------- numbers and symmetry
 
 

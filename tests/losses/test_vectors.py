@@ -171,6 +171,85 @@ def test_nacl_borders_differ_where_a_structure_touches_the_edge(border, value):
     assert problem.value(("nacl", {"border": border})).item() == pytest.approx(value, **ROUNDED)
 
 
+# ------------------------------------------------------------------------------------ calibration error alone, and CRaC
+
+
+def gradient_norm(term: torch.Tensor, logits: torch.Tensor) -> float:
+    return torch.autograd.grad(term, logits)[0].norm().item()
+
+
+@pytest.mark.parametrize("vector", vectors("hard mL1-ACE", "soft mL1-ACE"))
+def test_calibration_error_is_the_authors(vector):
+    problem, params = given(vector), vector["params"]
+    case = (
+        "ace",
+        {
+            "bins": params["num_bins"],
+            "soft": vector["loss"].startswith("soft"),
+            "ignore_absent_classes": params["ignore_empty_classes"],
+            "include_background": params["include_background"],
+        },
+    )
+    logits = problem.logits.requires_grad_()
+    error = problem.loss(case).parts(logits, problem.target)["calibration_error"]
+    assert error.item() == pytest.approx(vector["value"], **ROUNDED)
+    assert gradient_norm(error, logits) == pytest.approx(vector["grad_l2"], **ROUNDED)
+    assert given(vector, torch.float64).naive(case)["calibration_error"] == pytest.approx(vector["value"], **ROUNDED)
+
+
+@pytest.mark.parametrize("vector", vectors("hard/soft mL1-ACE on probabilities"))
+def test_calibration_error_of_certain_and_of_undecided_voxels_is_the_authors(vector):
+    certain = 300.0  # the softmax of logits 600 apart is 0 and 1
+    p, y = (torch.tensor(vector["params"][key])[:, :, None] for key in "pt")
+    logits = torch.where(p == 0.5, 0.0, torch.where(p == 1, certain, -certain))
+    for soft in (False, True):
+        loss = LOSSES["ace"](soft=soft, bins=vector["params"]["num_bins"])
+        error = loss.parts(logits, y.argmax(dim=1, keepdim=True))["calibration_error"]
+        assert error.item() == pytest.approx(vector["value"]["soft" if soft else "hard"], **ROUNDED)
+
+
+def crac(vector: dict, classes: int, **options) -> torch.nn.Module:
+    """The loss with the vector's multiplier everywhere."""
+    loss = LOSSES["crac"](rho=vector["params"]["rho"], **options)
+    start = {"previous": torch.zeros(2, classes), "updates": torch.tensor(1)}
+    names = {"multipliers": "lambd", "rho": "rho"}
+    loss.load_state_dict(start | {name: torch.full((2, classes), vector["params"][key]) for name, key in names.items()})
+    return loss
+
+
+@pytest.mark.parametrize("vector", vectors("CRaC penalty (phr)"))
+def test_crac_is_the_authors_but_for_their_boundary(vector, monkeypatch):
+    problem, params = given(vector), vector["params"]
+    logits = problem.logits.requires_grad_()
+    loss = crac(vector, logits.shape[1], margin=params["margin"], border="background")
+    ours = loss.parts(logits, problem.target)["penalty"].item()
+    expected = given(vector, torch.float64).naive(
+        ("crac", {"border": "background", "rho": params["rho"], "multipliers": params["lambd"]})
+    )
+    assert ours == pytest.approx(expected["penalty"], rel=1e-5)
+
+    # Theirs: the window's labels sum to other than 9 times their mean, which only rounding makes true.
+    window = torch.nn.functional.unfold(problem.target.float(), 3, padding=1)
+    rounded = (window.mean(dim=1, keepdim=True) - window).sum(dim=1).reshape(problem.target.shape) != 0
+    monkeypatch.setattr("nnunet_calib.losses.crac._boundary", lambda *_: rounded)
+    penalty = loss.parts(logits, problem.target)["penalty"]
+    assert penalty.item() == pytest.approx(vector["value"], **ROUNDED)
+    assert gradient_norm(penalty, logits) == pytest.approx(vector["grad_l2"], **ROUNDED)
+    assert abs(ours - vector["value"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [p for p in vectors("Lagrangian penalty phr") if p.values[0] is None or p.values[0]["params"]["h"] >= 0],
+)
+def test_crac_raises_a_violation_as_the_authors_do(vector):
+    # One voxel and margin 0: the violations are the logits (h, 0), of 2 x 2 constraints two are empty.
+    logits = torch.tensor([vector["params"]["h"], 0.0]).reshape(1, 2, 1, 1).requires_grad_()
+    penalty = 4 * crac(vector, 2, margin=0.0).parts(logits, torch.zeros(1, 1, 1, 1).long())["penalty"]
+    assert penalty.item() == pytest.approx(vector["value"], rel=1e-5)
+    assert torch.autograd.grad(penalty, logits)[0][0, 0].item() == pytest.approx(vector["grad"], rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- soft targets and kernels
 
 
@@ -232,6 +311,14 @@ TABLE: list[tuple[Case, float, float, float]] = [
     (("meep", {}), 1.3653322, 1.4952103, 0.2928944),
     (("meep", {"variant": "kl"}), 2.2118788, 2.4349610, 0.7097942),
     (("meep", {"binary": True}), 0.6965140, 0.7485330, 0.2928943),
+    (("cpc", {}), 2.6716670, 2.8048240, 0.5337191),
+    (("cpc", {"discrimination_weight": 1.0}), 3.6774039, 3.8813745, 0.9703983),
+    (("crac", {"margin": 2.0}), 1.6543496, 1.7507071, 0.5300192),
+    (("crac", {"margin": 2.0, "border": "background"}), 1.6568531, 1.7539913, 0.5357034),
+    (("ace", {}), 1.9307316, 1.9606598, 0.8130250),
+    (("ace", {"soft": True}), 1.9468273, 1.9830929, 0.8404760),
+    (("ace", {"include_background": False}), 1.9815417, 2.0182791, 0.8130250),
+    (("dca", {}), 3.9710530, 3.5162489, 1.4619356),
 ]
 
 
