@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import read_json
-from nnunet_calib.metrics import Bins, CalibrationStatistics
+from nnunet_calib.metrics import CELLS, Bins, CalibrationStatistics, empty_bins
 
 RESULTS = ("summary.json", "cases.csv", "reliability.json")
 
@@ -156,16 +156,23 @@ def _as_lists(statistics: CalibrationStatistics) -> dict[str, Any]:
         "squared_error": statistics.squared_error.tolist(),
         "log_loss": statistics.log_loss.tolist(),
         "top": None if statistics.top is None else _bins_as_lists(statistics.top),
+        "threshold": statistics.threshold,
+        "negligible": _bins_as_lists(statistics.negligible),
+        "ranked": _filled_as_lists(statistics.ranked),
     }
 
 
 def _from_lists(content: dict[str, Any]) -> CalibrationStatistics:
+    classes = _bins_from_lists(content["classes"])
     return CalibrationStatistics(
         content["voxels"],
-        _bins_from_lists(content["classes"]),
-        np.array(content["squared_error"]),
-        np.array(content["log_loss"]),
+        classes,
+        np.array(content["squared_error"], dtype=np.float64),
+        np.array(content["log_loss"], dtype=np.float64),
         None if content["top"] is None else _bins_from_lists(content["top"]),
+        _bins_from_lists(content["negligible"]),
+        _filled_from_lists(content["ranked"], (CELLS,) if content["top"] is not None else (len(classes), CELLS)),
+        float(content["threshold"]),
     )
 
 
@@ -179,6 +186,21 @@ def _bins_from_lists(content: dict[str, list]) -> Bins:
         np.array(content["confidence"], dtype=np.float64),
         np.array(content["correct"], dtype=np.int64),
     )
+
+
+def _filled_as_lists(bins: Bins) -> dict[str, list]:
+    """Only the bins that hold a voxel, with their place in the flat array."""
+    filled = np.flatnonzero(bins.n)
+    parts = {"n": bins.n, "confidence": bins.confidence, "correct": bins.correct}
+    return {"cell": filled.tolist()} | {name: part.reshape(-1)[filled].tolist() for name, part in parts.items()}
+
+
+def _filled_from_lists(content: dict[str, list], shape: tuple[int, ...]) -> Bins:
+    bins, filled = empty_bins(*shape), np.array(content["cell"], dtype=np.intp)
+    bins.n.reshape(-1)[filled] = content["n"]
+    bins.confidence.reshape(-1)[filled] = content["confidence"]
+    bins.correct.reshape(-1)[filled] = content["correct"]
+    return bins
 
 
 def numbers_as_json(value: Any) -> Any:

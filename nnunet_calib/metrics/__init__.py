@@ -5,14 +5,18 @@ from nnunet_calib.metrics.binning import (
     Bins,
     average_calibration_error,
     bin_index,
+    empty_bins,
     expected_calibration_error,
     maximum_calibration_error,
+    overconfidence,
+    underconfidence,
 )
 from nnunet_calib.metrics.calibration import (
+    SCORES,
     CalibrationStatistics,
+    calibration_scores,
     calibration_statistics,
     scores,
-    smallest_probability,
 )
 from nnunet_calib.metrics.distances import (
     SurfaceDistances,
@@ -24,28 +28,44 @@ from nnunet_calib.metrics.distances import (
     surface_dice,
     surface_distances,
 )
+from nnunet_calib.metrics.gather import smallest_probability
 from nnunet_calib.metrics.overlap import Overlap, Structure, overlaps
+from nnunet_calib.metrics.ranked import (
+    CELLS,
+    adaptive_calibration_error,
+    area_under_risk_coverage,
+    confidence_cell,
+)
 
 __all__ = [
     "BINS",
+    "CELLS",
+    "SCORES",
     "Bins",
     "CalibrationStatistics",
     "Overlap",
     "Structure",
     "SurfaceDistances",
+    "adaptive_calibration_error",
+    "area_under_risk_coverage",
     "average_calibration_error",
     "average_surface_distance",
     "bin_index",
+    "calibration_scores",
     "calibration_statistics",
+    "confidence_cell",
+    "empty_bins",
     "expected_calibration_error",
     "hausdorff",
     "hausdorff_95",
     "maximum_calibration_error",
     "near_surface",
+    "overconfidence",
     "overlaps",
     "scores",
     "smallest_probability",
     "surface",
     "surface_dice",
     "surface_distances",
+    "underconfidence",
 ]

@@ -42,6 +42,11 @@ class Bins:
         return len(self.n)
 
 
+def empty_bins(*shape: int) -> Bins:
+    """Bins of this shape without a voxel."""
+    return Bins(np.zeros(shape, dtype=np.int64), np.zeros(shape), np.zeros(shape, dtype=np.int64))
+
+
 def bin_index(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
     """Bin of each confidence.
 
@@ -86,6 +91,26 @@ def maximum_calibration_error(bins: Bins) -> np.ndarray:
     """
     gaps = _gaps(bins)
     return np.where(bins.n.any(axis=-1), np.nan_to_num(gaps).max(axis=-1), np.nan)
+
+
+def overconfidence(bins: Bins) -> np.ndarray:
+    """The part of ECE from bins more confident than right: sum of n_k / n * max(confidence_k - accuracy_k, 0).
+
+    ``overconfidence + underconfidence`` is ECE.
+
+    Returns:
+        float64 of the leading axes' shape, in [0, 1]; NaN without voxels.
+    """
+    return _divide(np.maximum(bins.confidence - bins.correct, 0).sum(axis=-1), bins.n.sum(axis=-1))
+
+
+def underconfidence(bins: Bins) -> np.ndarray:
+    """The part of ECE from bins more often right than confident: sum of n_k / n * max(accuracy_k - confidence_k, 0).
+
+    Returns:
+        float64 of the leading axes' shape, in [0, 1]; NaN without voxels.
+    """
+    return _divide(np.maximum(bins.correct - bins.confidence, 0).sum(axis=-1), bins.n.sum(axis=-1))
 
 
 def _gaps(bins: Bins) -> np.ndarray:

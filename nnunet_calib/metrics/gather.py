@@ -1,0 +1,340 @@
+"""The pass over the probabilities that fills the statistics, a slab of voxels at a time, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from nnunet_calib.metrics.binning import Bins, bin_index, empty_bins
+from nnunet_calib.metrics.overlap import Structure
+from nnunet_calib.metrics.ranked import CELLS, confidence_cell
+
+SLAB = 1 << 16  # voxels handled at once: all that is made of them stays in the processor's cache
+_MAX_SETS = 8  # one bit each of a uint8
+
+
+def smallest_probability(dtype: np.dtype) -> float:
+    """Where NLL clips p: the smallest positive number of a float type (float16: 2^-24; float32: 2^-126, normal)."""
+    return float(np.finfo(dtype).smallest_subnormal if dtype == np.float16 else np.finfo(dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a float type's probabilities are cut.
+
+    Attributes:
+        bins: number B of equal-width bins.
+        first_edge: smallest p of the type that is not in bin 0.
+        threshold: p up to it are negligible; rounded to the type, as torch compares.
+        smallest: where p is clipped in the logarithm.
+        spacing: where 1 - p is clipped in the logarithm.
+    """
+
+    bins: int
+    first_edge: float
+    threshold: float
+    smallest: float
+    spacing: float
+
+    @classmethod
+    def of(cls, dtype: np.dtype, bins: int, threshold: float) -> Limits:
+        """The limits of a float type."""
+        edge = np.array(1 / bins).astype(dtype)
+        if bin_index(edge, bins) == 0 and bins > 1:
+            edge = np.nextafter(edge, dtype.type(2))
+        below = np.nextafter(edge, dtype.type(0))
+        first_edge = float(below if bin_index(below, bins) else edge) if bins > 1 else 2.0
+        rounded = float(dtype.type(threshold))
+        return cls(bins, first_edge, rounded, smallest_probability(dtype), float(np.finfo(dtype).epsneg))
+
+
+class Volume:
+    """What the probabilities of one volume are held against; all maps are flat.
+
+    Attributes:
+        code: uint8, bit i set where the voxel belongs to set i; 0: it is never looked at.
+        codes: number of possible codes.
+        members: for each set, bool (codes,): the codes that belong to it.
+        classes: number of channels.
+        multilabel: the channels are regions, not exclusive classes.
+    """
+
+    def __init__(
+        self, reference: np.ndarray, classes: Sequence[Structure], masks: Mapping[str, np.ndarray], multilabel: bool
+    ):
+        if not 0 < len(masks) <= _MAX_SETS:
+            raise ValueError(f"between 1 and {_MAX_SETS} masks, not {len(masks)}")
+        self.shape, self.size = reference.shape, reference.size
+        self.classes, self.multilabel = len(classes), multilabel
+        self.code = np.zeros(self.size, dtype=np.uint8)
+        for bit, (name, mask) in enumerate(masks.items()):
+            if mask.shape != self.shape:
+                raise ValueError(f"mask {name!r} has shape {mask.shape}, the reference {self.shape}")
+            self.code |= mask.reshape(-1).astype(np.uint8) << np.uint8(bit)
+        self.codes = 1 << len(masks)
+        patterns = np.arange(self.codes)
+        self.members = {name: (patterns >> bit & 1).astype(bool) for bit, name in enumerate(masks)}
+        member = _membership(classes, reference)
+        if multilabel:
+            self._labels, self._member = reference.reshape(-1), member
+        else:
+            if (member.sum(axis=0) > 1).any():
+                raise ValueError("a label is in two classes; classes exclude each other unless multilabel")
+            channel = np.where(member.any(axis=0), member.argmax(axis=0), self.classes)
+            self._channel = channel.astype(np.min_scalar_type(self.classes))[reference.reshape(-1)]
+
+    def truth(self, c: int, part: slice) -> tuple[np.ndarray, int]:
+        """A map and the value it has on the voxels of class ``c``."""
+        return (self._member[c][self._labels[part]].view(np.uint8), 1) if self.multilabel else (self._channel[part], c)
+
+    def slabs(self) -> list[slice]:
+        """Slices of the flat volume that hold a voxel of any set."""
+        parts = (slice(start, min(start + SLAB, self.size)) for start in range(0, self.size, SLAB))
+        return [part for part in parts if self.code[part].any()]
+
+
+class Tally:
+    """Running sums by class and code.
+
+    Attributes:
+        classes: ``Bins`` (C, codes, B).
+        negligible: ``Bins`` (C, codes, K), those of ``classes`` with p up to the threshold.
+        squared_error: float64 (C, codes).
+        log_loss: float64 (C, codes).
+        top: ``Bins`` (codes, B) of the top label.
+        ranked: ``Bins`` (codes, cells) of the top label, or (R, codes, cells) of regions.
+    """
+
+    def __init__(self, volume: Volume, bins: int, threshold: float):
+        by_code = (volume.classes, volume.codes)
+        self.classes = empty_bins(*by_code, bins)
+        self.negligible = empty_bins(*by_code, int(bin_index(np.array(threshold), bins)) + 1)
+        self.squared_error, self.log_loss = np.zeros(by_code), np.zeros(by_code)
+        self.top = empty_bins(volume.codes, bins)
+        self.ranked = empty_bins(*(by_code if volume.multilabel else by_code[1:]), CELLS)
+
+    def __iadd__(self, other: Tally) -> Tally:
+        for name, mine in vars(self).items():
+            setattr(self, name, mine + getattr(other, name))
+        return self
+
+
+class Counting(Protocol):
+    """How one slab is counted; the arrays of a slab are flat and of equal length."""
+
+    def add_class(
+        self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count the binary problem of class ``c`` of exclusive classes: all but ``top`` and ``ranked``."""
+
+    def add_region(
+        self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count region ``r``: as a class, the logarithm of its complement and ``ranked`` besides."""
+
+    def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
+        """Where class ``c`` exceeds the largest so far, it becomes the top label."""
+
+    def add_top(
+        self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count the top label: ``top`` and ``ranked``."""
+
+
+def gather(
+    channels: Iterable[np.ndarray], volume: Volume, counting: Counting, bins: int, threshold: float, threads: int
+) -> tuple[Tally, np.ndarray | None]:
+    """The sums of a volume, and its top label unless multilabel.
+
+    An array is read slab after slab, all channels of one before the next, so that it passes through memory once;
+    other iterables channel after channel.
+    """
+    top = None if volume.multilabel else np.zeros(volume.size, dtype=np.min_scalar_type(volume.classes))
+    slabs = volume.slabs()
+    share = -(-len(slabs) // threads) or 1
+    workers = [
+        _Worker(volume, slabs[i : i + share], counting, Tally(volume, bins, threshold), top)
+        for i in range(0, len(slabs), share)
+    ]
+    flat = checked_channels(channels, volume)
+    with ThreadPoolExecutor(threads) as pool:
+        run = map if threads == 1 else pool.map
+        if isinstance(channels, np.ndarray):
+            whole = list(flat)
+            list(run(lambda worker: worker.add_array(whole, bins, threshold), workers))
+        else:
+            largest = np.empty(0)
+            for c, channel in enumerate(flat):
+                if c == 0:
+                    largest = np.full(0 if volume.multilabel else volume.size, -1, dtype=_counted(channel.dtype))
+                limits = Limits.of(channel.dtype, bins, threshold)
+                list(run(lambda w, c=c, p=channel, limits=limits: w.add_channel(c, p, limits, largest), workers))
+            if not volume.multilabel:
+                list(run(lambda worker: worker.add_top(largest, limits), workers))
+    total = Tally(volume, bins, threshold)
+    for worker in workers:
+        total += worker.tally
+    return total, None if top is None else top.reshape(volume.shape)
+
+
+def checked_channels(channels: Iterable[Any], volume: Volume) -> Iterator[Any]:
+    """Flat channels.
+
+    Raises:
+        ValueError: a shape that does not fit, too many or too few.
+    """
+    seen = 0
+    for channel in channels:
+        if seen == volume.classes or tuple(channel.shape) != volume.shape:
+            raise ValueError(
+                f"channel {seen}, {tuple(channel.shape)}, does not fit {volume.classes} of {volume.shape}"
+            )
+        yield channel.reshape(-1)
+        seen += 1
+    if seen != volume.classes:
+        raise ValueError(f"{seen} channels for {volume.classes} classes")
+
+
+class _Worker:
+    """One thread's share of the slabs."""
+
+    def __init__(self, volume: Volume, slabs: list[slice], counting: Counting, tally: Tally, top: np.ndarray | None):
+        self._volume, self._slabs, self._counting, self._top = volume, slabs, counting, top
+        self.tally = tally
+
+    def add_array(self, channels: list[np.ndarray], bins: int, threshold: float) -> None:
+        limits = Limits.of(channels[0].dtype, bins, threshold)
+        largest = np.empty(SLAB, dtype=_counted(channels[0].dtype))
+        for part in self._slabs:
+            largest[:] = -1
+            for c, channel in enumerate(channels):
+                self._add(c, part, channel, limits, largest[: part.stop - part.start])
+            if self._top is not None:
+                self._add_top(part, largest[: part.stop - part.start], limits)
+
+    def add_channel(self, c: int, channel: np.ndarray, limits: Limits, largest: np.ndarray) -> None:
+        for part in self._slabs:
+            self._add(c, part, channel, limits, largest[part])
+
+    def add_top(self, largest: np.ndarray, limits: Limits) -> None:
+        for part in self._slabs:
+            self._add_top(part, largest[part], limits)
+
+    def _add(self, c: int, part: slice, channel: np.ndarray, limits: Limits, largest: np.ndarray) -> None:
+        p = channel[part].astype(_counted(channel.dtype), copy=False)
+        truth, code = self._volume.truth(c, part), self._volume.code[part]
+        if self._top is None:
+            self._counting.add_region(self.tally, c, p, truth, code, limits)
+        else:
+            self._counting.add_class(self.tally, c, p, truth, code, limits)
+            self._counting.update_top(c, p, largest, self._top[part])
+
+    def _add_top(self, part: slice, largest: np.ndarray, limits: Limits) -> None:
+        assert self._top is not None
+        truth, _ = self._volume.truth(0, part)
+        self._counting.add_top(self.tally, largest, self._top[part], truth, self._volume.code[part], limits)
+
+
+class NumpyCounting:
+    """Counting in numpy.
+
+    Most voxels of most channels have a small p, are not of the class and are in the same sets as their neighbours:
+    they go to bin 0 together, and only the others are sorted into bins one by one.
+    """
+
+    def add_class(
+        self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count the binary problem of class ``c``."""
+        positive = truth[0] == truth[1]
+        usual = int(code[0])
+        single = (p >= limits.first_edge) | positive
+        if (code != usual).any():
+            usual = int(np.bincount(code).argmax())
+            single |= code != usual
+        singles = np.flatnonzero(single)
+        classes, negligible = tally.classes, tally.negligible
+        if usual:
+            rest = p.astype(np.float64)
+            rest[singles] = 0
+            small = p <= p.dtype.type(limits.threshold)
+            classes.n[c, usual, 0] += p.size - singles.size
+            classes.confidence[c, usual, 0] += rest.sum()
+            tally.squared_error[c, usual] += np.einsum("i,i->", rest, rest)
+            negligible.n[c, usual, 0] += np.count_nonzero(small) - np.count_nonzero(small[singles])
+            rest *= small
+            negligible.confidence[c, usual, 0] += rest.sum()
+        singles = singles[code[singles] != 0]
+        one, y, codes = p[singles].astype(np.float64), positive[singles], code[singles]
+        index = bin_index(one, limits.bins)
+        _count(classes, c, codes, index, one, y)
+        small = one <= limits.threshold
+        _count(negligible, c, codes[small], index[small], one[small], y[small])
+        tally.squared_error[c] += _sum_by(codes, np.square(one - y), len(tally.squared_error[c]))
+        log_loss = -np.log(np.maximum(one[y], limits.smallest))
+        tally.log_loss[c] += _sum_by(codes[y], log_loss, len(tally.log_loss[c]))
+
+    def add_region(
+        self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count region ``r``."""
+        self.add_class(tally, r, p, truth, code, limits)
+        inside = code != 0
+        p, y, code = p[inside].astype(np.float64), truth[0][inside] == truth[1], code[inside]
+        log_loss = -np.log(np.maximum(1 - p[~y], limits.spacing))
+        tally.log_loss[r] += _sum_by(code[~y], log_loss, len(tally.log_loss[r]))
+        _count(tally.ranked, r, code, confidence_cell(np.minimum(p, 1 - p)), np.maximum(p, 1 - p), (p > 0.5) == y)
+
+    def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
+        """Where class ``c`` exceeds the largest so far, it becomes the top label."""
+        larger = p > largest
+        np.copyto(top, c, where=larger, casting="unsafe")
+        np.copyto(largest, p, where=larger)
+
+    def add_top(
+        self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count the top label."""
+        hit = top == truth
+        if not code.all():
+            inside = code != 0
+            p, hit, code = p[inside], hit[inside], code[inside]
+        confidence = p.astype(np.float64)
+        _count(tally.top, ..., code, bin_index(confidence, limits.bins), confidence, hit)
+        _count(tally.ranked, ..., code, confidence_cell(1 - confidence), confidence, hit)
+
+
+def _count(
+    bins: Bins, problem: Any, code: np.ndarray, index: np.ndarray, confidence: np.ndarray, correct: np.ndarray
+) -> None:
+    """Add voxels to the bins (codes, B) of one binary problem."""
+    shape = bins.n[problem].shape
+    cell, size = code.astype(np.intp) * shape[1] + index, shape[0] * shape[1]
+    bins.n[problem] += np.bincount(cell, minlength=size).reshape(shape)
+    bins.confidence[problem] += np.bincount(cell, weights=confidence, minlength=size).reshape(shape)
+    bins.correct[problem] += np.bincount(cell[correct], minlength=size).reshape(shape)
+
+
+def _counted(dtype: np.dtype) -> np.dtype:
+    """The type a float type's slabs are counted in, which holds its values exactly."""
+    return np.promote_types(dtype, np.float32)
+
+
+def _sum_by(code: np.ndarray, values: np.ndarray, codes: int) -> np.ndarray:
+    return np.bincount(code, weights=values, minlength=codes)
+
+
+def _membership(classes: Sequence[Structure], reference: np.ndarray) -> np.ndarray:
+    """Bool (C, largest label + 1): whether a label belongs to a class."""
+    lowest, highest = (int(reference.min()), int(reference.max())) if reference.size else (0, 0)
+    if lowest < 0:
+        raise ValueError("labels must not be negative")
+    members = [np.atleast_1d(np.array(structure)) for structure in classes]
+    table = np.zeros((len(classes), max(highest, *(int(m.max()) for m in members)) + 1), dtype=bool)
+    for row, member in zip(table, members, strict=True):
+        row[member] = True
+    return table

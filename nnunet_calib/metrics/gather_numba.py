@@ -1,0 +1,205 @@
+"""Counting compiled by numba: the same sums as in numpy, at the speed of memory. Import it only where it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from nnunet_calib.metrics.gather import Limits, Tally
+from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT, CELLS
+
+_RUN = 64  # voxels that are looked at together: long enough for vector instructions, short enough to be alike
+
+
+def _compiled(function: Callable) -> Any:
+    """Compile on first use; kept on disk where a folder can be written, the package's or the user's."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to write
+        return numba.njit(**options)(function)
+
+
+class NumbaCounting:
+    """Counting in compiled loops; see ``gather.Counting``."""
+
+    def add_class(
+        self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count the binary problem of class ``c``."""
+        self._add(tally, c, p, truth, code, limits, binary=False)
+
+    def add_region(
+        self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count region ``r``."""
+        self._add(tally, r, p, truth, code, limits, binary=True)
+        ranked = tally.ranked
+        _rank_region(p, *truth, code, ranked.n[r], ranked.confidence[r], ranked.correct[r])
+
+    def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
+        """Where class ``c`` exceeds the largest so far, it becomes the top label."""
+        _update_top(c, p, largest, top)
+
+    def add_top(
+        self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
+    ) -> None:
+        """Count the top label."""
+        bins, ranked = tally.top, tally.ranked
+        _add_top(
+            *(p, top, truth, code, bins.n, bins.confidence, bins.correct, ranked.n, ranked.confidence, ranked.correct)
+        )
+
+    def _add(
+        self,
+        tally: Tally,
+        c: int,
+        p: np.ndarray,
+        truth: tuple[np.ndarray, int],
+        code: np.ndarray,
+        limits: Limits,
+        *,
+        binary: bool,
+    ) -> None:
+        every, small = tally.classes, tally.negligible
+        first_edge, threshold = p.dtype.type(limits.first_edge), p.dtype.type(limits.threshold)
+        cuts = (first_edge, threshold, limits.smallest, limits.spacing)
+        _add_class(
+            *(p, *truth, code, *cuts, binary, every.n[c], every.confidence[c], every.correct[c]),
+            *(small.n[c], small.confidence[c], small.correct[c], tally.squared_error[c], tally.log_loss[c]),
+        )
+
+
+@_compiled
+def _add_class(
+    p,
+    truth,
+    value,
+    code,
+    first_edge,
+    threshold,
+    smallest,
+    spacing,
+    binary,
+    n,
+    confidence,
+    correct,
+    small_n,
+    small_confidence,
+    small_correct,
+    squared_error,
+    log_loss,
+):
+    bins = n.shape[1]
+    own_n = np.zeros(n.shape, np.int64)  # sums of one slab before they join the volume's: less rounding
+    own_confidence = np.zeros(n.shape, np.float64)
+    own_squared = np.zeros(n.shape[0], np.float64)
+    own_log = np.zeros(n.shape[0], np.float64)
+    for start in range(0, p.size, _RUN):
+        stop = min(start + _RUN, p.size)
+        first = code[start]
+        mixed = 0
+        for i in range(start, stop):
+            mixed |= (not (p[i] < first_edge)) | (truth[i] == value) | (code[i] != first)
+        if not mixed and not binary:
+            if first == 0:
+                continue
+            total = 0.0
+            square = 0.0
+            few = 0
+            little = 0.0
+            for i in range(start, stop):
+                x = np.float64(p[i])
+                total += x
+                square += x * x
+                is_small = p[i] <= threshold
+                few += is_small
+                little += x if is_small else 0.0
+            own_n[first, 0] += stop - start
+            own_confidence[first, 0] += total
+            own_squared[first] += square
+            small_n[first, 0] += few
+            small_confidence[first, 0] += little
+            continue
+        for i in range(start, stop):
+            at = code[i]
+            if at == 0:
+                continue
+            x = np.float64(p[i])
+            k = min(int(x * bins), bins - 1)
+            own_n[at, k] += 1
+            own_confidence[at, k] += x
+            hit = truth[i] == value
+            if p[i] <= threshold:
+                small_n[at, k] += 1
+                small_confidence[at, k] += x
+                small_correct[at, k] += hit
+            if hit:
+                correct[at, k] += 1
+                own_squared[at] += (1 - x) * (1 - x)
+                own_log[at] -= np.log(max(x, smallest))
+            else:
+                own_squared[at] += x * x
+                if binary:
+                    own_log[at] -= np.log(max(1 - x, spacing))
+    n += own_n
+    confidence += own_confidence
+    squared_error += own_squared
+    log_loss += own_log
+
+
+@_compiled
+def _update_top(c, p, largest, top):
+    for i in range(p.size):
+        larger = p[i] > largest[i]
+        largest[i] = p[i] if larger else largest[i]
+        top[i] = c if larger else top[i]
+
+
+@_compiled
+def _cell(doubt):
+    u = np.float32(doubt)
+    if not u > 0:
+        return 0
+    return min(max((u.view(np.int32) >> CELL_SHIFT) - CELL_OFFSET, 1), CELLS - 1)
+
+
+@_compiled
+def _add_top(p, top, truth, code, n, confidence, correct, cell_n, cell_confidence, cell_correct):
+    bins = n.shape[1]
+    own = np.zeros(n.shape, np.float64)
+    own_cell = np.zeros(cell_n.shape, np.float64)
+    for i in range(p.size):
+        at = code[i]
+        if at == 0:
+            continue
+        x = np.float64(p[i])
+        hit = top[i] == truth[i]
+        k = min(int(x * bins), bins - 1)
+        n[at, k] += 1
+        own[at, k] += x
+        correct[at, k] += hit
+        j = _cell(1 - p[i])
+        cell_n[at, j] += 1
+        own_cell[at, j] += x
+        cell_correct[at, j] += hit
+    confidence += own
+    cell_confidence += own_cell
+
+
+@_compiled
+def _rank_region(p, truth, value, code, n, confidence, correct):
+    own = np.zeros(n.shape, np.float64)
+    for i in range(p.size):
+        at = code[i]
+        if at == 0:
+            continue
+        x = np.float64(p[i])
+        j = _cell(min(x, 1 - x))
+        n[at, j] += 1
+        own[at, j] += max(x, 1 - x)
+        correct[at, j] += (x > 0.5) == (truth[i] == value)
+    confidence += own
