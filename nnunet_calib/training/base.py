@@ -116,9 +116,6 @@ class CalibrationTrainer(nnUNetTrainer):
         objective.calibrating = self.current_epoch >= first_calibrated
         self.print_to_log_file(f"Objective: {self.LOSS if objective.calibrating else 'nnU-Net (until calibrate_from)'}")
 
-    def _objective(self) -> Objective:
-        return self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
-
     def on_validation_epoch_start(self) -> None:
         """Let the loss take note of the validation batches."""
         super().on_validation_epoch_start()
@@ -151,6 +148,9 @@ class CalibrationTrainer(nnUNetTrainer):
             )
         if self.LOSS is not None and _STATE_KEY in self.my_init_kwargs:
             self._objective().calibration.load_state_dict(self.my_init_kwargs[_STATE_KEY])
+
+    def _objective(self) -> Objective:
+        return self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
 
     def _finetune_source(self) -> str:
         """Final checkpoint of ``finetune_from``, in this configuration or the nearest one that it inherits from.

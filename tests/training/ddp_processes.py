@@ -6,6 +6,7 @@ nnU-Net's own start is for NVIDIA's cards alone (NCCL, ``device_ids``); the trai
 process writes what it saw to FOLDER/rank_R.json.
 """
 
+import copy
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-from toy import batch, construct, prepare_folders
+from toy import IGNORE, batch, construct, prepare_folders
 
 from nnunet_calib.training.trainers import TRAINERS
 
@@ -55,11 +56,42 @@ def train(name: str, kind: str) -> dict:
     }
 
 
+def follow(kind: str) -> dict:
+    """CRaC's multipliers after a validation with a batch a process, and those that follow both batches in one."""
+    trainer = construct(
+        "CRaCTrainer", {"calibrate_from": 0}, kind=kind, axes=2, trainer=on_cpu(TRAINERS["CRaCTrainer"])
+    )
+    torch.manual_seed(0)
+    trainer.initialize()
+    trainer.on_train_epoch_start()
+    trainer.on_validation_epoch_start()
+    loss = trainer.loss.loss
+    both = copy.deepcopy(loss)
+    with torch.no_grad():
+        # The batch of process 1 is ignored but for its first row, so that a mean of means would be another number.
+        data = [batch(trainer, kind, seed=rank) for rank in range(2)]
+        ignore_but_first_row(data[1]["target"][0], kind)
+        for seen in data:
+            both(trainer.network(seen["data"])[0], seen["target"][0])
+        outputs = [trainer.validation_step(data[dist.get_rank()])]
+        trainer.on_validation_epoch_end(outputs)
+    both.calibration.update()  # the sum over processes that saw the same: twice the violations of twice the voxels
+    return {name: value.calibration.multipliers.tolist() for name, value in (("gathered", loss), ("expected", both))}
+
+
+def ignore_but_first_row(target: torch.Tensor, kind: str) -> None:
+    if kind.startswith("regions"):
+        target[:, -1, 1:] = True
+    else:
+        target[:, :, 1:] = IGNORE
+
+
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     host.DDP = lambda network, device_ids: DistributedDataParallel(network)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     seen = {f"{name}-{kind}": train(name, kind) for name in TRAINERS for kind in KINDS}
+    seen |= {f"multipliers-{kind}": follow(kind) for kind in KINDS}
     Path(folder, f"rank_{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

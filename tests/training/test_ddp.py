@@ -38,3 +38,12 @@ def test_both_processes_step_and_stay_the_same(ranks, name, kind):
     assert first["losses"] != second["losses"], "each process has its own patches"
     assert first["weights"] == second["weights"]
     assert first["trace"] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multipliers_follow_the_voxels_of_all_processes(ranks, kind):
+    first, second = (rank[f"multipliers-{kind}"] for rank in ranks)
+    assert first["gathered"] == second["gathered"]
+    for gathered, expected in zip(first["gathered"], first["expected"], strict=True):
+        assert gathered == pytest.approx(expected, rel=1e-5)
+    assert max(max(row) for row in first["gathered"]) > 1e-3
