@@ -116,15 +116,17 @@ def evaluate_folder(
         total=len(cases),
         unit="case",
     )
-    for case, error in progress:
-        if error is None:
-            continue
+
+    def fail(case: CaseFiles, error: Exception) -> None:
         if stop_at_failure:
             raise error
         failed[case.name] = _one_line(case, error)
         on_failure(failed[case.name])
-    scored = [case for case in cases if case.name not in failed]
-    summary = _summary(records, scored, dataset) | {
+
+    for case, error in progress:
+        if error is not None:
+            fail(case, error)
+    summary = _summary(records, [case for case in cases if case.name not in failed], dataset, fail) | {
         "failed": [{"case": name, "error": failed[name]} for name in by_name if name in failed],
         "protocol": protocol.describe(dataset)
         | {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__},
@@ -139,12 +141,18 @@ def evaluate_folder(
     return summary
 
 
-def _summary(records: Records, cases: Sequence[CaseFiles], dataset: Dataset) -> dict[str, Any]:
+def _summary(
+    records: Records, cases: Sequence[CaseFiles], dataset: Dataset, fail: Callable[[CaseFiles, Exception], None]
+) -> dict[str, Any]:
     """The summary of cases whose records are there; only their sum is kept of the statistics."""
     listed = []
     pooled: dict[str, CalibrationStatistics] = {}
     for case in cases:
-        result = records.read(case)
+        try:
+            result = records.read(case)
+        except InputError as error:
+            fail(case, error)
+            continue
         listed.append(result.record)
         for region, counted in result.statistics.items():
             pooled[region] = pooled[region] + counted if region in pooled else counted

@@ -1,7 +1,6 @@
 """A folder from files to summary: nnU-Net's numbers in it, the record's promises around them."""
 
 import csv
-import importlib
 import json
 import math
 import os
@@ -401,22 +400,6 @@ def test_one_bad_case_is_reported_and_the_rest_goes_on(folders):
     assert len(failures) == 1
     assert "case_1.npz" in failures[0]
     assert folders.summary()["failed"][0]["case"] == "case_1"
-
-
-def test_a_case_that_kills_its_process_fails_alone(folders, tmp_path, monkeypatch):
-    """As the system does to a process for want of memory; a pool then gives up on all that it has not finished."""
-    (tmp_path / "deadly.py").write_text(
-        "import os\n"
-        "from nnunet_calib.evaluation.case import evaluate_case\n"
-        "def score(files, **options):\n"
-        "    return os._exit(9) if files.name == 'case_0' else evaluate_case(files, **options)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("nnunet_calib.evaluation.folder.evaluate_case", importlib.import_module("deadly").score)
-    failures = []
-    summary = evaluate(folders, processes=2, on_failure=failures.append)
-    assert [record["case"] for record in summary["metric_per_case"]] == ["case_1", "case_2"]
-    assert failures == ["case case_0: its process was killed 3 times, out of memory perhaps"]
 
 
 def contents(folders: Folders) -> dict[str, bytes]:
