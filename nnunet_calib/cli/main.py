@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import nnunet_calib
 from nnunet_calib.data.errors import InputError, UsageError
 
-VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate", "convert")
+VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate", "convert", "calibrate")
 
 
 def _module(verb: str):

@@ -1,0 +1,160 @@
+"""``nnunet-calib calibrate``: fit, apply and check calibrators of a trained model."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HELP = "honest probabilities from a trained model: fit a calibrator, apply it, check where it is used"
+
+_METHODS = ("temperature", "classwise", "ensemble", "vector", "dirichlet", "isotonic", "local")
+_REGIONS = ("volume", "foreground", "boundary")
+_SCORES = ("NLL", "Brier", "ECE", "CECE")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.description = (
+        "Calibrate the probabilities of any trained nnU-Net, without training it again: fit on\n"
+        "validation cases, apply to new ones."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  nnunet-calib calibrate fit $nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres "
+        "-o calibrator\n"
+        "  nnunet-calib calibrate fit predictions --reference labels -o calibrator\n"
+        "  nnunet-calib calibrate apply calibrator -i predictions -o calibrated"
+    )
+    steps = parser.add_subparsers(dest="step", metavar="STEP", required=True)
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+
+    fit = steps.add_parser("fit", help="fit a calibrator to validation cases", **raw)
+    fit.description = (
+        "Fit a calibrator to the validation cases of a trained model (each predicted by the fold\n"
+        "that was not trained on it; needs nnUNetv2_train ... --val --npz), or to a folder of\n"
+        "predictions with probabilities. Prints what it is worth on cases it was not fitted on and\n"
+        "writes OUT/calibrator.json."
+    )
+    fit.epilog = "example:\n  nnunet-calib calibrate fit predictions --reference labels -o calibrator"
+    fit.add_argument("folder", metavar="MODEL_OR_FOLDER", type=Path, help="a trained model, or predictions")
+    fit.add_argument("--reference", metavar="DIR", type=Path, help="label maps; default for a model: nnU-Net's own")
+    fit.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near the folder")
+    fit.add_argument(
+        "--method",
+        metavar="M",
+        nargs="+",
+        choices=("auto", *_METHODS),
+        default=["auto"],
+        help=f"one or more of {', '.join(_METHODS)}; of several the best on cases it was not fitted on is kept; "
+        "auto (default): all but local, a network, which takes minutes",
+    )
+    fit.add_argument("--region", choices=_REGIONS, default="foreground", help="voxels to fit on (default: foreground)")
+    fit.add_argument("--voxels", metavar="N", type=int, default=10_000, help="drawn from each case (default: 10000)")
+    fit.add_argument("--seed", metavar="N", type=int, default=0, help="of the sample and the folds (default: 0)")
+    fit.add_argument("-np", type=int, default=1, help="cases read at the same time (default: 1)")
+    fit.add_argument("-o", dest="output", metavar="OUT", type=Path, required=True, help="folder for calibrator.json")
+
+    apply = steps.add_parser("apply", help="write calibrated probabilities", **raw)
+    apply.description = (
+        "Write calibrated probabilities, and the segmentation: unchanged by temperatures; of other\n"
+        "methods with the voxels whose decision changes, which are counted."
+    )
+    apply.epilog = "example:\n  nnunet-calib calibrate apply calibrator -i predictions -o calibrated"
+    apply.add_argument("calibrator", metavar="FILE", type=Path, help="calibrator.json, or its folder")
+    apply.add_argument("-i", dest="predictions", metavar="DIR", type=Path, required=True, help="predictions")
+    apply.add_argument("-o", dest="output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    apply.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near the predictions")
+    apply.add_argument("--model", metavar="DIR", type=Path, help="trained model of the predictions, to be compared")
+    apply.add_argument("--any-model", action="store_true", help="also for another model than it was fitted to")
+
+    check = steps.add_parser("check", help="are new cases like those of the fit? needs no references", **raw)
+    check.description = (
+        "Compare the confidences of new cases, without references, with those of the cases the\n"
+        "calibrator was fitted to, and warn where they differ more than chance explains."
+    )
+    check.epilog = "example:\n  nnunet-calib calibrate check calibrator -i predictions"
+    check.add_argument("calibrator", metavar="FILE", type=Path, help="calibrator.json, or its folder")
+    check.add_argument("-i", dest="predictions", metavar="DIR", type=Path, required=True, help="predictions")
+    check.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near the predictions")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do one step and print what came of it."""
+    return {"fit": _fit, "apply": _apply, "check": _check}[args.step](args)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from nnunet_calib.posthoc.fit import fit_folder
+
+    content = fit_folder(
+        args.folder,
+        args.output,
+        args.reference,
+        args.djfile,
+        methods=args.method,
+        region=args.region,
+        voxels=args.voxels,
+        seed=args.seed,
+        processes=args.np,
+    )
+    print("\n".join(_table(content)))
+    print(content["choice"])
+    if content["method"] == "temperature":
+        print(f"temperature {content['temperature']:.4g}")
+    for note in content["notes"]:
+        print(f"note: {note}")
+    print(f"written to {args.output / 'calibrator.json'}")
+    return 0
+
+
+def _apply(args: argparse.Namespace) -> int:
+    from nnunet_calib.posthoc.apply import apply_folder
+
+    done = apply_folder(
+        args.calibrator, args.predictions, args.output, args.djfile, model=args.model, any_model=args.any_model
+    )
+    cases = done["cases"].values()
+    changed, voxels = (sum(case[name] for case in cases) for name in ("changed", "voxels"))
+    labels = "segmentations unchanged" if done["keeps_labels"] else f"{changed} of {voxels} voxels have another label"
+    print(f"{len(cases)} cases calibrated ({done['method']}); {labels}; written to {args.output}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from nnunet_calib.posthoc.shift import check_folder
+
+    found = check_folder(args.calibrator, args.predictions, args.djfile)
+    for name, psi in sorted(found["cases"].items(), key=lambda item: -item[1]):
+        print(f"{name:<32} PSI {psi:.3f}")
+    for name in found["left_out"]:
+        print(f"{name:<32} no foreground predicted")
+    told = f"PSI {found['psi']:.3f} of all; up to {found['limit']:.3f} is chance"
+    if not found["shifted"]:
+        print(f"{told}: these cases look like those of the fit")
+        return 0
+    print(told)
+    print(
+        "nnunet-calib calibrate: warning: the confidences of these cases are not like those of the fit; "
+        "do not rely on the calibrator here before checking it on cases with references",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _table(content: dict[str, Any]) -> Iterator[str]:
+    """Cross-fitted scores: mean over cases, 95 % interval of the first."""
+    if not content["cross_fit"]:
+        return
+    yield f"on cases not fitted on, {content['voxels_per_case']} sampled voxels of each; mean over cases"
+    for region in _REGIONS:
+        yield f"{region:<14}" + f"{'NLL [95 %]':>26}" + "".join(f"{name:>9}" for name in _SCORES[1:])
+        for method, regions in content["cross_fit"].items():
+            row = regions[region]
+            nll = f"{_number(row['NLL']['mean'])} [{_number(row['NLL']['low'])}, {_number(row['NLL']['high'])}]"
+            rest = "".join(f"{_number(row[name]['mean']):>9}" for name in _SCORES[1:])
+            yield f"  {method:<12}{nll:>26}{rest}"
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"

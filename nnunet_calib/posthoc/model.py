@@ -1,0 +1,90 @@
+"""Which model probabilities come from, as far as their folder tells: a calibrator fits one model only."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_calib.data.dataset import Dataset, find_model_file, key
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import read_json
+
+_CHECKPOINT = "checkpoint_final.pth"
+_COMPARED = ("classes", "plans", "trainer", "configuration")
+
+
+def fold_folders(folder: Path) -> dict[str, Path]:
+    """The folds of a trained model's folder by number; none if it is another folder. ``fold_all`` validates nothing."""
+    folds = {path.name.removeprefix("fold_"): path for path in folder.glob("fold_*") if path.is_dir()}
+    return {number: folds[number] for number in sorted(folds) if number.isdecimal()}
+
+
+def identify(folder: Path, dataset: Dataset) -> dict[str, Any]:
+    """What identifies the model of a folder.
+
+    Args:
+        folder: of a trained model, of one of its validations, or of predictions (``nnUNetv2_predict`` leaves
+            ``plans.json`` there, but not which trainer it was).
+        dataset: labels of the model.
+
+    Returns:
+        ``classes`` (keys of the channels) and, where known, ``plans`` (SHA-256 of their content), ``dataset``,
+        ``trainer``, ``configuration`` and ``checkpoints`` (SHA-256 by fold).
+    """
+    found: dict[str, Any] = {"classes": [key(channel) for channel in dataset.channels]}
+    plans = find_model_file("plans.json", folder)
+    if (folder / "plans.json").is_file():
+        plans = folder / "plans.json"
+    if plans is not None:
+        content = read_json(plans)
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        found |= {"dataset": content.get("dataset_name"), "plans": hashlib.sha256(canonical.encode()).hexdigest()}
+    inside = folder.resolve()
+    model = inside if fold_folders(inside) else inside.parent.parent
+    folds = fold_folders(model)
+    if inside.name == "validation" and inside.parent in folds.values():
+        folds = {number: path for number, path in folds.items() if path == inside.parent}
+    elif model != inside:
+        return found
+    if named := re.fullmatch(r"(.+?)__(.+)__(.+?)", model.name):
+        found |= {"trainer": named[1], "plans_name": named[2], "configuration": named[3]}
+    checkpoints = {number: path / _CHECKPOINT for number, path in folds.items()}
+    return found | {"checkpoints": {n: _sha256(path) for n, path in checkpoints.items() if path.is_file()}}
+
+
+def check_same_model(fitted: Mapping[str, Any], given: Mapping[str, Any], calibrator: Path, folder: Path) -> None:
+    """Refuse probabilities of another model than the calibrator's, where both tell.
+
+    Raises:
+        InputError: they differ; the message says in what.
+    """
+    for name in _COMPARED:
+        if name in fitted and name in given and fitted[name] != given[name]:
+            ours, theirs = fitted[name], given[name]
+            what = f"other {name}" if name == "plans" else f"{name} {_shown(theirs)}, not {_shown(ours)}"
+            raise _other_model(calibrator, folder, what)
+    ours, theirs = fitted.get("checkpoints") or {}, given.get("checkpoints") or {}
+    for fold in sorted(ours.keys() & theirs.keys()):
+        if ours[fold] != theirs[fold]:
+            raise _other_model(calibrator, folder, f"another checkpoint of fold {fold}")
+
+
+def _other_model(calibrator: Path, folder: Path, what: str) -> InputError:
+    return InputError(
+        f"{calibrator} was fitted to another model than {folder} is of ({what}); fit one to this model, or pass "
+        "--any-model"
+    )
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while part := stream.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()

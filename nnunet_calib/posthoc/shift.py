@@ -1,0 +1,113 @@
+"""Is a calibrator used far from where it was fitted? Told from confidences alone, without references.
+
+Compared are shares of the predicted foreground by confidence, the mean over the new cases with that over the cases of
+the fit, by the population stability index
+
+    PSI = sum_k (a_k - b_k) log(a_k / b_k)
+
+How large it is without any shift is found by splitting the cases of the fit at random, as many times as it takes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_calib.data.cases import pair_cases
+from nnunet_calib.data.dataset import find_model_file, read_dataset, require_dataset_json
+from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import read_json
+from nnunet_calib.data.images import choose_reader
+from nnunet_calib.posthoc import load_calibrator
+from nnunet_calib.posthoc.base import FILE_NAME
+from nnunet_calib.posthoc.sample import CONFIDENCE_BINS, confidences_of
+
+USUAL_LIMIT = 0.25
+"""PSI from which a shift is called large, by a rule of thumb; used where the fit had too few cases to say."""
+
+_FEW = 4  # cases of the fit below which splitting them says nothing
+_SPLITS = 1000
+_LEVEL = 0.95
+_EMPTY = 1e-4  # share given to an empty bin
+
+
+def population_stability(a: np.ndarray, b: np.ndarray) -> float:
+    """PSI of two sets of shares (bins,) that each add up to one; 0 for the same, and symmetric."""
+    a, b = (np.maximum(shares, _EMPTY) / np.maximum(shares, _EMPTY).sum() for shares in (a, b))
+    return float(((a - b) * np.log(a / b)).sum())
+
+
+def largest_without_shift(cases: np.ndarray, new: int) -> float:
+    """PSI that 95 % of random splits of the fit's cases stay below.
+
+    Args:
+        cases: float (cases, bins), shares of each.
+        new: how many cases are to be compared with them; a split's part has as many, or half of all.
+    """
+    if len(cases) < _FEW:
+        return USUAL_LIMIT
+    part = min(new, len(cases) // 2)
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(_SPLITS):
+        order = rng.permutation(len(cases))
+        found.append(population_stability(cases[order[:part]].mean(axis=0), cases[order[part:]].mean(axis=0)))
+    return float(np.quantile(found, _LEVEL))
+
+
+def check_shift(fitted: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Compare confidences of new cases with those of the fit.
+
+    Args:
+        fitted: shares by confidence, by case.
+        new: likewise; cases without any predicted foreground have NaN and are left out.
+
+    Returns:
+        ``psi``, ``limit``, ``shifted`` (psi above the limit), ``cases`` (PSI of each new case) and ``left_out``.
+    """
+    cases = np.stack(list(fitted.values()))
+    usable = {name: shares for name, shares in new.items() if not np.isnan(shares).any()}
+    left_out = sorted(new.keys() - usable.keys())
+    if not usable:
+        return {"psi": float("inf"), "limit": USUAL_LIMIT, "shifted": True, "cases": {}, "left_out": left_out}
+    usual = cases.mean(axis=0)
+    psi = population_stability(np.stack(list(usable.values())).mean(axis=0), usual)
+    limit = largest_without_shift(cases, len(usable))
+    each = {name: population_stability(shares, usual) for name, shares in usable.items()}
+    return {"psi": psi, "limit": limit, "shifted": psi > limit, "cases": each, "left_out": left_out}
+
+
+def check_folder(
+    calibrator_file: str | Path, predictions: str | Path, dataset_json: str | Path | None = None
+) -> dict[str, Any]:
+    """``check_shift`` for a folder of predictions with probabilities; no references are needed.
+
+    Raises:
+        UsageError: folders that make no sense.
+        InputError: files that cannot be used, or a calibrator whose file does not know its cases' confidences.
+    """
+    file, predictions = Path(calibrator_file), Path(predictions)
+    file = file / FILE_NAME if file.is_dir() else file
+    if not predictions.is_dir():
+        raise UsageError(f"{predictions} is not a folder")
+    calibrator = load_calibrator(file)
+    try:
+        known = {name: np.array(v, dtype=float) for name, v in read_json(file)["confidences"]["cases"].items()}
+        if not known or any(shares.shape != (CONFIDENCE_BINS,) for shares in known.values()):
+            raise ValueError
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file}: does not hold the confidences of the cases it was fitted to; fit it again"
+        ) from error
+    found = Path(dataset_json) if dataset_json else require_dataset_json(predictions, predictions)
+    dataset = read_dataset(found, find_model_file("plans.json", predictions))
+    if calibrator.channels != len(dataset.channels) or calibrator.multilabel != dataset.has_regions:
+        raise InputError(f"{file}: fitted to other classes than {found} has")
+    cases = [case for case in pair_cases(predictions, predictions, dataset.file_ending) if case.probabilities]
+    if not cases:
+        raise InputError(f"{predictions}: no probabilities beside the predictions; predict with --save_probabilities")
+    reader = choose_reader(dataset, [case.prediction for case in cases])
+    new = {case.name: confidences_of(case, dataset, reader) for case in tqdm(cases, desc="check", unit="case")}
+    return check_shift(known, new)

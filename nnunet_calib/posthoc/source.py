@@ -1,0 +1,95 @@
+"""Where the cases of a fit are: a folder of predictions with references, or a trained model's validations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunet_calib.data.cases import CaseFiles, pair_cases
+from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
+from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import read_json
+from nnunet_calib.data.images import choose_reader
+from nnunet_calib.data.plans import preprocessed_folder
+from nnunet_calib.posthoc.model import fold_folders, identify
+
+
+@dataclass(frozen=True)
+class Source:
+    """Cases to fit on.
+
+    Attributes:
+        dataset: their labels.
+        reader: of their label maps.
+        cases: all with probabilities.
+        model: what ``identify`` says of the model.
+    """
+
+    dataset: Dataset
+    reader: type[BaseReaderWriter]
+    cases: list[CaseFiles]
+    model: dict[str, Any]
+
+
+def find_cases(folder: Path, reference: Path | None = None, dataset_json: Path | None = None) -> Source:
+    """Find the cases of a folder.
+
+    Args:
+        folder: predictions with probabilities; or a trained model (``fold_0``, ...), whose validation cases are each
+            predicted by the fold that was not trained on it.
+        reference: label maps; of a trained model those in ``nnUNet_preprocessed`` if None.
+        dataset_json: found in or near the folder if None.
+
+    Raises:
+        UsageError: folders that make no sense.
+        InputError: no case with probabilities, or files that do not pair.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    folds = fold_folders(folder)
+    reference = reference or (_own_references(folder) if folds else None)
+    if reference is None:
+        raise UsageError(f"{folder} holds predictions; name the folder of their references with --reference")
+    found = dataset_json or (folder / "dataset.json" if folds else require_dataset_json(folder, reference))
+    plans = folder / "plans.json" if folds else find_model_file("plans.json", folder)
+    dataset = read_dataset(found, plans if plans is not None and plans.is_file() else None)
+    cases: list[CaseFiles] = []
+    for number, fold in folds.items():
+        cases += _validation_cases(folder, number, fold, reference, dataset)
+    if not folds:
+        cases = [case for case in pair_cases(reference, folder, dataset.file_ending, chill=True) if case.probabilities]
+        if not cases:
+            raise InputError(f"{folder}: no probabilities beside the predictions; predict with --save_probabilities")
+    if twice := {case.name for case in cases if sum(case.name == other.name for other in cases) > 1}:
+        raise InputError(f"{folder}: case {min(twice)} is in the validation of more than one fold; whose is it?")
+    reader = choose_reader(dataset, [case.reference for case in cases])
+    return Source(dataset, reader, sorted(cases, key=lambda case: case.name), identify(folder, dataset))
+
+
+def _validation_cases(model: Path, number: str, fold: Path, reference: Path, dataset: Dataset) -> list[CaseFiles]:
+    validation = fold / "validation"
+    cases = pair_cases(reference, validation, dataset.file_ending, chill=True) if validation.is_dir() else []
+    missing = [case for case in cases if case.probabilities is None]
+    if missing or not cases:
+        trainer, plans, configuration = (model.name.split("__") + ["PLANS", "CONFIGURATION"])[:3]
+        raise InputError(
+            f"{validation}: {len(missing) or 'all'} cases without probabilities; run nnUNetv2_train "
+            f"{_dataset_name(model)} {configuration} {number} -tr {trainer} -p {plans} --val --npz"
+        )
+    return cases
+
+
+def _own_references(model: Path) -> Path:
+    """The references that nnU-Net validates against."""
+    folder = preprocessed_folder(_dataset_name(model)) / "gt_segmentations"
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not there; name the folder of the references with --reference")
+    return folder
+
+
+def _dataset_name(model: Path) -> str:
+    name = read_json(model / "plans.json").get("dataset_name")
+    if not isinstance(name, str):
+        raise InputError(f"{model / 'plans.json'}: no 'dataset_name' in it; not the plans of a trained model")
+    return name
