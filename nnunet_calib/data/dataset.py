@@ -129,8 +129,11 @@ def _label_manager(content: dict[str, Any], path: Path, plans: Path | None) -> A
         manager_class = get_labelmanager_class_from_plans(plans_content) if isinstance(name, str) else None
         if manager_class is None:
             raise InputError(f"{plans}: nnU-Net has no label manager {name!r}")
+    order = content.get("regions_class_order")
+    if order is not None and not (isinstance(order, list) and all(type(label) is int for label in order)):
+        raise InputError(f"{path}: 'regions_class_order' must be a list of label values, it is {order!r:.100}")
     try:
-        return manager_class(content["labels"], content.get("regions_class_order"))
+        return manager_class(content["labels"], order)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: nnU-Net refuses these labels: {' '.join(str(error).split())}") from error
 

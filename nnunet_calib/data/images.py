@@ -55,6 +55,11 @@ def choose_reader(dataset: Dataset, examples: Sequence[Path]) -> type[BaseReader
     Raises:
         InputError: nnU-Net has no reader for the file ending.
     """
+    named = dataset.content.get("overwrite_image_reader_writer")
+    if named is not None and not isinstance(named, str):
+        raise InputError(
+            f"{dataset.path}: 'overwrite_image_reader_writer' must be the name of a reader, it is {named!r:.100}"
+        )
     silence = io.StringIO()  # nnU-Net prints a traceback for every reader it tries in vain
     with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
         for example in (*map(str, examples), None):
