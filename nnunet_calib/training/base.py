@@ -109,8 +109,8 @@ class CalibrationTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         if self.LOSS is None:
             return
-        self.loss.train()
         objective = self._objective()
+        objective.calibration.train()
         # Rounded down, so that even one epoch is the objective's.
         first_calibrated = int(self.settings["calibrate_from"] * self.num_epochs)
         objective.calibrating = self.current_epoch >= first_calibrated
@@ -120,7 +120,7 @@ class CalibrationTrainer(nnUNetTrainer):
         """Let the loss take note of the validation batches."""
         super().on_validation_epoch_start()
         if self.LOSS is not None:
-            self.loss.eval()
+            self._objective().calibration.eval()
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Let the loss follow what it took note of, before nnU-Net saves the epoch's checkpoint."""

@@ -17,7 +17,7 @@ class Objective(nn.Module):
         patch_size: spatial shape of the full resolution.
         all_scales: False leaves scales coarser than the patch to nnU-Net's loss.
 
-    In evaluation mode (``eval()``) the calibration loss takes note of the batches at full resolution.
+    In evaluation mode (``eval()``) the calibration loss takes note of what it sees at full resolution.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Objective(nn.Module):
         if not self.calibrating or not (full_resolution or self.all_scales):
             return self.stock(output, target)
         labels, valid = self._labels_and_valid(target)
-        if full_resolution and not self.training:
+        if full_resolution and not self.calibration.training:
             self.calibration.observe(output, labels, valid)
         loss = self.calibration(output, labels, valid)
         if self.dice_weight == 0:
