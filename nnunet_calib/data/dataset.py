@@ -114,7 +114,7 @@ def _checked_labels(content: dict[str, Any], path: Path) -> dict[str, Any]:
         members = value if isinstance(value, list) else [value]
         if not members or not all(type(member) is int and 0 <= member < 1 << 16 for member in members):
             raise InputError(
-                f"{path}: label {name!r} must be an integer in [0, 65535], or a list of them; it is {value!r}"
+                f"{path}: label {name!r} must be an integer in [0, 65535], or a list of them; it is {value!r:.100}"
             )
     return labels
 

@@ -121,31 +121,54 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
 
 
 def _check_whole(path: Path, header: nibabel.Nifti1Header | None, volume: np.ndarray | None) -> None:
-    """Refuse a truncated or damaged gzip file: SimpleITK reads what is there and makes up the rest.
+    """Refuse what SimpleITK makes up for: the rest of a truncated or damaged gzip file, and zeros for NaN.
 
-    The checksum at the end of the file is that of the header and the voxels, which are in memory. Where it is not, as
-    with reoriented or scaled voxels, the file is decompressed once more.
+    The checksum at the end of a ``.nii.gz`` is that of the header and the voxels, which are in memory. Where it is not,
+    as with reoriented or scaled voxels, the file is decompressed once more.
     """
-    if path.suffix != ".gz" or (header is not None and volume is not None and _is_of(path, header, volume)):
+    compressed = path.suffix == ".gz"
+    dtype = _float_type(header)
+    if dtype is not None and dtype.kind == "c":
+        raise InputError(f"{path}: holds complex numbers; labels are integers")
+    if not compressed and dtype is None:
         return
+    if compressed and header is not None and volume is not None and _is_of(path, header, volume):
+        return
+    finite = True
     try:
-        with gzip.open(path) as stream:
-            while stream.read(_CHUNK):
-                pass
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            stream.read(0 if header is None else nifti.first_voxel(header))
+            while piece := stream.read(_CHUNK):
+                if dtype is not None:
+                    values = np.frombuffer(piece, dtype=dtype, count=len(piece) // dtype.itemsize)
+                    finite = finite and bool(np.isfinite(values).all())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy or predict it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not finite:
+        raise InputError(f"{path}: label values that are NaN or infinite; labels are integers in [0, 65535]")
+
+
+def _float_type(header: nibabel.Nifti1Header | None) -> np.dtype | None:
+    """Type of the voxels on file, if they can be NaN."""
+    if header is None:
+        return None
+    try:
+        dtype = header.get_data_dtype()
+    except nibabel.spatialimages.HeaderDataError:  # of a type that only another reader knows
+        return None
+    return dtype if dtype.kind in "fc" and _CHUNK % dtype.itemsize == 0 else None
 
 
 def _is_of(path: Path, header: nibabel.Nifti1Header, volume: np.ndarray) -> bool:
     """Whether the gzip checksum and length of a NIfTI file are those of this volume after the file's own header."""
     try:
         dtype = header.get_data_dtype()
-        offset = int(header["vox_offset"])
+        offset = nifti.first_voxel(header)
     except nibabel.spatialimages.HeaderDataError:
         return False
-    if not 0 < offset <= _CHUNK:
+    if offset > _CHUNK:
         return False
     with gzip.open(path) as stream:
         checksum = zlib.crc32(stream.read(offset))

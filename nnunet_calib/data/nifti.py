@@ -47,6 +47,11 @@ def read_header(path: Path) -> nibabel.Nifti1Header | None:
     return header
 
 
+def first_voxel(header: nibabel.Nifti1Header) -> int:
+    """Where the voxels begin in a file of header and voxels, in bytes."""
+    return int(header["vox_offset"]) or header.single_vox_offset
+
+
 def _parse(begin: bytes) -> nibabel.Nifti1Header | None:
     for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
         length = kind.template_dtype.itemsize

@@ -1,5 +1,6 @@
 """Label maps from disk: what is read, and what is refused in one line that names the file."""
 
+import gzip
 import json
 
 import nibabel
@@ -67,12 +68,37 @@ def test_values_that_are_no_labels_of_the_data_set(tmp_path, labels, message):
     assert "\n" not in str(caught.value)
 
 
-def test_not_a_number_is_no_label(tmp_path):
-    """Read by nibabel: ITK makes NaN 0."""
-    labels = np.where(LABELS == 1, np.nan, LABELS).astype(np.float32)
-    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / "a.nii.gz")
-    with pytest.raises(InputError, match="label values from nan"):
-        read_labels(tmp_path / "a.nii.gz", NibabelIO, (0, 1, 2))
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_a_number_is_no_label(tmp_path, reader, ending, value):
+    """ITK makes it 0."""
+    labels = np.where(LABELS == 1, value, LABELS).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / f"a{ending}")
+    with pytest.raises(InputError, match=r"a\.nii.*: label values .*(NaN|nan|inf)"):
+        read_labels(tmp_path / f"a{ending}", reader, (0, 1, 2))
+
+
+def test_complex_numbers_are_no_labels(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(LABELS.astype(np.complex64), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match="complex numbers"):
+        read(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
+def test_a_flipped_byte_is_noticed(tmp_path, dtype):
+    """Bytes that are stored, not packed: the voxel alone changes, to a label the data set has."""
+    path = tmp_path / "a.nii.gz"
+    content = bytearray(nibabel.Nifti1Image(np.full((9, 8, 7), 2, dtype=dtype), np.eye(4)).to_bytes())
+    path.write_bytes(gzip.compress(bytes(content), compresslevel=0))
+    assert (read(path).labels == 2).all()
+    packed = bytearray(path.read_bytes())
+    voxel = np.array(2, dtype=dtype).tobytes()
+    position = packed.index(voxel * 10) + 4 * len(voxel)
+    packed[position : position + len(voxel)] = np.array(1, dtype=dtype).tobytes()
+    path.write_bytes(packed)
+    with pytest.raises(InputError, match="truncated or damaged gzip file"):
+        read(path)
 
 
 def test_a_4d_image_is_refused(tmp_path):

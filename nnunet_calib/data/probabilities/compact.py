@@ -69,10 +69,10 @@ class CompactReader:
             raise ValueError("checksum of the header")
         content = json.loads(header)
         self.shape = tuple(_whole_numbers(content["shape"]))
-        if len(self.shape) != 4 or content["dtype"] not in _TYPES:
-            raise ValueError(f"a {content['dtype']} array {self.shape}")
-        self.dtype = np.dtype(content["dtype"])
         (self._slab,) = _whole_numbers([content["slab"]])
+        if len(self.shape) != 4 or content["dtype"] not in _TYPES or self._slab < 1:
+            raise ValueError(f"{content['dtype']} values {self.shape}, {self._slab} slices a chunk")
+        self.dtype = np.dtype(content["dtype"])
         self._sizes, self._checksums = _whole_numbers(content["sizes"]), _whole_numbers(content["crc32"])
         chunks = self.shape[0] * math.ceil(self.shape[1] / self._slab)
         if not len(self._sizes) == len(self._checksums) == chunks or _PREFIX.size + sum(self._sizes) != start:

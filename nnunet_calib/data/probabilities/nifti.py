@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_calib.data.errors import InputError
-from nnunet_calib.data.nifti import read_header
+from nnunet_calib.data.nifti import first_voxel, read_header
 
 _PIECE = 1 << 20  # bytes
 
@@ -36,7 +36,7 @@ class NiftiReader:
         self.affine = header.get_best_affine()
         slope, intercept = header.get_slope_inter()
         self._scaling = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
-        self._start = int(header["vox_offset"]) or header.single_vox_offset
+        self._start = first_voxel(header)
 
     def channels(self) -> Iterator[np.ndarray]:
         """Yield (z, y, x) arrays as stored."""
