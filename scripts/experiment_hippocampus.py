@@ -109,7 +109,7 @@ def runs() -> list[Run]:
     rows += [refined("StockTrainer"), *(refined(trainer, CHOSEN) for trainer in (entropy, focal))]
     rows += [stock("_run2"), *(switched(trainer) for trainer in (entropy, focal))]
     rows += [switched(trainer, dice=dice) for dice in (1, 0.6) for trainer in (margin, neighbours)]
-    rows += [switched(trainer, dice=0.6) for trainer in (focal, entropy)]
+    rows += [switched(trainer, dice=0.6) for trainer in (focal, entropy)] + [switched(focal, dice=1)]
     rows += [switched(trainer, dice=0.6, run="_run2") for trainer in (margin, neighbours)]
     rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
     rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
