@@ -29,6 +29,7 @@ from nnunet_calib.metrics.distances import (
     surface_distances,
 )
 from nnunet_calib.metrics.gather import smallest_probability
+from nnunet_calib.metrics.nacl import nacl_calibration
 from nnunet_calib.metrics.overlap import Overlap, Structure, overlaps
 from nnunet_calib.metrics.ranked import (
     CELLS,
@@ -59,6 +60,7 @@ __all__ = [
     "hausdorff",
     "hausdorff_95",
     "maximum_calibration_error",
+    "nacl_calibration",
     "near_surface",
     "overconfidence",
     "overlaps",

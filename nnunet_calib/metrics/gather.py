@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -167,14 +168,15 @@ def gather(
             whole = list(flat)
             list(run(lambda worker: worker.add_array(whole, bins, threshold), workers))
         else:
-            largest = np.empty(0)
+            streamed: dict[str, Any] = {}
             for c, channel in enumerate(flat):
-                if c == 0:
-                    largest = np.full(0 if volume.multilabel else volume.size, -1, dtype=_counted(channel.dtype))
-                limits = Limits.of(channel.dtype, bins, threshold)
-                list(run(lambda w, c=c, p=channel, limits=limits: w.add_channel(c, p, limits, largest), workers))
+                if not c:
+                    size = 0 if volume.multilabel else volume.size
+                    streamed["largest"] = np.full(size, -1, dtype=_counted(channel.dtype))
+                streamed["limits"] = Limits.of(channel.dtype, bins, threshold)
+                list(run(functools.partial(_Worker.add_channel, c=c, channel=channel, **streamed), workers))
             if not volume.multilabel:
-                list(run(lambda worker: worker.add_top(largest, limits), workers))
+                list(run(functools.partial(_Worker.add_top, **streamed), workers))
     total = Tally(volume, bins, threshold)
     for worker in workers:
         total += worker.tally
@@ -190,9 +192,7 @@ def checked_channels(channels: Iterable[Any], volume: Volume) -> Iterator[Any]:
     seen = 0
     for channel in channels:
         if seen == volume.classes or tuple(channel.shape) != volume.shape:
-            raise ValueError(
-                f"channel {seen}, {tuple(channel.shape)}, does not fit {volume.classes} of {volume.shape}"
-            )
+            raise ValueError(f"channel {seen}, {tuple(channel.shape)}, does not fit {volume.classes} of {volume.shape}")
         yield channel.reshape(-1)
         seen += 1
     if seen != volume.classes:

@@ -1,4 +1,7 @@
-"""Counting compiled by numba: the same sums as in numpy, at the speed of memory. Import it only where it is wanted."""
+"""Counting compiled by numba: the same sums as in numpy, at the speed of memory. Import it only where it is wanted.
+
+What is compiled is kept on disk until this file changes: constants of other files are arguments here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numba
 import numpy as np
 
 from nnunet_calib.metrics.gather import Limits, Tally
-from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT, CELLS
+from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 
 _RUN = 64  # voxels that are looked at together: long enough for vector instructions, short enough to be alike
 
@@ -38,7 +41,8 @@ class NumbaCounting:
         """Count region ``r``."""
         self._add(tally, r, p, truth, code, limits, binary=True)
         ranked = tally.ranked
-        _rank_region(p, *truth, code, ranked.n[r], ranked.confidence[r], ranked.correct[r])
+        sums = (ranked.n[r], ranked.confidence[r], ranked.correct[r])
+        _rank_region(p, *truth, code, *sums, CELL_SHIFT, CELL_OFFSET)
 
     def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
         """Where class ``c`` exceeds the largest so far, it becomes the top label."""
@@ -49,9 +53,8 @@ class NumbaCounting:
     ) -> None:
         """Count the top label."""
         bins, ranked = tally.top, tally.ranked
-        _add_top(
-            *(p, top, truth, code, bins.n, bins.confidence, bins.correct, ranked.n, ranked.confidence, ranked.correct)
-        )
+        sums = (bins.n, bins.confidence, bins.correct, ranked.n, ranked.confidence, ranked.correct)
+        _add_top(p, top, truth, code, *sums, CELL_SHIFT, CELL_OFFSET)
 
     def _add(
         self,
@@ -160,15 +163,15 @@ def _update_top(c, p, largest, top):
 
 
 @_compiled
-def _cell(doubt):
+def _cell(doubt, cells, shift, offset):
     u = np.float32(doubt)
     if not u > 0:
         return 0
-    return min(max((u.view(np.int32) >> CELL_SHIFT) - CELL_OFFSET, 1), CELLS - 1)
+    return min(max((u.view(np.int32) >> shift) - offset, 1), cells - 1)
 
 
 @_compiled
-def _add_top(p, top, truth, code, n, confidence, correct, cell_n, cell_confidence, cell_correct):
+def _add_top(p, top, truth, code, n, confidence, correct, cell_n, cell_confidence, cell_correct, shift, offset):
     bins = n.shape[1]
     own = np.zeros(n.shape, np.float64)
     own_cell = np.zeros(cell_n.shape, np.float64)
@@ -182,7 +185,7 @@ def _add_top(p, top, truth, code, n, confidence, correct, cell_n, cell_confidenc
         n[at, k] += 1
         own[at, k] += x
         correct[at, k] += hit
-        j = _cell(1 - p[i])
+        j = _cell(1 - x, cell_n.shape[1], shift, offset)
         cell_n[at, j] += 1
         own_cell[at, j] += x
         cell_correct[at, j] += hit
@@ -191,14 +194,14 @@ def _add_top(p, top, truth, code, n, confidence, correct, cell_n, cell_confidenc
 
 
 @_compiled
-def _rank_region(p, truth, value, code, n, confidence, correct):
+def _rank_region(p, truth, value, code, n, confidence, correct, shift, offset):
     own = np.zeros(n.shape, np.float64)
     for i in range(p.size):
         at = code[i]
         if at == 0:
             continue
         x = np.float64(p[i])
-        j = _cell(min(x, 1 - x))
+        j = _cell(min(x, 1 - x), n.shape[1], shift, offset)
         n[at, j] += 1
         own[at, j] += max(x, 1 - x)
         correct[at, j] += (x > 0.5) == (truth[i] == value)

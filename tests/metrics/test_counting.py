@@ -1,0 +1,181 @@
+"""Counting in numpy, numba and torch: the same statistics, whatever the type, the order, the split or the sets."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_calib.metrics import calibration_statistics, scores
+
+from ..folders import assert_same
+
+BACKENDS = ("numpy", "numba", "torch")
+NAMES = ["0", "1", "2"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    pytest.importorskip(request.param)
+    return request.param
+
+
+def volume(seed: int, dtype=np.float32, multilabel: bool = False, size: int = 3000):
+    """Probabilities with many zeros and ones, runs of equal labels, three overlapping sets and ignored NaN voxels."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(rng.integers(0, 3, size // 60), 60).astype(np.uint8)
+    logits = rng.normal(0, 3, (3, size)) + 5 * (np.arange(3)[:, None] == labels) * (rng.random(size) < 0.9)
+    p = np.exp(logits) / np.exp(logits).sum(axis=0)
+    p = (np.round(p, 3) if seed % 2 else p).astype(dtype)
+    if multilabel:
+        p = p[::-1].copy()
+    masks = {"most": np.ones(size, dtype=bool), "foreground": labels != 0, "some": rng.random(size) < 0.5}
+    ignored = np.arange(size) // 100 % 7 == 3
+    p[:, ignored] = np.nan
+    return p, labels, {name: mask & ~ignored for name, mask in masks.items()}
+
+
+def statistics(p, labels, masks, **options):
+    classes = [(1, 2), (2,), (0, 1)] if options.get("multilabel") else range(3)
+    return calibration_statistics(p, labels, classes, masks, **options)
+
+
+def assert_same_statistics(ours, theirs, rel=1e-12):
+    assert ours.voxels == theirs.voxels
+    for name in ("classes", "negligible", "ranked") + (() if ours.top is None else ("top",)):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        np.testing.assert_array_equal(mine.n, other.n, err_msg=name)
+        np.testing.assert_array_equal(mine.correct, other.correct, err_msg=name)
+        np.testing.assert_allclose(mine.confidence, other.confidence, rtol=rel, err_msg=name)
+    np.testing.assert_allclose(ours.squared_error, theirs.squared_error, rtol=rel)
+    np.testing.assert_allclose(ours.log_loss, theirs.log_loss, rtol=rel, atol=1e-12)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_backends_count_the_same(backend, dtype, multilabel):
+    for seed in range(4):
+        p, labels, masks = volume(seed, dtype, multilabel)
+        expected, top = statistics(p, labels, masks, multilabel=multilabel, backend="numpy")
+        for channels in (p, (channel for channel in p)):
+            ours, ours_top = statistics(channels, labels, masks, multilabel=multilabel, backend=backend)
+            for name in masks:
+                assert_same_statistics(ours[name], expected[name])
+            if not multilabel:
+                inside = masks["most"]
+                assert np.array_equal(ours_top[inside], top[inside])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 900), max_size=4), multilabel=st.booleans())
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_any_split_in_any_order_adds_up_to_the_whole(name, seed, cuts, multilabel):
+    pytest.importorskip(name)
+    p, labels, masks = volume(seed, multilabel=multilabel, size=900)
+    options = {"multilabel": multilabel, "backend": name}
+    borders = [0, *sorted(cuts), 900]
+    parts = [slice(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True) if b > a]
+    np.random.default_rng(seed).shuffle(parts)
+    pieces = [
+        statistics(p[:, part], labels[part], {k: m[part] for k, m in masks.items()}, **options)[0] for part in parts
+    ]
+    whole, _ = statistics(p, labels, masks, **options)
+    for mask in masks:
+        merged = pieces[0][mask]
+        for piece in pieces[1:]:
+            merged = merged + piece[mask]
+        assert_same_statistics(merged, whole[mask])
+        assert_same(scores(merged, NAMES), scores(whole[mask], NAMES), rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), order=st.permutations(range(3)), moved=st.permutations(range(300)))
+def test_neither_the_names_of_classes_nor_the_order_of_voxels_matter(seed, order, moved):
+    p, labels, masks = volume(seed, np.float64, size=300)
+    p += np.random.default_rng(seed).random(p.shape) * 1e-9  # no ties between classes: the first would win
+    whole = scores(statistics(p, labels, masks)[0]["most"], NAMES)
+    renamed = np.array(order, dtype=np.uint8)[labels]
+    permuted = statistics(p[np.argsort(order)], renamed, masks)[0]["most"]
+    ours = scores(permuted, NAMES)
+    for c in range(3):
+        assert_same(ours["classes"][str(order[c])], whole["classes"][str(c)], rel=1e-9)
+    shuffled = statistics(p[:, moved], labels[moved], {k: m[moved] for k, m in masks.items()})[0]["most"]
+    whole.pop("classes")
+    for result in (ours, scores(shuffled, NAMES)):
+        result.pop("classes")
+        assert_same(result, whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_threads_share_the_voxels(name):
+    pytest.importorskip(name)
+    p, labels, masks = volume(1, size=300_000)
+    alone, top = statistics(p, labels, masks, backend=name)
+    together, together_top = statistics(p, labels, masks, backend=name, threads=3)
+    streamed, _ = statistics((c for c in p), labels, masks, backend=name, threads=3)
+    for mask in masks:
+        assert_same_statistics(together[mask], alone[mask])
+        assert_same_statistics(streamed[mask], alone[mask])
+    assert np.array_equal(together_top, top)
+
+
+def test_float32_probe(backend):
+    """2e7 voxels, confidence .98, accuracy .99: ECE .01. Float32 counters say 0 (MONAI, torchmetrics)."""
+    labels = np.zeros(20_000_000, dtype=np.uint8)
+    labels[:200_000] = 1
+    channels = (np.full(labels.shape, value, dtype=np.float32) for value in (0.98, 0.02))
+    masks = {"it": np.ones(labels.shape, dtype=bool)}
+    counted, _ = calibration_statistics(channels, labels, range(2), masks, backend=backend)
+    exact = abs(0.99 - float(np.float32(0.98)))  # 1.4e-8 from .01: float32 has no .98
+    assert scores(counted["it"], "01")["ECE"] == pytest.approx(exact, abs=1e-12)
+    assert scores(counted["it"], "01")["AdaptiveECE"] == pytest.approx(exact, abs=1e-9)
+    assert scores(counted["it"], "01")["ECE"] == pytest.approx(0.01, abs=2e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("bins", [1, 2, 10, 15, 37, 1000])
+def test_edges_of_bins_are_where_bin_index_has_them(bins, dtype, backend):
+    """One voxel on each multiple of 1/B and its two neighbours in the float type."""
+    edges = (np.arange(bins + 1) / bins).astype(dtype)
+    p = np.concatenate([edges, np.nextafter(edges, dtype(0)), np.nextafter(edges[:-1], dtype(1))])
+    labels, mask = np.ones(p.size, dtype=np.uint8), {"it": np.ones(p.size, dtype=bool)}
+    counted, _ = calibration_statistics(p[None], labels, [0], mask, bins=bins, backend=backend)
+    index = np.minimum((p.astype(np.float64) * bins).astype(int), bins - 1)
+    assert counted["it"].classes.n[0].tolist() == np.bincount(index, minlength=bins).tolist()
+
+
+def test_unknown_backends_are_refused():
+    p, labels, masks = volume(0)
+    with pytest.raises(ValueError, match="no backend 'cupy'"):
+        statistics(p, labels, masks, backend="cupy")
+
+
+def test_numba_is_optional_and_a_read_only_package_no_obstacle(tmp_path):
+    """Without numba "auto" counts in numpy; importing needs neither numba nor torch."""
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'numba' else find(name, *a)\n"
+        "import numpy as np, nnunet_calib.metrics as m\n"
+        "r = m.calibration_scores(np.array([[.9, .2], [.1, .8]], np.float32), np.array([0, 1]))\n"
+        "assert abs(r['ECE'] - .15) < 1e-7, r\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_a_place_for_compiled_code_it_compiles_all_the_same(monkeypatch):
+    numba = pytest.importorskip("numba")
+    from nnunet_calib.metrics import gather_numba
+
+    real = numba.njit
+
+    def nowhere(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*args, **options)
+
+    monkeypatch.setattr(numba, "njit", nowhere)
+    assert gather_numba._compiled(lambda x: x + 1)(1) == 2
