@@ -80,6 +80,8 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
         InputError: a file that is damaged, not a single volume, or holds other values; one line, naming the file.
     """
     header = nifti.read_header(path) if path.name.endswith(nifti.ENDINGS) else None
+    if (dtype := _float_type(header)) is not None and dtype.kind == "c":
+        raise InputError(f"{path}: holds complex numbers; labels are integers")
     output = io.StringIO()  # readers print advice of their own
     try:
         with contextlib.redirect_stdout(output):
@@ -128,8 +130,6 @@ def _check_whole(path: Path, header: nibabel.Nifti1Header | None, volume: np.nda
     """
     compressed = path.suffix == ".gz"
     dtype = _float_type(header)
-    if dtype is not None and dtype.kind == "c":
-        raise InputError(f"{path}: holds complex numbers; labels are integers")
     if not compressed and dtype is None:
         return
     if compressed and header is not None and volume is not None and _is_of(path, header, volume):
@@ -174,7 +174,7 @@ def _is_of(path: Path, header: nibabel.Nifti1Header, volume: np.ndarray) -> bool
         checksum = zlib.crc32(stream.read(offset))
     with np.errstate(invalid="ignore"):
         for part in itertools.chain.from_iterable(volume):  # slice by slice: no copy of the whole
-            checksum = zlib.crc32(np.ascontiguousarray(part, dtype=dtype), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(part, dtype=dtype).data, checksum)
     with path.open("rb") as raw:
         raw.seek(-8, os.SEEK_END)
         return raw.read() == struct.pack("<II", checksum, (offset + volume.size * dtype.itemsize) % (1 << 32))

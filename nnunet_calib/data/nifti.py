@@ -38,10 +38,11 @@ def read_header(path: Path) -> nibabel.Nifti1Header | None:
     header = _parse(begin)
     if header is None:
         return None
-    offset, itemsize = float(header["vox_offset"]), _itemsize(header)
-    needed = math.prod(max(1, int(length)) for length in header["dim"][1 : 1 + max(0, min(7, int(header["dim"][0])))])
-    needed = needed * itemsize + (offset if 0 <= offset < math.inf else 0)
-    if not 0 <= offset < math.inf or needed > size * (_MAX_RATIO if compressed else 1):
+    offset = float(header["vox_offset"])
+    axes = max(0, min(7, int(header["dim"][0])))
+    voxels = math.prod(max(1, int(length)) for length in header["dim"][1 : 1 + axes])
+    possible = size * (_MAX_RATIO if compressed else 1)
+    if not 0 <= offset <= possible - voxels * _itemsize(header):  # NaN fails too
         dims = tuple(int(length) for length in header["dim"][1:])
         raise InputError(f"{path}: truncated or damaged: {size} bytes cannot hold the volume {dims} of its header")
     return header

@@ -53,7 +53,7 @@ _PLAIN, _ALL_ZERO = 0x00, 0x10
 class CompactReader:
     """Header and channels of ``<case>.nncp``; attributes as ``ProbabilityFile``."""
 
-    affine = None
+    affine: np.ndarray | None = None
 
     def __init__(self, path: Path):
         self._path = path
@@ -68,7 +68,7 @@ class CompactReader:
         if zlib.crc32(header) != checksum:
             raise ValueError("checksum of the header")
         content = json.loads(header)
-        self.shape = tuple(_whole_numbers(content["shape"]))
+        self.shape: tuple[int, ...] = tuple(_whole_numbers(content["shape"]))
         (self._slab,) = _whole_numbers([content["slab"]])
         if len(self.shape) != 4 or content["dtype"] not in _TYPES or self._slab < 1:
             raise ValueError(f"{content['dtype']} values {self.shape}, {self._slab} slices a chunk")

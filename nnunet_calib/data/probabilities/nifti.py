@@ -47,7 +47,7 @@ class NiftiReader:
                 channel = np.empty(size, dtype=self._stored_dtype)
                 buffer = channel.view(np.uint8).data
                 while buffer:
-                    count = stream.readinto(buffer[:_PIECE])  # type: ignore[union-attr]
+                    count = stream.readinto(buffer[:_PIECE])
                     if not count:
                         raise EOFError("ends too early")
                     buffer = buffer[count:]

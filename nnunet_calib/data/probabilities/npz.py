@@ -25,7 +25,7 @@ _PIECE = 1 << 20  # bytes; larger reads make zipfile copy more
 class NpzReader:
     """Header and channels of ``<case>.npz``; attributes as ``ProbabilityFile``."""
 
-    affine = None
+    affine: np.ndarray | None = None
 
     def __init__(self, path: Path):
         self._path = path
@@ -81,20 +81,17 @@ def write_npz(path: Path, channels: Iterable[np.ndarray], shape: tuple[int, ...]
     Raises:
         ValueError: the channels do not have that shape.
     """
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": tuple(map(int, shape)),
-    }
+    dtype, shape = np.dtype(dtype), tuple(map(int, shape))
+    descr = np.lib.format.dtype_to_descr(dtype)
     count = 0
     with (
         whole_file(path) as stream,
         zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open(_MEMBER, "w", force_zip64=True) as member,
     ):
-        np.lib.format.write_array_header_1_0(member, header)
+        np.lib.format.write_array_header_1_0(member, {"descr": descr, "fortran_order": False, "shape": shape})
         for channel in channels:
-            if channel.shape != header["shape"][1:]:
+            if channel.shape != shape[1:]:
                 raise ValueError(f"a channel of shape {channel.shape} is none of {shape}")
             flat = np.ascontiguousarray(channel, dtype=dtype).reshape(-1).view(np.uint8).data
             for start in range(0, len(flat), _PIECE):
