@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from scipy import ndimage
 
 from nnunet_calib import metrics
 from nnunet_calib.data.cases import CaseFiles
@@ -68,14 +67,9 @@ def _segmentation_scores(
     """Overlap and distances of every structure, by key."""
     overlaps = metrics.overlaps(reference.labels, prediction.labels, dataset.structures, valid)
     ours, theirs = _without_ignored(prediction.labels, valid), _without_ignored(reference.labels, valid)
-    boxes = _label_boxes(ours, theirs)
+    measured = metrics.structure_distances(theirs, ours, dataset.structures, reference.spacing)
     scored = {}
-    for structure, overlap in zip(dataset.structures, overlaps, strict=True):
-        members = structure if isinstance(structure, tuple) else (structure,)
-        box = _union([boxes[label] for label in members if label in boxes], ours.ndim)
-        distances = metrics.surface_distances(
-            np.isin(theirs[box], members), np.isin(ours[box], members), reference.spacing
-        )
+    for structure, overlap, distances in zip(dataset.structures, overlaps, measured, strict=True):
         scored[key(structure)] = {
             "Dice": overlap.dice,
             "IoU": overlap.iou,
@@ -170,27 +164,3 @@ def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: Probabilit
 def _without_ignored(labels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
     """Ignored voxels become background: outside every structure, as voxels beyond the image edge are."""
     return labels if valid is None else np.where(valid, labels, 0)
-
-
-def _label_boxes(*label_maps: np.ndarray) -> dict[int, tuple[slice, ...]]:
-    """Box around each label in any of the maps, the whole map for background.
-
-    One voxel wider than the label where the image goes on, so that a label one voxel thick is not taken for the only
-    slice there is.
-    """
-    found: dict[int, list[tuple[slice, ...]]] = {0: [tuple(slice(0, length) for length in label_maps[0].shape)]}
-    for labels in label_maps:
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
-            if box is not None:
-                found.setdefault(label, []).append(box)
-    return {
-        label: tuple(slice(max(0, side.start - 1), side.stop + 1) for side in _union(boxes, label_maps[0].ndim))
-        for label, boxes in found.items()
-    }
-
-
-def _union(boxes: list[tuple[slice, ...]], ndim: int) -> tuple[slice, ...]:
-    """Smallest box around boxes; an empty one if there are none."""
-    if not boxes:
-        return (slice(0, 0),) * ndim
-    return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))

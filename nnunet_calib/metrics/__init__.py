@@ -11,6 +11,7 @@ from nnunet_calib.metrics.binning import (
     overconfidence,
     underconfidence,
 )
+from nnunet_calib.metrics.boundary import near_surface, surface
 from nnunet_calib.metrics.calibration import (
     SCORES,
     CalibrationStatistics,
@@ -23,8 +24,8 @@ from nnunet_calib.metrics.distances import (
     average_surface_distance,
     hausdorff,
     hausdorff_95,
-    near_surface,
-    surface,
+    mean_average_surface_distance,
+    structure_distances,
     surface_dice,
     surface_distances,
 )
@@ -60,12 +61,14 @@ __all__ = [
     "hausdorff",
     "hausdorff_95",
     "maximum_calibration_error",
+    "mean_average_surface_distance",
     "nacl_calibration",
     "near_surface",
     "overconfidence",
     "overlaps",
     "scores",
     "smallest_probability",
+    "structure_distances",
     "surface",
     "surface_dice",
     "surface_distances",

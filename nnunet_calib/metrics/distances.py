@@ -1,33 +1,51 @@
 """Distances between the surfaces of two structures, in millimetres.
 
-``surface_distances`` measures once; Hausdorff distance, its 95th percentile, the average distance and the surface Dice
-read the result. A structure's surface is its voxels with a face neighbour outside; beyond the image edge is outside.
-Axes of length one are dropped first, so a single slice is treated as the 2D image it is.
+``structure_distances`` (label maps) and ``surface_distances`` (masks) measure once; the Hausdorff distance and its
+percentiles, the average distances and the surface Dice read the result. Axes of length one are dropped first, so a
+single slice is treated as the 2D image it is. What lies beyond the image edge is outside.
+
+Two definitions of a surface:
+    ``voxel``: the voxels of the structure with a face neighbour outside, each counting one (MONAI, medpy).
+    ``area``: the cells between 2 x 2 x 2 neighbouring voxels that are partly inside, each counting the area of the
+        surface in it (DeepMind's ``surface-distance``; in 2D the length of the contour).
 
 Empty structures, for every reader: both empty NaN (nothing to score); one empty the worst value, never a good one.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import cKDTree
+
+from nnunet_calib.metrics.boundary import extended_axes
+from nnunet_calib.metrics.layers import disjoint, relabelled
+from nnunet_calib.metrics.nearest import nearest
+from nnunet_calib.metrics.overlap import Structure, labels_of
+from nnunet_calib.metrics.surfaces import surfaces
+
+SURFACES = ("voxel", "area")
+BACKENDS = ("auto", "numpy", "numba", "torch")
+RULES = ("directed", "pooled")
 
 _ROUNDING = 1e-6  # mm; file headers keep the spacing in float32, which must not decide who is within a tolerance
 
 
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """Distance of every surface voxel to the nearest surface voxel of the other structure.
+    """Distance of every piece of a surface to the nearest piece of the other structure's surface.
 
     Attributes:
         from_reference: float64 (n,), mm; infinite where the prediction is empty.
         from_prediction: float64 (m,), mm; infinite where the reference is empty.
+        reference_area: float64 (n,), what each piece counts: mm2, in 2D mm. None: every piece counts one.
+        prediction_area: float64 (m,), the same.
     """
 
     from_reference: np.ndarray
     from_prediction: np.ndarray
+    reference_area: np.ndarray | None = None
+    prediction_area: np.ndarray | None = None
 
     @property
     def both_empty(self) -> bool:
@@ -39,64 +57,140 @@ class SurfaceDistances:
         """Exactly one of the structures has no voxel: it was missed, or made up."""
         return bool(self.from_reference.size) != bool(self.from_prediction.size)
 
+    @property
+    def directed(self) -> tuple[tuple[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]:
+        """Distances and what they count, from the reference and from the prediction."""
+        return (self.from_reference, self.reference_area), (self.from_prediction, self.prediction_area)
 
-def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances:
-    """Measure both directed sets of surface distances, exactly.
+    @property
+    def pooled(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Distances of both directions together, and what they count."""
+        distances = np.concatenate([self.from_reference, self.from_prediction])
+        if self.reference_area is None or self.prediction_area is None:
+            return distances, None
+        return distances, np.concatenate([self.reference_area, self.prediction_area])
+
+
+def structure_distances(
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    structures: Sequence[Structure],
+    spacing: Sequence[float],
+    *,
+    surface: str = "voxel",
+    backend: str = "auto",
+    device: str = "cpu",
+) -> list[SurfaceDistances]:
+    """Measure the surface distances of all structures of two label maps, exactly.
+
+    Structures that share no label are measured in one pass over the two maps; a region that overlaps another takes a
+    pass of its own. The passes go over the box around all labels; the search for neighbours sees surfaces only.
+
+    Args:
+        reference: label map, non-negative integers, 2D or 3D.
+        prediction: label map of the same shape.
+        structures: labels, or tuples of labels that form a region.
+        spacing: mm per axis, in the order of the array's axes.
+        surface: ``voxel`` or ``area``, see the module.
+        backend: ``numpy``, ``numba`` (extra ``fast``), ``torch``, or ``auto``: numba if it is installed, else numpy.
+            They agree to rounding.
+        device: where torch computes, such as ``cuda``; the other backends are the processor's.
+
+    Returns:
+        One ``SurfaceDistances`` per structure, in their order.
+
+    Raises:
+        ValueError: shapes differ, labels are not integers or negative, the spacing does not fit the axes or is not
+            positive, or an option has an unknown value.
+        ImportError: numba is asked for and not installed.
+    """
+    _check(reference, prediction, spacing)
+    _one_of("surface", surface, SURFACES)
+    backend = _available(backend)
+    axes, shape, step = _as_3d(reference.shape, spacing)
+    reference, prediction = (_non_negative(labels).reshape(shape) for labels in (reference, prediction))
+    measured: dict[int, SurfaceDistances] = {}
+    for layer in disjoint(structures):
+        maps, wanted = relabelled(reference, prediction, {k: labels_of(structures[k]) for k in layer})
+        found = [surfaces(labels, axes, wanted, step, surface, backend, device) for labels in maps]
+        for k, ours, theirs in zip(layer, *found, strict=True):
+            measured[k] = SurfaceDistances(
+                nearest(ours.points, theirs.points, step, backend=backend, device=device),
+                nearest(theirs.points, ours.points, step, backend=backend, device=device),
+                ours.areas,
+                theirs.areas,
+            )
+    return [measured[k] for k in range(len(structures))]
+
+
+def surface_distances(
+    reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], *, surface: str = "voxel"
+) -> SurfaceDistances:
+    """Measure the surface distances of one structure, exactly.
 
     Args:
         reference: bool mask, 2D or 3D.
         prediction: bool mask of the same shape.
         spacing: mm per axis, in the order of the array's axes.
+        surface: ``voxel`` or ``area``, see the module.
 
     Raises:
-        ValueError: shapes differ, or the spacing does not fit the axes or is not positive.
+        ValueError: shapes differ, the spacing does not fit the axes or is not positive, or the surface is unknown.
     """
-    if reference.shape != prediction.shape:
-        raise ValueError(f"shapes differ: reference {reference.shape}, prediction {prediction.shape}")
-    if len(spacing) != reference.ndim or not all(0 < step < np.inf for step in spacing):
-        raise ValueError(f"spacing {tuple(spacing)} does not fit an array of shape {reference.shape}")
-    axes = _extended_axes(reference.shape)
-    step = np.array([spacing[axis] for axis in axes], dtype=np.float64)
-    reference, prediction = (mask.reshape([mask.shape[axis] for axis in axes]) for mask in (reference, prediction))
-    box = _bounding_box(reference | prediction)
-    of_reference, of_prediction = surface(reference[box]), surface(prediction[box])
-    return SurfaceDistances(
-        _to_nearest(of_reference, of_prediction, step),
-        _to_nearest(of_prediction, of_reference, step),
-    )
+    ours, theirs = np.asarray(reference, dtype=bool), np.asarray(prediction, dtype=bool)
+    return structure_distances(ours, theirs, [1], spacing, surface=surface)[0]
 
 
-def hausdorff(distances: SurfaceDistances) -> float:
-    """Hausdorff distance: the largest of all surface distances, in mm. One empty: inf. Both empty: NaN."""
-    if distances.both_empty:
-        return float("nan")
-    return float(max(d.max(initial=0.0) for d in (distances.from_reference, distances.from_prediction)))
+def hausdorff(distances: SurfaceDistances, percentile: float = 100.0, rule: str = "directed") -> float:
+    """Hausdorff distance, or a percentile of the surface distances in its place, in mm.
 
+    A percentile of voxels is interpolated linearly between neighbours; a percentile of areas is the smallest distance
+    within which at least that share of the area lies (as DeepMind's ``compute_robust_hausdorff``).
 
-def hausdorff_95(distances: SurfaceDistances) -> float:
-    """HD95: the larger of the two directed 95th percentiles (linear interpolation, as MONAI), in mm.
+    Args:
+        distances: of the two surfaces.
+        percentile: in [0, 100]; 100 is the Hausdorff distance itself.
+        rule: ``directed``, the larger of the percentiles of the two directions (MONAI, DeepMind), or ``pooled``, the
+            percentile of both directions together (medpy, panoptica).
 
-    One empty: inf (MONAI gives NaN, which hides missed structures from the mean). Both empty: NaN.
+    Returns:
+        mm. One empty: inf (MONAI gives NaN below the 100th, which hides missed structures). Both empty: NaN.
+
+    Raises:
+        ValueError: the percentile is outside its range or the rule is unknown.
     """
-    if distances.both_empty:
-        return float("nan")
-    if distances.one_empty:
-        return float("inf")
-    return float(max(np.percentile(d, 95) for d in (distances.from_reference, distances.from_prediction)))
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"the percentile must be in [0, 100]; it is {percentile}")
+    _one_of("rule", rule, RULES)
+    if distances.both_empty or distances.one_empty:
+        return _empty(distances)
+    if rule == "pooled":
+        return _percentile(*distances.pooled, percentile)
+    return max(_percentile(*direction, percentile) for direction in distances.directed)
+
+
+def hausdorff_95(distances: SurfaceDistances, rule: str = "directed") -> float:
+    """HD95, in mm: ``hausdorff`` at the 95th percentile. One empty: inf. Both empty: NaN."""
+    return hausdorff(distances, 95.0, rule)
 
 
 def average_surface_distance(distances: SurfaceDistances) -> float:
     """ASSD: the mean over the surface distances of both directions pooled, in mm. One empty: inf. Both empty: NaN."""
-    if distances.both_empty:
-        return float("nan")
-    return float(np.concatenate([distances.from_reference, distances.from_prediction]).mean())
+    return _empty(distances) if distances.both_empty or distances.one_empty else _mean(*distances.pooled)
+
+
+def mean_average_surface_distance(distances: SurfaceDistances) -> float:
+    """MASD: the mean of the two directions' mean distances, in mm. One empty: inf. Both empty: NaN."""
+    if distances.both_empty or distances.one_empty:
+        return _empty(distances)
+    return sum(_mean(*direction) for direction in distances.directed) / 2
 
 
 def surface_dice(distances: SurfaceDistances, tolerance: float) -> float:
-    """NSD: the share of surface voxels, both surfaces together, within a tolerance of the other surface.
+    """NSD: the share of the surface, both structures' together, within a tolerance of the other surface.
 
-    Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy, 2018,
-    counted in voxels as MONAI's ``SurfaceDiceMetric`` does.
+    Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy, 2018; voxels
+    counted as in MONAI's ``SurfaceDiceMetric``, areas as in DeepMind's ``compute_surface_dice_at_tolerance``.
 
     Args:
         distances: of the two surfaces.
@@ -112,78 +206,70 @@ def surface_dice(distances: SurfaceDistances, tolerance: float) -> float:
         raise ValueError(f"the tolerance must be a finite number of mm, not negative; it is {tolerance}")
     if distances.both_empty:
         return float("nan")
-    return float(
-        (np.concatenate([distances.from_reference, distances.from_prediction]) <= tolerance + _ROUNDING).mean()
-    )
+    lengths, counts = distances.pooled
+    return _mean(lengths <= tolerance + _ROUNDING, counts)
 
 
-def surface(mask: np.ndarray) -> np.ndarray:
-    """Surface voxels of a bool mask (same shape): inside, with a face neighbour outside or beyond the image edge."""
-    return mask & _has_different_neighbour(mask)
+def _check(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> None:
+    if reference.shape != prediction.shape:
+        raise ValueError(f"shapes differ: reference {reference.shape}, prediction {prediction.shape}")
+    if len(spacing) != reference.ndim or not all(0 < step < np.inf for step in spacing):
+        raise ValueError(f"spacing {tuple(spacing)} does not fit an array of shape {reference.shape}")
 
 
-def near_surface(labels: np.ndarray, spacing: Sequence[float], within: float) -> np.ndarray:
-    """Voxels near the surface of any structure of a label map.
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option} {value!r} is not one of {', '.join(allowed)}")
 
-    Args:
-        labels: label map (0 is background) or bool mask, 2D or 3D.
-        spacing: mm per axis.
-        within: mm, inclusive, measured between voxel centres.
 
-    Returns:
-        bool, shape of ``labels``; all False for an empty label map.
+def _available(backend: str) -> str:
+    """The backend to use: what is asked for, or the fastest that is installed."""
+    _one_of("backend", backend, BACKENDS)
+    if backend in ("auto", "numba"):
+        if importlib.util.find_spec("numba") is not None:
+            return "numba"
+        if backend == "numba":
+            raise ImportError('numba is not installed: pip install "nnunet-calib[fast]", or choose another backend')
+        return "numpy"
+    return backend
+
+
+def _as_3d(shape: tuple[int, ...], spacing: Sequence[float]) -> tuple[int, list[int], np.ndarray]:
+    """The axes longer than one: their number; shape and spacing of them, filled up to three in front.
+
+    An axis that is not there gets a spacing that no search looks along.
     """
-    near = np.zeros(labels.shape, dtype=bool)
-    foreground = labels != 0
-    if not foreground.any():
-        return near
-    margins = [int(np.ceil(within / step)) for step in spacing]
-    box = tuple(
-        slice(max(0, side.start - margin), side.stop + margin)
-        for side, margin in zip(_bounding_box(foreground), margins, strict=True)
-    )
-    crop = labels[box]
-    axes = _extended_axes(labels.shape)
-    flat = crop.reshape([crop.shape[axis] for axis in axes])
-    away = ~((flat != 0) & _has_different_neighbour(flat))
-    distance = ndimage.distance_transform_edt(away, sampling=[spacing[axis] for axis in axes])
-    near[box] = distance.reshape(crop.shape) <= within + _ROUNDING
-    return near
+    axes = extended_axes(shape)
+    if len(axes) > 3:
+        raise ValueError(f"label maps have 2 or 3 axes; this one has shape {shape}")
+    missing = 3 - len(axes)
+    steps = [float(spacing[axis]) for axis in axes]
+    return len(axes), [1] * missing + [shape[axis] for axis in axes], np.array([10 * max(steps)] * missing + steps)
 
 
-def _has_different_neighbour(labels: np.ndarray) -> np.ndarray:
-    """True where a face neighbour holds another value; at the image edge, always."""
-    different = np.zeros(labels.shape, dtype=bool)
-    for axis in range(labels.ndim):
-        view, out = np.moveaxis(labels, axis, 0), np.moveaxis(different, axis, 0)
-        step = view[1:] != view[:-1]
-        out[1:] |= step
-        out[:-1] |= step
-        out[:1] = out[-1:] = True
-    return different
+def _non_negative(labels: np.ndarray) -> np.ndarray:
+    if labels.dtype == bool:
+        return labels.view(np.uint8)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"label maps hold integers, not {labels.dtype}")
+    if np.issubdtype(labels.dtype, np.signedinteger) and labels.size and labels.min() < 0:
+        raise ValueError("labels must not be negative")
+    return labels
 
 
-def _to_nearest(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Distance of every True voxel of ``source`` to the nearest True voxel of ``target``; inf where there is none."""
-    if not target.any():
-        return np.full(np.count_nonzero(source), np.inf)
-    distances = np.zeros(np.count_nonzero(source))
-    apart = ~target[source]
-    if apart.any():  # voxels on both surfaces are 0 apart; the search is for the others
-        tree = cKDTree(np.argwhere(target) * spacing, balanced_tree=False)
-        distances[apart] = tree.query(np.argwhere(source)[apart] * spacing)[0]
-    return distances
+def _empty(distances: SurfaceDistances) -> float:
+    return float("nan") if distances.both_empty else float("inf")
 
 
-def _extended_axes(shape: tuple[int, ...]) -> list[int]:
-    """Axes longer than one voxel: along the others a structure has no extent, so no surface either."""
-    return [axis for axis, length in enumerate(shape) if length > 1] or [0]
+def _mean(values: np.ndarray, counts: np.ndarray | None) -> float:
+    return float(values.mean()) if counts is None else float((values * counts).sum() / counts.sum())
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Smallest box that holds every True voxel; an empty box where there is none."""
-    sides = []
-    for axis in range(mask.ndim):
-        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        sides.append(slice(int(hit[0]), int(hit[-1]) + 1) if hit.size else slice(0, 0))
-    return tuple(sides)
+def _percentile(values: np.ndarray, counts: np.ndarray | None, percentile: float) -> float:
+    if percentile == 100:
+        return float(values.max())
+    if counts is None:
+        return float(np.percentile(values, percentile))
+    order = np.argsort(values, kind="stable")
+    share = np.cumsum(counts[order]) / counts.sum()
+    return float(values[order[min(int(np.searchsorted(share, percentile / 100)), len(order) - 1)]])

@@ -31,6 +31,13 @@ class Overlap:
         return self.true_positives + self.false_positives
 
     @property
+    def relative_volume_error(self) -> float:
+        """(prediction - reference) / reference, of the volumes; NaN when both are empty, inf when the reference is."""
+        if not self.in_reference:
+            return float("inf") if self.in_prediction else float("nan")
+        return (self.in_prediction - self.in_reference) / self.in_reference
+
+    @property
     def dice(self) -> float:
         """2 TP / (2 TP + FP + FN), in [0, 1]; NaN when reference and prediction are both empty (as nnU-Net)."""
         return _ratio(2 * self.true_positives, self.in_reference + self.in_prediction)
@@ -66,7 +73,7 @@ def overlaps(
     """
     if reference.shape != prediction.shape or (valid is not None and valid.shape != reference.shape):
         raise ValueError(f"shapes differ: reference {reference.shape}, prediction {prediction.shape}")
-    members = [set(_labels_of(structure)) for structure in structures]
+    members = [set(labels_of(structure)) for structure in structures]
     values = sorted(set().union(*members))
     joint = _joint_histogram(reference, prediction, values, valid)
     total = int(joint.sum())
@@ -85,6 +92,8 @@ def _joint_histogram(
     reference: np.ndarray, prediction: np.ndarray, values: list[int], valid: np.ndarray | None
 ) -> np.ndarray:
     """Voxels by (reference, prediction) index into ``values``; all other labels share the last row and column."""
+    if any(labels.dtype.kind == "i" and labels.size and labels.min() < 0 for labels in (reference, prediction)):
+        raise ValueError("labels must not be negative")
     size = len(values) + 1
     top = max((int(labels.max()) for labels in (reference, prediction) if labels.size), default=0)
     index = np.full(max([top, *values]) + 1, len(values), dtype=np.intp)
@@ -93,11 +102,14 @@ def _joint_histogram(
     flat_reference, flat_prediction = reference.reshape(-1), prediction.reshape(-1)
     flat_valid = None if valid is None else valid.reshape(-1)
     for part in _slabs(reference.size):
-        part_reference, part_prediction = flat_reference[part], flat_prediction[part]
-        if min(part_reference.min(), part_prediction.min()) < 0:
-            raise ValueError("labels must not be negative")
-        pairs = index[part_reference] * size + index[part_prediction]
-        joint += np.bincount(pairs if flat_valid is None else pairs[flat_valid[part]], minlength=size * size)
+        ours, theirs = flat_prediction[part], flat_reference[part]
+        counts = (ours != 0) | (theirs != 0)  # most voxels are background in both: the rest of the slab
+        if flat_valid is not None:
+            counts &= flat_valid[part]
+        looked_at = np.flatnonzero(counts)
+        pairs = index[theirs[looked_at]] * size + index[ours[looked_at]]
+        joint += np.bincount(pairs, minlength=size * size)
+    joint[index[0] * (size + 1)] += (reference.size if valid is None else np.count_nonzero(valid)) - joint.sum()
     return joint.reshape(size, size)
 
 
@@ -105,7 +117,8 @@ def _slabs(voxels: int) -> Iterator[slice]:
     return (slice(start, min(start + _SLAB, voxels)) for start in range(0, voxels, _SLAB))
 
 
-def _labels_of(structure: Structure) -> tuple[int, ...]:
+def labels_of(structure: Structure) -> tuple[int, ...]:
+    """The labels a structure is made of."""
     return structure if isinstance(structure, tuple) else (structure,)
 
 

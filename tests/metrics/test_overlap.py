@@ -55,3 +55,16 @@ def test_shapes_that_differ_and_negative_labels_are_refused():
         overlaps(REFERENCE, PREDICTION[:1], [1])
     with pytest.raises(ValueError, match="negative"):
         overlaps(REFERENCE - 1, PREDICTION, [1])
+
+
+def test_relative_volume_error_has_a_sign_and_no_value_without_a_volume():
+    grown, shrunk, made_up, absent = overlaps(
+        np.array([1, 1, 0, 2, 2, 0]), np.array([1, 1, 1, 2, 0, 3]), [1, 2, 3, 4]
+    )  # fmt: skip
+    assert (grown.relative_volume_error, shrunk.relative_volume_error) == (0.5, -0.5)
+    assert made_up.relative_volume_error == math.inf
+    assert math.isnan(absent.relative_volume_error)
+
+
+def test_background_can_be_a_structure():
+    assert overlaps(REFERENCE, PREDICTION, [0, (0, 1)]) == [Overlap(2, 1, 0, 3), Overlap(3, 1, 1, 1)]
