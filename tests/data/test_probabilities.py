@@ -50,6 +50,13 @@ def test_rounding_beyond_one_is_clipped(tmp_path):
     assert max(channel.max() for channel in ProbabilityFile(tmp_path / "a.npz").channels()) == 1
 
 
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
+def test_the_ends_of_the_range_are_probabilities(tmp_path, dtype):
+    values = np.array([0, 1, -0.0, 0.5], dtype=dtype).reshape(1, 1, 2, 2)
+    np.savez(tmp_path / "a.npz", probabilities=values)
+    assert np.array_equal(next(ProbabilityFile(tmp_path / "a.npz").channels()), values[0])
+
+
 @pytest.mark.parametrize("keep", [0.01, 0.5, 0.9, 0.999])
 def test_truncated(tmp_path, keep):
     path = tmp_path / "a.npz"
@@ -125,9 +132,10 @@ def test_a_small_file_cannot_claim_much_memory(tmp_path):
     assert peak < size / 8
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.1])
-def test_values_that_are_no_probabilities(tmp_path, value):
-    bad = P.copy()
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, -0.1, 1.1])
+def test_values_that_are_no_probabilities(tmp_path, value, dtype):
+    bad = P.astype(dtype)
     bad[1, 2, 3, 4] = value
     np.savez(tmp_path / "a.npz", probabilities=bad)
     with pytest.raises(InputError, match="probabilities are in"):
