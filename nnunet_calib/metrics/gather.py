@@ -29,14 +29,14 @@ class Limits:
 
     Attributes:
         bins: number B of equal-width bins.
-        first_edge: smallest p of the type that is not in bin 0.
+        edges: float64 (B + 1,): bin k holds the p of the type with edges[k] <= p < edges[k + 1].
         threshold: p up to it are negligible; rounded to the type, as torch compares.
         smallest: where p is clipped in the logarithm.
         spacing: where 1 - p is clipped in the logarithm.
     """
 
     bins: int
-    first_edge: float
+    edges: np.ndarray
     threshold: float
     smallest: float
     spacing: float
@@ -44,13 +44,13 @@ class Limits:
     @classmethod
     def of(cls, dtype: np.dtype, bins: int, threshold: float) -> Limits:
         """The limits of a float type."""
-        edge = np.array(1 / bins).astype(dtype)
-        if bin_index(edge, bins) == 0 and bins > 1:
-            edge = np.nextafter(edge, dtype.type(2))
-        below = np.nextafter(edge, dtype.type(0))
-        first_edge = float(below if bin_index(below, bins) else edge) if bins > 1 else 2.0
+        k = np.arange(1, bins)
+        edges = (k / bins).astype(dtype)
+        edges = np.where(bin_index(edges, bins) < k, np.nextafter(edges, dtype.type(2)), edges)
+        below = np.nextafter(edges, dtype.type(0))
+        edges = np.concatenate([[0], np.where(bin_index(below, bins) < k, edges, below), [2]])
         rounded = float(dtype.type(threshold))
-        return cls(bins, first_edge, rounded, smallest_probability(dtype), float(np.finfo(dtype).epsneg))
+        return cls(bins, edges, rounded, smallest_probability(dtype), float(np.finfo(dtype).epsneg))
 
 
 class Volume:
@@ -252,31 +252,41 @@ class NumpyCounting:
         """Count the binary problem of class ``c``."""
         positive = truth[0] == truth[1]
         usual = int(code[0])
-        single = (p >= limits.first_edge) | positive
-        if (code != usual).any():
+        single = (p >= p.dtype.type(limits.edges[1])) | positive
+        alike = not (code != usual).any()
+        if not alike:
             usual = int(np.bincount(code).argmax())
             single |= code != usual
-        singles = np.flatnonzero(single)
-        classes, negligible = tally.classes, tally.negligible
-        if usual:
-            rest = p.astype(np.float64)
-            rest[singles] = 0
-            small = p <= p.dtype.type(limits.threshold)
-            classes.n[c, usual, 0] += p.size - singles.size
-            classes.confidence[c, usual, 0] += rest.sum()
-            tally.squared_error[c, usual] += np.einsum("i,i->", rest, rest)
-            negligible.n[c, usual, 0] += np.count_nonzero(small) - np.count_nonzero(small[singles])
-            rest *= small
-            negligible.confidence[c, usual, 0] += rest.sum()
-        singles = singles[code[singles] != 0]
-        one, y, codes = p[singles].astype(np.float64), positive[singles], code[singles]
+        singles: Any = np.flatnonzero(single)
+        if 2 * singles.size > p.size:
+            singles = slice(None)
+        elif usual:
+            self._add_rest(tally, c, p, singles, usual, limits)
+        codes: Any = usual if alike else code[singles]
+        one, y = p[singles].astype(np.float64), positive[singles]
+        if not alike and not codes.all():
+            inside = codes != 0
+            one, y, codes = one[inside], y[inside], codes[inside]
         index = bin_index(one, limits.bins)
-        _count(classes, c, codes, index, one, y)
+        _count(tally.classes, c, codes, index, one, y)
         small = one <= limits.threshold
-        _count(negligible, c, codes[small], index[small], one[small], y[small])
-        tally.squared_error[c] += _sum_by(codes, np.square(one - y), len(tally.squared_error[c]))
-        log_loss = -np.log(np.maximum(one[y], limits.smallest))
-        tally.log_loss[c] += _sum_by(codes[y], log_loss, len(tally.log_loss[c]))
+        if small.any():
+            _count(tally.negligible, c, _of(codes, small), index[small], one[small], y[small])
+        _sum(tally.squared_error, c, codes, np.square(one - y))
+        if y.any():
+            _sum(tally.log_loss, c, _of(codes, y), -np.log(np.maximum(one[y], limits.smallest)))
+
+    def _add_rest(self, tally: Tally, c: int, p: np.ndarray, singles: np.ndarray, usual: int, limits: Limits) -> None:
+        """Count all but ``singles``: voxels of code ``usual`` in bin 0, none of the class."""
+        rest = p.astype(np.float64)
+        rest[singles] = 0
+        small = p <= p.dtype.type(limits.threshold)
+        tally.classes.n[c, usual, 0] += p.size - singles.size
+        tally.classes.confidence[c, usual, 0] += rest.sum()
+        tally.squared_error[c, usual] += np.einsum("i,i->", rest, rest)
+        tally.negligible.n[c, usual, 0] += np.count_nonzero(small) - np.count_nonzero(small[singles])
+        rest *= small
+        tally.negligible.confidence[c, usual, 0] += rest.sum()
 
     def add_region(
         self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
@@ -285,8 +295,7 @@ class NumpyCounting:
         self.add_class(tally, r, p, truth, code, limits)
         inside = code != 0
         p, y, code = p[inside].astype(np.float64), truth[0][inside] == truth[1], code[inside]
-        log_loss = -np.log(np.maximum(1 - p[~y], limits.spacing))
-        tally.log_loss[r] += _sum_by(code[~y], log_loss, len(tally.log_loss[r]))
+        _sum(tally.log_loss, r, code[~y], -np.log(np.maximum(1 - p[~y], limits.spacing)))
         _count(tally.ranked, r, code, confidence_cell(np.minimum(p, 1 - p)), np.maximum(p, 1 - p), (p > 0.5) == y)
 
     def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
@@ -299,33 +308,47 @@ class NumpyCounting:
         self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
     ) -> None:
         """Count the top label."""
-        hit = top == truth
-        if not code.all():
+        hit, codes = top == truth, code if (code != code[0]).any() else int(code[0])
+        if codes is code and not code.all():
             inside = code != 0
-            p, hit, code = p[inside], hit[inside], code[inside]
+            p, hit, codes = p[inside], hit[inside], code[inside]
         confidence = p.astype(np.float64)
-        _count(tally.top, ..., code, bin_index(confidence, limits.bins), confidence, hit)
-        _count(tally.ranked, ..., code, confidence_cell(1 - confidence), confidence, hit)
+        _count(tally.top, ..., codes, bin_index(confidence, limits.bins), confidence, hit)
+        _count(tally.ranked, ..., codes, confidence_cell(1 - confidence), confidence, hit)
 
 
 def _count(
-    bins: Bins, problem: Any, code: np.ndarray, index: np.ndarray, confidence: np.ndarray, correct: np.ndarray
+    bins: Bins, problem: Any, code: np.ndarray | int, index: np.ndarray, confidence: np.ndarray, correct: np.ndarray
 ) -> None:
-    """Add voxels to the bins (codes, B) of one binary problem."""
-    shape = bins.n[problem].shape
-    cell, size = code.astype(np.intp) * shape[1] + index, shape[0] * shape[1]
-    bins.n[problem] += np.bincount(cell, minlength=size).reshape(shape)
-    bins.confidence[problem] += np.bincount(cell, weights=confidence, minlength=size).reshape(shape)
-    bins.correct[problem] += np.bincount(cell[correct], minlength=size).reshape(shape)
+    """Add voxels to the bins (codes, B) of one binary problem; ``code`` is one number where all have the same."""
+    codes, size = bins.n[problem].shape
+    row: Any = ...
+    if isinstance(code, np.ndarray):
+        index = code.astype(np.intp) * size + index
+    else:
+        codes, row = 1, slice(code, code + 1)
+    both = np.bincount(2 * index + correct, minlength=2 * codes * size).reshape(codes, size, 2)
+    bins.n[problem][row] += both.sum(axis=-1)
+    bins.correct[problem][row] += both[..., 1]
+    sums = np.bincount(index, weights=confidence, minlength=codes * size)
+    bins.confidence[problem][row] += sums.reshape(codes, size)
+
+
+def _sum(total: np.ndarray, problem: int, code: np.ndarray | int, values: np.ndarray) -> None:
+    """Add values to the sums (codes,) of one binary problem."""
+    if isinstance(code, np.ndarray):
+        total[problem] += np.bincount(code, weights=values, minlength=total.shape[1])
+    else:
+        total[problem, code] += values.sum()
+
+
+def _of(code: np.ndarray | int, chosen: np.ndarray) -> np.ndarray | int:
+    return code[chosen] if isinstance(code, np.ndarray) else code
 
 
 def _counted(dtype: np.dtype) -> np.dtype:
     """The type a float type's slabs are counted in, which holds its values exactly."""
     return np.promote_types(dtype, np.float32)
-
-
-def _sum_by(code: np.ndarray, values: np.ndarray, codes: int) -> np.ndarray:
-    return np.bincount(code, weights=values, minlength=codes)
 
 
 def _membership(classes: Sequence[Structure], reference: np.ndarray) -> np.ndarray:

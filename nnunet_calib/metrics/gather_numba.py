@@ -14,6 +14,7 @@ import numpy as np
 from nnunet_calib.metrics.gather import Limits, Tally
 from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 
+_TINY = 1e-100  # its cube is still a normal float64
 _RUN = 64  # voxels that are looked at together: long enough for vector instructions, short enough to be alike
 
 
@@ -68,10 +69,10 @@ class NumbaCounting:
         binary: bool,
     ) -> None:
         every, small = tally.classes, tally.negligible
-        first_edge, threshold = p.dtype.type(limits.first_edge), p.dtype.type(limits.threshold)
-        cuts = (first_edge, threshold, limits.smallest, limits.spacing)
+        cuts = (limits.edges.astype(p.dtype), p.dtype.type(limits.threshold), limits.smallest, limits.spacing)
+        belongs, value = truth[0], truth[0].dtype.type(truth[1])
         _add_class(
-            *(p, *truth, code, *cuts, binary, every.n[c], every.confidence[c], every.correct[c]),
+            *(p, belongs, value, code, *cuts, binary, every.n[c], every.confidence[c], every.correct[c]),
             *(small.n[c], small.confidence[c], small.correct[c], tally.squared_error[c], tally.log_loss[c]),
         )
 
@@ -82,7 +83,7 @@ def _add_class(
     truth,
     value,
     code,
-    first_edge,
+    edges,
     threshold,
     smallest,
     spacing,
@@ -101,49 +102,74 @@ def _add_class(
     own_confidence = np.zeros(n.shape, np.float64)
     own_squared = np.zeros(n.shape[0], np.float64)
     own_log = np.zeros(n.shape[0], np.float64)
+    product = np.ones(n.shape[0], np.float64)
     for start in range(0, p.size, _RUN):
-        stop = min(start + _RUN, p.size)
-        first = code[start]
-        mixed = 0
-        for i in range(start, stop):
-            mixed |= (not (p[i] < first_edge)) | (truth[i] == value) | (code[i] != first)
-        if not mixed and not binary:
-            if first == 0:
-                continue
-            total = 0.0
-            square = 0.0
-            few = 0
-            little = 0.0
-            for i in range(start, stop):
-                x = np.float64(p[i])
-                total += x
-                square += x * x
-                is_small = p[i] <= threshold
-                few += is_small
-                little += x if is_small else 0.0
-            own_n[first, 0] += stop - start
-            own_confidence[first, 0] += total
-            own_squared[first] += square
-            small_n[first, 0] += few
-            small_confidence[first, 0] += little
-            continue
-        for i in range(start, stop):
-            at = code[i]
+        q, of, codes = p[start : start + _RUN], truth[start : start + _RUN], code[start : start + _RUN]
+        at = codes[0]
+        hit = of[0] == value
+        mixed = False
+        for i in range(q.size):
+            mixed |= ((of[i] == value) != hit) | (codes[i] != at)
+        if not mixed:
             if at == 0:
                 continue
-            x = np.float64(p[i])
+            k = min(int(np.float64(q[0]) * bins), bins - 1)
+            low, high = edges[k], edges[k + 1]
+            for i in range(q.size):
+                mixed |= (q[i] < low) | (q[i] >= high)
+            mixed |= k < small_n.shape[1] if hit else binary and k == bins - 1  # the product below would end at 0
+        if not mixed:
+            y = 1.0 if hit else 0.0
+            total = 0.0
+            square = 0.0
+            for i in range(q.size):
+                x = np.float64(q[i])
+                total += x
+                square += (x - y) * (x - y)
+            own_n[at, k] += q.size
+            own_confidence[at, k] += total
+            own_squared[at] += square
+            if k < small_n.shape[1]:
+                few = 0
+                little = 0.0
+                for i in range(q.size):
+                    is_small = q[i] <= threshold
+                    few += is_small
+                    little += np.float64(q[i]) if is_small else 0.0
+                small_n[at, k] += few
+                small_confidence[at, k] += little
+            if hit:
+                correct[at, k] += q.size
+            if hit or binary:
+                whole = 1.0
+                for i in range(q.size):
+                    whole *= np.float64(q[i]) if hit else 1 - np.float64(q[i])
+                own_log[at] -= np.log(whole)
+            continue
+        for i in range(q.size):
+            at = codes[i]
+            if at == 0:
+                continue
+            x = np.float64(q[i])
             k = min(int(x * bins), bins - 1)
             own_n[at, k] += 1
             own_confidence[at, k] += x
-            hit = truth[i] == value
-            if p[i] <= threshold:
+            hit = of[i] == value
+            if q[i] <= threshold:
                 small_n[at, k] += 1
                 small_confidence[at, k] += x
                 small_correct[at, k] += hit
             if hit:
                 correct[at, k] += 1
                 own_squared[at] += (1 - x) * (1 - x)
-                own_log[at] -= np.log(max(x, smallest))
+                x = max(x, smallest)
+                if x < _TINY:
+                    own_log[at] -= np.log(x)
+                else:  # one logarithm for many voxels
+                    product[at] *= x
+                    if product[at] < _TINY * _TINY:
+                        own_log[at] -= np.log(product[at])
+                        product[at] = 1
             else:
                 own_squared[at] += x * x
                 if binary:
@@ -151,7 +177,7 @@ def _add_class(
     n += own_n
     confidence += own_confidence
     squared_error += own_squared
-    log_loss += own_log
+    log_loss += own_log - np.log(product)
 
 
 @_compiled
