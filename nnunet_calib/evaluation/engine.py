@@ -6,6 +6,7 @@ The function writes its result to disk, so that only the word "done" travels.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -146,15 +147,19 @@ def _raised(future: Future) -> Exception | None:
 def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that drop what they have not begun when the block is left."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot end its processes, and they would wait for work for ever."""
+def _begin() -> None:
+    """A worker's life: Ctrl-C is for its parent to hear, and its parent's death is its own.
+
+    A killed parent cannot end its processes, and they would wait for work for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         if (parent := multiprocessing.parent_process()) is not None:
