@@ -89,7 +89,8 @@ class ACELoss(CalibrationLoss):
         if not self.soft:
             edges = torch.linspace(0, _UPPER, self.bins + 1, dtype=p.dtype, device=p.device)
             k = torch.bucketize(p.detach(), edges[1:])
-            return self._scatter(k, gap), self._scatter(k, counted.expand_as(p))
+            # In float32 a count would stop at 2^24.
+            return self._scatter(k, gap), self._scatter(k, counted.long().expand_as(p)).to(p.dtype)
         position = (p * (self.bins / _UPPER) - 0.5).clamp(0, self.bins - 1)  # in units of bins, from the first centre
         k = position.detach().long()
         share = position - k
