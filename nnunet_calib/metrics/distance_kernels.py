@@ -1,4 +1,4 @@
-"""Compiled loops of the surface distances (numba, optional): the same numbers as the numpy functions, sooner.
+"""Compiled search for the nearest surface (numba, optional): the same numbers as the numpy functions, sooner.
 
 Imported only where numba is there and asked for.
 """
@@ -20,42 +20,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the user's cache folder
         return numba.njit(**options)(function)
-
-
-@_compiled
-def surface_cells(flat: np.ndarray, strides: np.ndarray, corners: np.ndarray):
-    """Every label at the corners of every mixed cell of a padded, flattened label map: cell, label, corner code."""
-    z, y, x = strides
-    found, count = np.empty(4096, np.int64), 0
-    labels, codes = np.empty(4096, flat.dtype), np.empty(4096, np.uint8)
-    last = corners[-1]
-    uniform, value = True, flat[0]
-    for i in range(flat.size - last):
-        # A cell is two columns along x, and its second is the first of the next cell.
-        was_uniform, was = uniform, value
-        value = flat[i + x]
-        uniform = flat[i + x + y] == value and flat[i + x + z] == value and flat[i + last] == value
-        if was_uniform and uniform and was == value:
-            continue
-        for k in range(corners.size):
-            label = flat[i + corners[k]]
-            new = label != 0
-            for j in range(k):
-                new = new and flat[i + corners[j]] != label
-            if not new:
-                continue
-            code = 0
-            for j in range(k, corners.size):
-                code |= (flat[i + corners[j]] == label) << j
-            if code == (1 << corners.size) - 1:
-                continue
-            if count == found.size:
-                found = np.concatenate((found, np.empty_like(found)))
-                labels = np.concatenate((labels, np.empty_like(labels)))
-                codes = np.concatenate((codes, np.empty_like(codes)))
-            found[count], labels[count], codes[count] = i, label, code
-            count += 1
-    return found[:count].copy(), labels[:count].copy(), codes[:count].copy()
 
 
 @_compiled

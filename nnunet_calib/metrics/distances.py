@@ -107,12 +107,13 @@ def structure_distances(
     _check(reference, prediction, spacing)
     _one_of("surface", surface, SURFACES)
     backend = _available(backend)
+    on_device = backend == "torch"
     axes, shape, step = _as_3d(reference.shape, spacing)
     reference, prediction = (_non_negative(labels).reshape(shape) for labels in (reference, prediction))
     measured: dict[int, SurfaceDistances] = {}
     for layer in disjoint(structures):
         maps, wanted = relabelled(reference, prediction, {k: labels_of(structures[k]) for k in layer})
-        found = [surfaces(labels, axes, wanted, step, surface, backend, device) for labels in maps]
+        found = [surfaces(labels, axes, wanted, step, surface, device if on_device else None) for labels in maps]
         for k, ours, theirs in zip(layer, *found, strict=True):
             measured[k] = SurfaceDistances(
                 nearest(ours.points, theirs.points, step, backend=backend, device=device),

@@ -37,8 +37,7 @@ def surfaces(
     wanted: Sequence[int],
     spacing: np.ndarray,
     surface: str = "voxel",
-    backend: str = "numpy",
-    device: str = "cpu",
+    device: str | None = None,
 ) -> list[Surface]:
     """Find the surface of every wanted label.
 
@@ -48,8 +47,7 @@ def surfaces(
         wanted: labels, none of them 0.
         spacing: mm per axis, float64 (3,).
         surface: ``voxel`` or ``area``.
-        backend: ``numpy``, ``numba`` or ``torch``; the same result.
-        device: of torch.
+        device: where torch looks for them; None: in numpy, with the same result.
 
     Returns:
         One per wanted label, in their order.
@@ -61,15 +59,10 @@ def surfaces(
     areas = None
     if surface == "area":
         corners = np.array(corner_offsets(axes)) @ strides[-axes:]
-        found, values, codes = _surface_cells(flat, strides, corners, backend, device)
+        found, values, codes = _surface_cells(flat, corners, device)
         areas = surfel_areas(spacing[-axes:].tolist())[codes]
     else:
-        if backend == "torch":
-            from nnunet_calib.metrics import distances_torch
-
-            found = distances_torch.surface_voxels(flat, strides, device)
-        else:
-            found = _surface_voxels(flat, strides)
+        found = _surface_voxels(flat, strides, device)
         values = flat[found]
     order = np.argsort(values, kind="stable")
     values = values[order]
@@ -101,8 +94,12 @@ def _padded(labels: np.ndarray, axes: int) -> np.ndarray:
     return out
 
 
-def _surface_voxels(flat: np.ndarray, strides: np.ndarray) -> np.ndarray:
+def _surface_voxels(flat: np.ndarray, strides: np.ndarray, device: str | None) -> np.ndarray:
     """Positions of the labelled voxels with another value beside them."""
+    if device is not None:
+        from nnunet_calib.metrics import distances_torch
+
+        return distances_torch.surface_voxels(flat, strides, device)
     margin = int(strides.max())
     found = [np.empty(0, dtype=np.int64)]
     for start in range(margin, flat.size - margin, _CHUNK):
@@ -119,19 +116,10 @@ def _surface_voxels(flat: np.ndarray, strides: np.ndarray) -> np.ndarray:
 
 
 def _surface_cells(
-    flat: np.ndarray, strides: np.ndarray, corners: np.ndarray, backend: str, device: str
+    flat: np.ndarray, corners: np.ndarray, device: str | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every label at the corners of every mixed cell: the cell's first corner, the label, the code of its corners."""
-    if backend == "numba":
-        from nnunet_calib.metrics import distance_kernels
-
-        return distance_kernels.surface_cells(flat, strides, corners)
-    if backend == "torch":
-        from nnunet_calib.metrics import distances_torch
-
-        cells = distances_torch.mixed_cells(flat, corners, device)
-    else:
-        cells = _mixed_cells(flat, corners)
+    cells = _mixed_cells(flat, corners, device)
     around = np.stack([flat[cells + corner] for corner in corners])
     found, values, codes = [], [], []
     for k, label in enumerate(around):
@@ -145,7 +133,12 @@ def _surface_cells(
     return joined[order], np.concatenate(values)[order], np.concatenate(codes)[order]
 
 
-def _mixed_cells(flat: np.ndarray, corners: np.ndarray) -> np.ndarray:
+def _mixed_cells(flat: np.ndarray, corners: np.ndarray, device: str | None) -> np.ndarray:
+    """Positions of the cells whose corners do not all hold the same value."""
+    if device is not None:
+        from nnunet_calib.metrics import distances_torch
+
+        return distances_torch.mixed_cells(flat, corners, device)
     last = int(corners[-1])
     found = [np.empty(0, dtype=np.int64)]
     for start in range(0, flat.size - last, _CHUNK):
