@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *_METHODS),
         default=["auto"],
         help=f"one or more of {', '.join(_METHODS)}; of several the best on cases it was not fitted on is kept; "
-        "auto (default): all but local, a network, which takes minutes",
+        "auto (default): all but local, a network, which takes minutes; in the foreground temperature and "
+        "ensemble only",
     )
-    fit.add_argument("--region", choices=_REGIONS, default="foreground", help="voxels to fit on (default: foreground)")
+    fit.add_argument("--region", choices=_REGIONS, default="volume", help="voxels to fit on (default: volume)")
     fit.add_argument("--voxels", metavar="N", type=int, default=10_000, help="drawn from each case (default: 10000)")
     fit.add_argument("--seed", metavar="N", type=int, default=0, help="of the sample and the folds (default: 0)")
     fit.add_argument("-np", type=int, default=1, help="cases read at the same time (default: 1)")

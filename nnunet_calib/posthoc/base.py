@@ -69,6 +69,9 @@ class Calibrator(ABC):
     Attributes:
         key: its name in files, tables and commands.
         keeps_labels: the class with the largest probability stays the same in every voxel.
+        tells_classes_apart: what it does to a voxel depends on the classes that the voxel is given. Fitted to voxels
+            that were chosen by their reference, such a method learns the choice: where only the foreground of reference
+            or prediction counts, every voxel predicted as background is wrong.
         shared_by_regions: region models have one set of parameters for all regions instead of one for each.
         margin: voxels around a voxel that decide about it; 0 if it is calibrated on its own.
         channels: classes or regions it was fitted to; None before.
@@ -78,6 +81,7 @@ class Calibrator(ABC):
 
     key: ClassVar[str]
     keeps_labels: ClassVar[bool]
+    tells_classes_apart: ClassVar[bool] = True
     shared_by_regions: ClassVar[bool] = False
     margin: ClassVar[int] = 0
 

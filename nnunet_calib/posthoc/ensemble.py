@@ -26,6 +26,7 @@ class EnsembleTemperature(VoxelwiseCalibrator):
 
     key = "ensemble"
     keeps_labels = True
+    tells_classes_apart = False
     shared_by_regions = True
 
     def __init__(self, *, multilabel: bool = False, bounds: tuple[float, float] = BOUNDS):

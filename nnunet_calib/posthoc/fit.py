@@ -23,8 +23,19 @@ from nnunet_calib.posthoc.sample import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSa
 from nnunet_calib.posthoc.source import find_cases
 
 AUTO = "auto"
-AUTO_METHODS = tuple(name for name, method in CALIBRATORS.items() if not method.margin)
-"""What ``auto`` compares: all that is fitted in seconds. A network must be asked for by name."""
+
+
+def auto_methods(region: str) -> tuple[str, ...]:
+    """What ``auto`` compares: all that is fitted in seconds; a network must be asked for by name.
+
+    In the foreground only methods that do not tell classes apart are compared (``Calibrator.tells_classes_apart``).
+    """
+    return tuple(
+        name
+        for name, method in CALIBRATORS.items()
+        if not method.margin and not (region == "foreground" and method.tells_classes_apart)
+    )
+
 
 _PATCHES = 8  # of each case
 
@@ -36,7 +47,7 @@ def fit_folder(
     dataset_json: str | Path | None = None,
     *,
     methods: Sequence[str] = (AUTO,),
-    region: str = "foreground",
+    region: str = "volume",
     voxels: int = VOXELS,
     seed: int = 0,
     processes: int = 1,
@@ -50,7 +61,8 @@ def fit_folder(
         output: folder for the file; made if needed.
         reference: label maps; of a trained model nnU-Net's own if None.
         dataset_json: found if None.
-        methods: keys of ``CALIBRATORS``, or ``auto``; of several the one with the smallest cross-fitted NLL is kept.
+        methods: keys of ``CALIBRATORS``, or ``auto`` (``auto_methods``); of several the one with the smallest
+            cross-fitted NLL is kept.
         region: voxels to fit on: ``volume``, ``foreground`` or ``boundary``.
         voxels: drawn from each case.
         seed: of the sample, the folds and networks.
@@ -63,11 +75,11 @@ def fit_folder(
         UsageError: options or folders that make no sense.
         InputError: files that cannot be used, or a region without a voxel.
     """
-    names = AUTO_METHODS if AUTO in methods else tuple(dict.fromkeys(methods))
-    if unknown := sorted(set(names) - CALIBRATORS.keys()) or not names:
-        raise UsageError(f"no method {unknown}; there are {AUTO}, {', '.join(CALIBRATORS)}")
     if region not in REGIONS:
         raise UsageError(f"no region {region!r}; there are {', '.join(REGIONS)}")
+    names = auto_methods(region) if AUTO in methods else tuple(dict.fromkeys(methods))
+    if not names or not set(names) <= CALIBRATORS.keys():
+        raise UsageError(f"methods are {AUTO}, {', '.join(CALIBRATORS)}; not {', '.join(names) or 'none'}")
     if voxels < 1 or processes < 1:
         raise UsageError("the numbers of voxels and processes must be 1 or more")
     source = find_cases(Path(folder), *(Path(path) if path else None for path in (reference, dataset_json)))
@@ -91,6 +103,11 @@ def fit_folder(
     makers = {name: partial(CALIBRATORS[name], multilabel=multilabel) for name in names}
     table, chosen, reason = _compared(samples, makers, region, multilabel, seed, names)
     calibrator = fit_samples(makers[chosen](), samples, region)
+    if region == "foreground" and calibrator.tells_classes_apart:
+        calibrator.notes.append(
+            f"{chosen} tells classes apart, and in this region every voxel predicted as background is wrong; outside "
+            "of it such a calibrator does harm (compare the volume): use the region volume"
+        )
     record = {
         "region": region,
         "choice": reason,

@@ -36,6 +36,7 @@ class TemperatureScaling(VoxelwiseCalibrator):
 
     key = "temperature"
     keeps_labels = True
+    tells_classes_apart = False
     shared_by_regions = True
 
     def __init__(self, *, multilabel: bool = False, criterion: str = "nll", bounds: tuple[float, float] = BOUNDS):
