@@ -15,6 +15,7 @@ from nnunet_calib.metrics.gather import Limits, Tally
 from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 
 _TINY = 1e-100  # its cube is still a normal float64
+_CLOSE = 1e-4  # to 0; a run's product of what is farther away is a normal float64
 _RUN = 64  # voxels that are looked at together: long enough for vector instructions, short enough to be alike
 
 
@@ -104,58 +105,67 @@ def _add_class(
     own_log = np.zeros(n.shape[0], np.float64)
     product = np.ones(n.shape[0], np.float64)
     for start in range(0, p.size, _RUN):
-        q, of, codes = p[start : start + _RUN], truth[start : start + _RUN], code[start : start + _RUN]
-        at = codes[0]
-        hit = of[0] == value
+        size = min(_RUN, p.size - start)
+        begin, end = np.uint64(start), np.uint64(start + size)  # unsigned: no index counts from the end
+        at = code[begin]
+        hit = truth[begin] == value
+        some = False
+        every = True
         mixed = False
-        for i in range(q.size):
-            mixed |= ((of[i] == value) != hit) | (codes[i] != at)
+        for i in range(begin, end):
+            some |= truth[i] == value
+            every &= truth[i] == value
+            mixed |= code[i] != at
+        mixed |= some != every
         if not mixed:
             if at == 0:
                 continue
-            k = min(int(np.float64(q[0]) * bins), bins - 1)
+            k = min(int(np.float64(p[begin]) * bins), bins - 1)
             low, high = edges[k], edges[k + 1]
-            for i in range(q.size):
-                mixed |= (q[i] < low) | (q[i] >= high)
-            mixed |= k < small_n.shape[1] if hit else binary and k == bins - 1  # the product below would end at 0
+            for i in range(begin, end):
+                mixed |= (p[i] < low) | (p[i] >= high)
+            if hit:
+                mixed |= k < small_n.shape[1] or low < _CLOSE  # the product below would end at 0
+            elif binary:
+                mixed |= high > 1 - _CLOSE
         if not mixed:
             y = 1.0 if hit else 0.0
             total = 0.0
             square = 0.0
-            for i in range(q.size):
-                x = np.float64(q[i])
+            for i in range(begin, end):
+                x = np.float64(p[i])
                 total += x
                 square += (x - y) * (x - y)
-            own_n[at, k] += q.size
+            own_n[at, k] += size
             own_confidence[at, k] += total
             own_squared[at] += square
             if k < small_n.shape[1]:
                 few = 0
                 little = 0.0
-                for i in range(q.size):
-                    is_small = q[i] <= threshold
+                for i in range(begin, end):
+                    is_small = p[i] <= threshold
                     few += is_small
-                    little += np.float64(q[i]) if is_small else 0.0
+                    little += np.float64(p[i]) if is_small else 0.0
                 small_n[at, k] += few
                 small_confidence[at, k] += little
             if hit:
-                correct[at, k] += q.size
+                correct[at, k] += size
             if hit or binary:
                 whole = 1.0
-                for i in range(q.size):
-                    whole *= np.float64(q[i]) if hit else 1 - np.float64(q[i])
+                for i in range(begin, end):
+                    whole *= np.float64(p[i]) if hit else 1 - np.float64(p[i])
                 own_log[at] -= np.log(whole)
             continue
-        for i in range(q.size):
-            at = codes[i]
+        for i in range(begin, end):
+            at = code[i]
             if at == 0:
                 continue
-            x = np.float64(q[i])
+            x = np.float64(p[i])
             k = min(int(x * bins), bins - 1)
             own_n[at, k] += 1
             own_confidence[at, k] += x
-            hit = of[i] == value
-            if q[i] <= threshold:
+            hit = truth[i] == value
+            if p[i] <= threshold:
                 small_n[at, k] += 1
                 small_confidence[at, k] += x
                 small_correct[at, k] += hit
