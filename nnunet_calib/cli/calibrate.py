@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  nnunet-calib calibrate apply calibrator -i predictions -o calibrated"
     )
     steps = parser.add_subparsers(dest="step", metavar="STEP", required=True)
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    raw = argparse.RawDescriptionHelpFormatter
 
-    fit = steps.add_parser("fit", help="fit a calibrator to validation cases", **raw)
+    fit = steps.add_parser("fit", help="fit a calibrator to validation cases", formatter_class=raw)
     fit.description = (
         "Fit a calibrator to the validation cases of a trained model (each predicted by the fold\n"
         "that was not trained on it; needs nnUNetv2_train ... --val --npz), or to a folder of\n"
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("-np", type=int, default=1, help="cases read at the same time (default: 1)")
     fit.add_argument("-o", dest="output", metavar="OUT", type=Path, required=True, help="folder for calibrator.json")
 
-    apply = steps.add_parser("apply", help="write calibrated probabilities", **raw)
+    apply = steps.add_parser("apply", help="write calibrated probabilities", formatter_class=raw)
     apply.description = (
         "Write calibrated probabilities, and the segmentation: unchanged by temperatures; of other\n"
         "methods with the voxels whose decision changes, which are counted."
@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply.add_argument("--model", metavar="DIR", type=Path, help="trained model of the predictions, to be compared")
     apply.add_argument("--any-model", action="store_true", help="also for another model than it was fitted to")
 
-    check = steps.add_parser("check", help="are new cases like those of the fit? needs no references", **raw)
+    check = steps.add_parser(
+        "check", help="are new cases like those of the fit? needs no references", formatter_class=raw
+    )
     check.description = (
         "Compare the confidences of new cases, without references, with those of the cases the\n"
         "calibrator was fitted to, and warn where they differ more than chance explains."

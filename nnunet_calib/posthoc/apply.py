@@ -44,8 +44,9 @@ def calibrate_case(calibrator: Calibrator, probabilities: np.ndarray) -> np.ndar
     """
     calibrated = np.empty_like(probabilities)
     for outer, inner, target in _tiles(probabilities.shape[1:], calibrator.margin):
-        logits = log_probabilities(probabilities[(slice(None), *outer)], multilabel=calibrator.multilabel)
-        calibrated[(slice(None), *target)] = calibrator.apply(logits)[(slice(None), *inner)]
+        box, within, place = ((slice(None), *sides) for sides in (outer, inner, target))
+        logits = log_probabilities(probabilities[box], multilabel=calibrator.multilabel)
+        calibrated[place] = calibrator.apply(logits)[within]
     return calibrated
 
 

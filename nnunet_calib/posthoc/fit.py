@@ -3,7 +3,7 @@
 import math
 import multiprocessing
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -130,7 +130,7 @@ def fit_folder(
 
 def _compared(
     samples: Sequence[CaseSample],
-    makers: dict[str, Callable[[], Calibrator]],
+    makers: Mapping[str, Callable[[], Calibrator]],
     region: str,
     multilabel: bool,
     seed: int,

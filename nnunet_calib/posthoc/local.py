@@ -91,7 +91,7 @@ class LocalTemperature(Calibrator):
         inputs = self._inputs(z, image)
         w = np.ones(z.shape[1:]) if weights is None else np.asarray(weights, dtype=np.float64)
         w = w if valid is None else np.where(valid, w, 0)
-        patches = [_patches_first(torch.from_numpy(np.asarray(array, dtype=np.float32))) for array in (z, inputs)]
+        patches, seen = (_patches_first(torch.from_numpy(np.asarray(a, dtype=np.float32))) for a in (z, inputs))
         truth = torch.from_numpy(target.astype(np.float32 if self.multilabel else np.int64))
         truth = _patches_first(truth if self.multilabel else truth[None])
         voxel_weight = _patches_first(torch.from_numpy((w / w.mean()).astype(np.float32))[None])
@@ -99,7 +99,7 @@ class LocalTemperature(Calibrator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = _network(len(inputs))
-            self._train(network, *patches, truth, voxel_weight)
+            self._train(network, patches, seen, truth, voxel_weight)
         state = {name: value.tolist() for name, value in network.state_dict().items()}
         self.parameters = [{"network": state, "image_channels": self.image_channels}]
         return self
