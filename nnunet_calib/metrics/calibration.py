@@ -7,7 +7,7 @@ numbers:
     label models    p_c over exclusive classes, y_c = [reference = c]
         ECE         of the top label: confidence max_c p_c, correct where argmax_c p_c is the reference label
         ACE, MCE, overconfidence, underconfidence    of the same bins
-        AdaptiveECE, AURC    of the same confidences in their order (``ranked``)
+        AdaptiveECE, AURC    of the same confidences in their order (``ranked``); as many equal-mass bins as equal-width
         CECE        mean over ALL classes, background included, of the binary ECE of (p_c, y_c)
         TCECE       the same without the voxels of each class where p_c <= 1e-3, with weights relative to what is left;
                     a class of which nothing is left adds 0 to the mean (Liu et al., CRaC; its own number is NaN)
@@ -226,7 +226,8 @@ def scores(statistics: CalibrationStatistics, classes: Sequence[str]) -> dict[st
         }
     overall["CECE"] = float(per_class["ECE"].mean())
     overall["TCECE"] = float(np.nan_to_num(per_class["TECE"]).mean()) if statistics.voxels else float("nan")
-    overall["AdaptiveECE"] = float(adaptive_calibration_error(statistics.ranked).mean())
+    bins = statistics.classes.n.shape[-1]
+    overall["AdaptiveECE"] = float(adaptive_calibration_error(statistics.ranked, bins).mean())
     overall["AURC"] = float(area_under_risk_coverage(statistics.ranked).mean())
     return {**{key: overall[key] for key in SCORES}, "n": statistics.voxels, "classes": of_class}
 

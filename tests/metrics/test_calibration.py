@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from netcal.metrics import ECE
 
 from nnunet_calib.metrics import (
+    SCORES,
     bin_index,
+    calibration_scores,
     calibration_statistics,
     expected_calibration_error,
     scores,
@@ -195,7 +197,7 @@ def test_no_voxels_have_no_scores(multilabel):
     empty = calibration_statistics(p, labels, range(3), nothing, multilabel=multilabel)[0]["empty"]
     result = scores(empty, "012")
     assert result["n"] == 0
-    assert all(math.isnan(result[name]) for name in ("ECE", "CECE", "ACE", "MCE", "Brier", "NLL"))
+    assert all(math.isnan(result[name]) for name in SCORES)
 
 
 def test_absent_classes_still_count_in_cece():
@@ -221,6 +223,39 @@ def test_perfectly_calibrated_bins_have_no_error():
     statistics = statistics_of(np.array([[0.75] * 4, [0.25] * 4]), np.array([0, 0, 0, 1]))
     assert expected_calibration_error(statistics.top) == 0
     assert expected_calibration_error(statistics.classes).tolist() == [0, 0]
+
+
+def test_over_and_underconfidence_are_the_parts_of_ece():
+    """.9 wrong and .6 right, each in a bin of its own: .9 too confident, .4 not confident enough."""
+    ours = scores_of(np.array([[0.9, 0.6], [0.1, 0.4]]), np.array([1, 0]), bins=10)
+    assert ours["overconfidence"] == pytest.approx(0.9 / 2)
+    assert ours["underconfidence"] == pytest.approx(0.4 / 2)
+    assert ours["ECE"] == pytest.approx(ours["overconfidence"] + ours["underconfidence"])
+
+
+def test_negligible_probabilities_are_left_out_of_tcece():
+    """Class 0 keeps both voxels, class 1 one of two; of class 2 nothing is left, it adds 0 to the mean."""
+    p = np.array([[0.9995, 0.6], [0.0005, 0.3995], [0.0, 0.0005]])
+    ours = scores_of(p, np.array([0, 1]), bins=10)
+    assert ours["classes"]["0"]["TECE"] == pytest.approx((0.0005 + 0.6) / 2)
+    assert ours["classes"]["1"]["TECE"] == pytest.approx(1 - 0.3995)
+    assert math.isnan(ours["classes"]["2"]["TECE"])
+    assert ours["TCECE"] == pytest.approx((0.60050 / 2 + 0.6005) / 3)
+    assert scores_of(p, np.array([0, 1]), bins=10, threshold=0.7)["classes"]["1"]["n"] == 1
+
+
+def test_a_region_is_confident_in_its_decision():
+    """p = .9 and .2 decide in and out with confidence .9 and .8; the second is wrong: risk 0, then 1/2."""
+    ours = scores_of(np.array([[0.9, 0.2]]), np.array([1, 1]), classes=[1], multilabel=True)
+    assert ours["AURC"] == pytest.approx(0.25, abs=1e-12)
+
+
+def test_scores_of_an_array_in_one_call():
+    p, labels = softmax_noise(11, 3, (400,))
+    mask = np.arange(400) % 2 == 0
+    inside = scores_of(p[:, mask], labels[mask])
+    assert_same(calibration_scores(p, labels, mask=mask), inside)
+    assert list(inside) == [*SCORES, "n", "classes"]
 
 
 def test_needs_no_torch():
