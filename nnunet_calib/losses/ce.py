@@ -3,13 +3,16 @@
 L = mean over voxels of -log p_y
 """
 
-from torch import Tensor
+from typing import Any
 
-from nnunet_calib.losses.base import CalibrationLoss, cross_entropy
+from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
-class CrossEntropyLoss(CalibrationLoss):
+class CrossEntropyLoss(VoxelwiseLoss):
     """Cross-entropy over the valid voxels."""
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        return {"cross_entropy": cross_entropy(z, target, valid)}
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0}
+
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        return {"cross_entropy": cross_entropy_term(v)}

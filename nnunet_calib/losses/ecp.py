@@ -5,22 +5,15 @@
 Pereyra et al., Regularizing neural networks by penalizing confident output distributions, ICLR workshops 2017.
 """
 
+from typing import Any
+
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
-from nnunet_calib.losses.base import (
-    CalibrationLoss,
-    at_target,
-    flag,
-    masked_mean,
-    masked_sum,
-    number,
-    sum_over_classes,
-    voxel_count,
-)
+from nnunet_calib.losses.base import flag, number
+from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
-class ECPLoss(CalibrationLoss):
+class ECPLoss(VoxelwiseLoss):
     """Cross-entropy minus the weighted entropy of the prediction.
 
     Args:
@@ -37,19 +30,18 @@ class ECPLoss(CalibrationLoss):
         self.weight = number("weight", weight)
         self.class_mean = flag("class_mean", class_mean)
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        log_p = log_softmax(z, dim=1)
-        entropy = mean_entropy(log_p, valid)
-        return {
-            "cross_entropy": masked_mean(-at_target(log_p, target), valid),
-            "entropy": entropy / z.shape[1] if self.class_mean else entropy,
-        }
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "entropy": -self.weight}
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return parts["cross_entropy"] - self.weight * parts["entropy"]
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        return {"cross_entropy": cross_entropy_term(v), "entropy": entropy_term(v, v.classes if self.class_mean else 1)}
 
 
-def mean_entropy(log_p: Tensor, among: Tensor | None) -> Tensor:
-    """Mean Shannon entropy in nats of (B, C, *S) ``log_p`` over the voxels ``among`` (bool (B, 1, *S)); 0 if none."""
-    total = sum_over_classes(lambda _, log_p_c: masked_sum(-log_p_c.exp() * log_p_c, among), log_p)
-    return total / voxel_count(log_p, among)
+def entropy_term(v: Voxels, divisor: int = 1) -> Term:
+    """Shannon entropy in nats, H = -sum_c p_c log p_c, over ``divisor``."""
+    entropy = -(v.p * v.log_p).sum(dim=1, keepdim=True) / divisor
+
+    def slope() -> Tensor:  # -p_c (log p_c + H)
+        return (v.log_p / divisor).add_(entropy).mul_(v.p).neg_()
+
+    return Term(entropy, slope)

@@ -7,14 +7,16 @@ Lin et al., Focal loss for dense object detection, ICCV 2017 (FL).
 Mukhoti et al., Calibrating deep neural networks using focal loss, NeurIPS 2020 (FLSD; gamma = 3 is FLSD-53).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
-from nnunet_calib.losses.base import CalibrationLoss, at_target, masked_mean, number
+from nnunet_calib.losses.base import at_target, number
+from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss
 
 
-class FocalLoss(CalibrationLoss):
+class FocalLoss(VoxelwiseLoss):
     """Focal loss; replaces the cross-entropy.
 
     Args:
@@ -32,12 +34,20 @@ class FocalLoss(CalibrationLoss):
     def _exponent(self, log_p: Tensor) -> Tensor | float:
         return self.gamma
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        log_p = at_target(log_softmax(z, dim=1), target)
-        # 1 - p without cancellation; the floor keeps the gradient finite at p = 1 for gamma < 1.
-        q = -torch.expm1(log_p)
-        q = q.clamp(min=torch.finfo(q.dtype).tiny)
-        return {"focal": masked_mean(-(q ** self._exponent(log_p)) * log_p, valid)}
+    def _weights(self) -> dict[str, float]:
+        return {"focal": 1.0}
+
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        log_p = at_target(v.log_p, v.target)
+        p, gamma = log_p.exp(), self._exponent(log_p)
+        # 1 - p without cancellation; the floor keeps the slope finite at p = 1 for gamma < 1.
+        q = (-torch.expm1(log_p)).clamp(min=torch.finfo(p.dtype).tiny)
+        power = q**gamma
+
+        def slope() -> Tensor:  # d/dz log p_y is [y = c] - p_c
+            return v.minus_onehot(v.p).mul_(power - gamma * (power / q) * p * log_p)
+
+        return {"focal": Term(-power * log_p, slope)}
 
 
 class FLSDLoss(FocalLoss):
@@ -52,5 +62,5 @@ class FLSDLoss(FocalLoss):
     """
 
     def _exponent(self, log_p: Tensor) -> Tensor:
-        p = log_p.detach().exp()
+        p = log_p.exp()
         return torch.where(p < 0.2, 5.0, torch.where(p < 0.5, 3.0, self.gamma))

@@ -6,13 +6,13 @@ Szegedy et al., Rethinking the Inception architecture, CVPR 2016. Equal to
 ``torch.nn.CrossEntropyLoss(label_smoothing=alpha)``.
 """
 
-from torch import Tensor
-from torch.nn.functional import log_softmax
+from typing import Any
 
-from nnunet_calib.losses.base import CalibrationLoss, at_target, masked_mean, number
+from nnunet_calib.losses.base import number
+from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
-class LabelSmoothingLoss(CalibrationLoss):
+class LabelSmoothingLoss(VoxelwiseLoss):
     """Cross-entropy with the share ``alpha`` of each label spread evenly over all classes.
 
     Args:
@@ -27,12 +27,13 @@ class LabelSmoothingLoss(CalibrationLoss):
         super().__init__(multilabel=multilabel)
         self.alpha = number("alpha", alpha, maximum=1.0)
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        log_p = log_softmax(z, dim=1)
-        return {
-            "cross_entropy": masked_mean(-at_target(log_p, target), valid),
-            "uniform": masked_mean(-log_p.mean(dim=1, keepdim=True), valid),
-        }
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1 - self.alpha, "uniform": self.alpha}
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return (1 - self.alpha) * parts["cross_entropy"] + self.alpha * parts["uniform"]
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        return {"cross_entropy": cross_entropy_term(v), "uniform": uniform_term(v)}
+
+
+def uniform_term(v: Voxels) -> Term:
+    """Mean over classes of -log p_c."""
+    return Term(-v.log_p.mean(dim=1, keepdim=True), lambda: v.p - 1 / v.classes)

@@ -6,21 +6,15 @@ Liu et al., The devil is in the margin: margin-based label smoothing for network
 Murugesan et al., Calibrating segmentation networks with margin-based label smoothing, Medical Image Analysis 2023.
 """
 
+from typing import Any
+
 from torch import Tensor
-from torch.nn.functional import relu
 
-from nnunet_calib.losses.base import (
-    CalibrationLoss,
-    choice,
-    cross_entropy,
-    masked_sum,
-    number,
-    sum_over_classes,
-    voxel_count,
-)
+from nnunet_calib.losses.base import choice, equal, number
+from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
-class MbLSLoss(CalibrationLoss):
+class MbLSLoss(VoxelwiseLoss):
     """Cross-entropy plus a penalty on logit distances beyond a margin.
 
     Args:
@@ -40,17 +34,18 @@ class MbLSLoss(CalibrationLoss):
         self.weight = number("weight", weight)
         self.penalty = choice("penalty", penalty, ("l1", "l2"))
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        z_max = z.amax(dim=1, keepdim=True)
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "margin": self.weight}
 
-        def excess(_: int, z_c: Tensor) -> Tensor:
-            hinge = relu(z_max - z_c - self.margin)
-            return masked_sum(hinge if self.penalty == "l1" else hinge.square(), valid)
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        z_max = v.z.amax(dim=1, keepdim=True)
+        hinge = (z_max - self.margin - v.z).relu_()
 
-        return {
-            "cross_entropy": cross_entropy(z, target, valid),
-            "margin": sum_over_classes(excess, z) / (voxel_count(target, valid) * z.shape[1]),
-        }
+        def slope() -> Tensor:
+            pull = (hinge.sign() if self.penalty == "l1" else 2 * hinge).div_(v.classes)
+            largest = equal(v.z, z_max)
+            share = pull.sum(dim=1, keepdim=True) / largest.sum(dim=1, keepdim=True)
+            return largest.mul_(share).sub_(pull)
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return parts["cross_entropy"] + self.weight * parts["margin"]
+        cost = hinge if self.penalty == "l1" else hinge.square()
+        return {"cross_entropy": cross_entropy_term(v), "margin": Term(cost.mean(dim=1, keepdim=True), slope)}

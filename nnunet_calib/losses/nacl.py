@@ -10,19 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nnunet_calib.losses.base import (
-    CalibrationLoss,
-    choice,
-    cross_entropy,
-    masked_sum,
-    number,
-    sum_over_classes,
-    voxel_count,
-)
+from nnunet_calib.losses.base import choice, number
 from nnunet_calib.losses.neighbours import BORDERS, PRIORS, Neighbourhood, SoftTarget
+from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
-class NACLLoss(CalibrationLoss):
+class NACLLoss(VoxelwiseLoss):
     """Cross-entropy plus the distance of the logits from the classes' shares in the neighbourhood.
 
     Args:
@@ -39,6 +32,8 @@ class NACLLoss(CalibrationLoss):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    in_rows = True
 
     def __init__(
         self,
@@ -63,18 +58,19 @@ class NACLLoss(CalibrationLoss):
             choice("border", border, BORDERS),
         )
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        q = SoftTarget(target, valid, self.neighbourhood, z.dtype)
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "penalty": self.weight}
 
-        def distance(c: int, s_c: Tensor) -> Tensor:
-            difference = q.channel(c) - s_c
-            return masked_sum(difference.abs() if self.penalty == "l1" else difference.square(), valid)
+    def _shared(self, batch: Batch) -> SoftTarget:
+        return SoftTarget(*batch.labels(), self.neighbourhood, batch.dtype)
 
-        s = z if self.on == "logits" else z.softmax(dim=1)
-        return {
-            "cross_entropy": cross_entropy(z, target, valid),
-            "penalty": sum_over_classes(distance, s) / (voxel_count(target, valid) * z.shape[1]),
-        }
+    def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
+        s = v.z if self.on == "logits" else v.p
+        difference = s - shared.rows(v.images, v.rows, v.classes)
+        distance = difference.abs() if self.penalty == "l1" else difference.square()
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return parts["cross_entropy"] + self.weight * parts["penalty"]
+        def slope() -> Tensor:
+            pull = (difference.sign() if self.penalty == "l1" else 2 * difference).div_(v.classes)
+            return pull if self.on == "logits" else v.through_softmax(pull)
+
+        return {"cross_entropy": cross_entropy_term(v), "penalty": Term(distance.mean(dim=1, keepdim=True), slope)}

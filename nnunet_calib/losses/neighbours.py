@@ -1,4 +1,4 @@
-"""Soft targets from a voxel's neighbourhood, by separable filters, one class at a time.
+"""Soft targets from a voxel's neighbourhood, by separable filters, part by part.
 
     mean:      q_c(x) = share of class c among the voxels of the window around x
     gaussian:  q_c(x) = 1/2 [y(x) = c] + 1/2 (Gaussian-weighted mean of [y = c] over the other voxels of the window)
@@ -18,10 +18,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from nnunet_calib.losses.base import equal
 
 BORDERS = ("replicate", "background", "zero")
 PRIORS = ("mean", "gaussian")
 _SMALLEST_SIGMA = 0.3
+# Labels of voxels that are left out of the means, and of voxels that count and belong to no class.
+_IGNORED, _NO_CLASS = -1, -2
+# Weights below this are what rounding leaves of none.
+_LEAST = 1e-6
 
 
 class Neighbourhood:
@@ -65,7 +72,7 @@ class Neighbourhood:
 
 
 class SoftTarget:
-    """Soft target q of one batch; `channel` gives one class.
+    """Soft target q of one batch, computed where it is asked for: one class, or all classes in some rows.
 
     Args:
         target: integer (B, 1, *S), 0 where not valid.
@@ -75,66 +82,83 @@ class SoftTarget:
     """
 
     def __init__(self, target: Tensor, valid: Tensor | None, neighbourhood: Neighbourhood, dtype: torch.dtype):
-        self._target, self._valid, self._dtype = target, valid, dtype
-        self._taps = neighbourhood.taps(target.ndim - 2)
-        self._background = neighbourhood.border == "background" and neighbourhood.prior == "mean"
-        # The filter of SVLS replicates for the authors of both papers.
-        self._plain = neighbourhood.prior == "mean" or neighbourhood.border == "zero"
-        self._replicate = neighbourhood.border == "replicate" or not self._plain
-        centre = math.prod(taps[len(taps) // 2] for taps in self._taps)
-        self._centre = centre
+        taps = neighbourhood.taps(target.ndim - 2)
+        self._dtype = dtype
+        self._masked = valid is not None
+        # Weights are in units of the centre's, so that those of a mean are whole numbers: added as such.
+        self._taps = [[tap / line[len(line) // 2] for tap in line] for line in taps]
+        self._window = 1 / math.prod(line[len(line) // 2] for line in taps)
+        # What a Gaussian has beyond its last tap counts as a window's voxel of no class.
+        self._cut = self._window - math.prod(sum(line) for line in self._taps)
+        self._radii = [len(line) // 2 for line in taps]
+        # The filter of SVLS has a rule of its own for the centre, and replicates for the authors of both papers.
+        self._blends = neighbourhood.prior == "gaussian" and neighbourhood.border != "zero"
         self._centre_share = 0.5
         if neighbourhood.border == "background":
             # The authors take the neighbours' sum at index [1, 1, ..], which is the centre only of a kernel of 3.
-            neighbour_sum = 1 - math.prod(taps[min(1, len(taps) - 1)] for taps in self._taps)
-            self._centre_share = neighbour_sum / (neighbour_sum + 1 - centre) if centre < 1 else 1.0
-        # Weight of the window's voxels that do not count; the same for every class.
-        self._invalid_weight = None if valid is None else self._filter(~valid)
+            neighbour_sum = 1 - math.prod(line[min(1, len(line) - 1)] for line in taps)
+            total = neighbour_sum + 1 - 1 / self._window
+            self._centre_share = neighbour_sum / total if self._window > 1 else 1.0
+        labels = target.to(torch.int16)
+        if valid is not None:
+            labels = torch.where(valid, labels, _IGNORED)
+        replicate = neighbourhood.border == "replicate" or self._blends
+        beyond = {"background": 0, "zero": _NO_CLASS}.get(neighbourhood.border, 0)
+        self._labels = _pad(labels, self._radii, None if replicate else beyond)
 
     def channel(self, c: int) -> Tensor:
         """q_c, (B, 1, *S); without meaning at voxels that are not valid."""
-        with torch.no_grad():
-            member = self._target == c
-            if self._valid is not None:
-                member = member & self._valid
-            weight = self._filter(member)
-            if self._plain:
-                if self._background and c == 0:
-                    weight += 1 - self._filter(torch.ones_like(member))
-                return weight if self._invalid_weight is None else weight / (1 - self._invalid_weight).clamp(min=1e-6)
-            return self._blend(member, weight)
+        return self._shares(self._labels, c, 1)
 
-    def _blend(self, member: Tensor, weight: Tensor) -> Tensor:
-        """Centre and the mean of the valid neighbours; the centre alone where there is none."""
-        centre = member.to(self._dtype)
-        total = torch.full_like(weight, 1 - self._centre)
-        if self._invalid_weight is not None:
-            total -= self._invalid_weight
-        neighbours = (weight - self._centre * centre) / total.clamp(min=1e-6)
-        neighbours = torch.where(total > 1e-6, neighbours, centre)
-        return self._centre_share * centre + (1 - self._centre_share) * neighbours
+    def rows(self, images: slice, rows: slice, classes: int) -> Tensor:
+        """The q of classes 0 to ``classes`` - 1 in some images and rows of the first spatial axis, (b, C, *s)."""
+        halo = slice(rows.start, rows.stop + 2 * self._radii[0])
+        return self._shares(self._labels[images, :, halo], 0, classes)
 
-    def _filter(self, member: Tensor) -> Tensor:
-        out = member.to(self._dtype)
-        for axis, taps in enumerate(self._taps, start=2):
-            out = _filter_axis(out, taps, axis, self._replicate)
-        return out
+    @torch.no_grad()
+    def _shares(self, labels: Tensor, first: int, classes: int) -> Tensor:
+        candidates = torch.arange(first, first + classes, dtype=labels.dtype, device=labels.device)
+        member = equal(labels, candidates.view(1, -1, *[1] * (labels.ndim - 2)))
+        weight = self._weight(member)
+        total = weight.new_full((), self._window)
+        if self._masked:
+            # Not the window less the ignored: where few are valid, the difference would be of large numbers.
+            total = self._weight(1 - equal(labels, labels.new_full((), _IGNORED))) + self._cut
+        if not self._blends:
+            return weight.div_(total.clamp(min=_LEAST))
+        for axis, radius in enumerate(self._radii, start=2):
+            member = member.narrow(axis, radius, member.shape[axis] - 2 * radius)
+        return self._blend(member, weight, total - 1)
+
+    def _blend(self, centre: Tensor, weight: Tensor, others: Tensor) -> Tensor:
+        """The centre and the mean of the valid neighbours, of weight ``others``; the centre alone if none is valid."""
+        share = torch.where(others > _LEAST, (1 - self._centre_share) / others.clamp(min=_LEAST), 0)
+        rest = torch.where(others > _LEAST, self._centre_share, 1.0).to(self._dtype)
+        centre = centre.to(self._dtype)
+        return weight.sub_(centre).mul_(share).addcmul_(centre, rest)
+
+    def _weight(self, member: Tensor) -> Tensor:
+        """Weight of the window's members; the outermost voxels, a radius deep, are only neighbours."""
+        for axis, (taps, radius) in enumerate(zip(self._taps, self._radii, strict=True), start=2):
+            size = member.shape[axis] - 2 * radius
+            counts = not member.is_floating_point() and all(tap == 1 for tap in taps)
+            out = member.narrow(axis, radius, size)
+            for i, tap in enumerate(taps[:radius]):
+                pair = member.narrow(axis, i, size) + member.narrow(axis, 2 * radius - i, size)
+                out = pair.add_(out) if counts else torch.add(out.to(self._dtype), pair.to(self._dtype), alpha=tap)
+            member = out
+        return member.to(self._dtype)
 
 
-def _filter_axis(values: Tensor, taps: list[float], axis: int, replicate: bool) -> Tensor:
-    """One-dimensional correlation along ``axis`` by shifted adds; autocast would run a conv in half precision."""
-    radius, size = len(taps) // 2, values.shape[axis]
-    shape = list(values.shape)
-    shape[axis] = radius
-    if replicate:
-        before, after = values.narrow(axis, 0, 1).expand(shape), values.narrow(axis, size - 1, 1).expand(shape)
-    else:
-        before = after = values.new_zeros(shape)
-    padded = torch.cat([before, values, after], dim=axis)
-    out = taps[0] * padded.narrow(axis, 0, size)
-    for i, tap in enumerate(taps[1:], start=1):
-        out.add_(padded.narrow(axis, i, size), alpha=tap)
-    return out
+def _pad(labels: Tensor, radii: list[int], value: int | None) -> Tensor:
+    """``labels`` with a margin of ``radii`` voxels holding ``value``; None: copies of the nearest voxel."""
+    if value is not None:
+        return pad(labels, [radius for radius in reversed(radii) for _ in range(2)], value=value)
+    for axis, radius in enumerate(radii, start=2):
+        size = labels.shape[axis]
+        nearest = torch.arange(-radius, size + radius, device=labels.device).clamp_(0, size - 1)
+        labels = labels.index_select(axis, nearest)
+    return labels
 
 
 def _sampled_gaussian(size: int, sigma: float) -> list[float]:

@@ -7,14 +7,12 @@ Islam and Glocker, Spatially varying label smoothing, IPMI 2021. For a kernel of
 
 from collections.abc import Sequence
 
-from torch import Tensor
-from torch.nn.functional import log_softmax
-
-from nnunet_calib.losses.base import CalibrationLoss, masked_sum, number, sum_over_classes, voxel_count
+from nnunet_calib.losses.base import number
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
+from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, VoxelwiseLoss
 
 
-class SVLSLoss(CalibrationLoss):
+class SVLSLoss(VoxelwiseLoss):
     """Cross-entropy with targets that are soft at the borders of structures.
 
     Args:
@@ -26,12 +24,18 @@ class SVLSLoss(CalibrationLoss):
         ValueError: an argument is out of range.
     """
 
+    in_rows = True
+
     def __init__(self, sigma: float = 2.0, kernel_size: int | Sequence[int] = 3, *, multilabel: bool = False):
         super().__init__(multilabel=multilabel)
         self.neighbourhood = Neighbourhood(kernel_size, "gaussian", number("sigma", sigma))
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        q = SoftTarget(target, valid, self.neighbourhood, z.dtype)
-        log_p = log_softmax(z, dim=1)
-        total = sum_over_classes(lambda c, log_p_c: masked_sum(-q.channel(c) * log_p_c, valid), log_p)
-        return {"soft_cross_entropy": total / voxel_count(target, valid)}
+    def _weights(self) -> dict[str, float]:
+        return {"soft_cross_entropy": 1.0}
+
+    def _shared(self, batch: Batch) -> SoftTarget:
+        return SoftTarget(*batch.labels(), self.neighbourhood, batch.dtype)
+
+    def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
+        q = shared.rows(v.images, v.rows, v.classes)
+        return {"soft_cross_entropy": Term(-(q * v.log_p).sum(dim=1, keepdim=True), lambda: v.p - q)}

@@ -1,0 +1,346 @@
+"""Time and memory of the losses, forward and backward, side by side with their peers and with textbook versions.
+
+    pip install "nnunet-calib[bench]"
+    python scripts/benchmark_losses.py -o WORK [--only PATTERN] [--scale 1] [--rounds 5] [--table docs/losses.md]
+
+Every tool runs in a process of its own with one CPU thread (``--threads``), so that peaks of memory are its own: the
+extra MiB are those beyond logits and target, the logits' gradient included. A process runs the tool on a small image,
+then once for the peak of memory, then for the clock. Rounds go over all tools in turn, so that a drift of the machine's
+speed meets all of them; ratios are to the yardstick in the same round, figures are medians. CPU: float32. CUDA, where
+there is one: float16 under autocast, as nnU-Net trains. The yardsticks are torch's cross_entropy and, for regions,
+binary_cross_entropy_with_logits. The textbook versions have a dense one-hot and, for neighbours, an unfolded window.
+
+Whole training steps: scripts/benchmark_trainers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SHAPES = [(2, 3, 128, 128, 128), (2, 14, 128, 128, 128), (2, 61, 96, 96, 96)]
+KEYS = ("ce", "focal", "flsd", "ecp", "ls", "svls", "mbls", "nacl", "meep", "cpc", "crac", "ace", "dca")
+DEVICES = ("cpu", "cuda")
+YARDSTICK = {"labels": "torch cross_entropy", "regions": "torch binary_cross_entropy_with_logits"}
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+# --- tools: classes, form -> function of logits and target (B, 1, *S), for regions bool (B, R, *S) ------------------
+
+
+def ours(key: str, form: str = "labels", **options: Any) -> Callable[[int], Function]:
+    def build(classes: int) -> Function:
+        from nnunet_calib.losses import LOSSES
+
+        return LOSSES[key](**options, multilabel=form == "regions")
+
+    return build
+
+
+def stock(form: str = "labels") -> Callable[[int], Function]:
+    """nnU-Net's own loss, with its defaults."""
+
+    def build(classes: int) -> Function:
+        from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+        dice = {"batch_dice": False, "smooth": 1e-5, "ddp": False}
+        if form == "regions":
+            loss = DC_and_BCE_loss({}, {**dice, "do_bg": True}, dice_class=MemoryEfficientSoftDiceLoss)
+            return lambda z, y: loss(z, y.to(z.dtype))
+        return DC_and_CE_loss({**dice, "do_bg": False}, {}, dice_class=MemoryEfficientSoftDiceLoss)
+
+    return build
+
+
+def monai_nacl(classes: int) -> Function:
+    from monai.losses import NACLLoss
+
+    loss = NACLLoss(classes=classes, dim=3)
+    return lambda z, y: loss(z, y[:, 0])
+
+
+def monai_focal(classes: int) -> Function:
+    from monai.losses import FocalLoss
+
+    return FocalLoss(to_onehot_y=True, use_softmax=True, gamma=3.0)
+
+
+def one_hot(y: Tensor, classes: int) -> Tensor:
+    return functional.one_hot(y[:, 0], classes).movedim(-1, 1).float()
+
+
+def neighbours(onehot: Tensor) -> Tensor:
+    """The 27 voxels around each, (B, C, *S, 27)."""
+    padded = functional.pad(onehot, (1,) * 6, mode="replicate")
+    return padded.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1).flatten(-3)
+
+
+def textbook_cross_entropy(p: Tensor, onehot: Tensor) -> Tensor:
+    return -(onehot * torch.log(p)).sum(dim=1).mean()
+
+
+def textbook(formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[int], Function]:
+    """A loss of logits, softmax and one-hot labels."""
+    return lambda classes: lambda z, y: formula(z.float(), z.float().softmax(dim=1), one_hot(y, classes))
+
+
+def textbook_focal(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    return -(onehot * (1 - p) ** 3 * torch.log(p)).sum(dim=1).mean()
+
+
+def textbook_ecp(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    return textbook_cross_entropy(p, onehot) + 0.1 * (p * torch.log(p)).sum(dim=1).mean()
+
+
+def textbook_ls(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    return textbook_cross_entropy(p, 0.9 * onehot + 0.1 / onehot.shape[1])
+
+
+def textbook_svls(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    steps = torch.arange(-1.0, 2.0, device=z.device) ** 2
+    kernel = torch.exp(-(steps[:, None, None] + steps[:, None] + steps) / 8).flatten()
+    kernel[13] = 0
+    kernel = kernel / kernel.sum() / 2
+    kernel[13] = 0.5
+    return textbook_cross_entropy(p, (neighbours(onehot) * kernel).sum(dim=-1))
+
+
+def textbook_mbls(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    distance = z.max(dim=1, keepdim=True).values.repeat(1, z.shape[1], 1, 1, 1) - z
+    return textbook_cross_entropy(p, onehot) + 0.1 * functional.relu(distance - 5).mean()
+
+
+def textbook_nacl(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    return textbook_cross_entropy(p, onehot) + 0.1 * (neighbours(onehot).mean(dim=-1) - z).abs().mean()
+
+
+def textbook_meep(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    entropy = -(p * torch.log(p)).sum(dim=1)
+    return textbook_cross_entropy(p, onehot) - 0.3 * entropy[p.argmax(dim=1) != onehot.argmax(dim=1)].mean()
+
+
+def textbook_dca(z: Tensor, p: Tensor, onehot: Tensor) -> Tensor:
+    confidence, prediction = p.max(dim=1)
+    accuracy = (prediction == onehot.argmax(dim=1)).float().mean()
+    return textbook_cross_entropy(p, onehot) + 10 * (accuracy - confidence.mean()).abs()
+
+
+TOOLS: dict[str, dict[str, Callable[[int], Function]]] = {
+    "labels": {
+        YARDSTICK["labels"]: lambda classes: lambda z, y: functional.cross_entropy(z, y[:, 0]),
+        "nnU-Net Dice + CE": stock(),
+        **{f"ours {key}": ours(key) for key in KEYS},
+        "ours nacl, gaussian": ours("nacl", prior="gaussian"),
+        "ours ace, soft": ours("ace", soft=True),
+        "MONAI nacl": monai_nacl,
+        "MONAI focal": monai_focal,
+        "textbook ce": textbook(lambda z, p, onehot: textbook_cross_entropy(p, onehot)),
+        "textbook focal": textbook(textbook_focal),
+        "textbook ecp": textbook(textbook_ecp),
+        "textbook ls": textbook(textbook_ls),
+        "textbook svls": textbook(textbook_svls),
+        "textbook mbls": textbook(textbook_mbls),
+        "textbook nacl": textbook(textbook_nacl),
+        "textbook meep": textbook(textbook_meep),
+        "textbook dca": textbook(textbook_dca),
+    },
+    "regions": {
+        YARDSTICK["regions"]: lambda classes: (
+            lambda z, y: functional.binary_cross_entropy_with_logits(z, y.to(z.dtype))
+        ),
+        "nnU-Net Dice + BCE": stock("regions"),
+        **{f"ours {key}": ours(key, "regions") for key in KEYS},
+    },
+}
+
+
+# --- the clock -----------------------------------------------------------------------------------------------------
+
+
+def arrays(shape: tuple[int, ...], form: str, device: str) -> tuple[Tensor, Tensor]:
+    """Random logits and target, made without temporaries on CPU: they would hide a part of the peak."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    z = torch.empty(shape, dtype=dtype, device=device).normal_(0, 3).requires_grad_(False)
+    if form == "regions":
+        return z.requires_grad_(), torch.empty(shape, dtype=torch.bool, device=device).random_(0, 2)
+    return z.requires_grad_(), torch.empty((shape[0], 1, *shape[2:]), dtype=torch.int64, device=device).random_(
+        0, shape[1]
+    )
+
+
+def run_task(name: str, repeats: int, threads: int) -> dict[str, float]:
+    """One process' figures: median seconds of ``repeats`` steps, and MiB beyond logits and target in the first."""
+    device, shape_text, form, tool = name.split("|")
+    shape = tuple(int(side) for side in shape_text.split("x"))
+    torch.set_num_threads(threads)
+    function = TOOLS[form][tool](shape[1])
+
+    def step(z: Tensor, y: Tensor) -> None:
+        z.grad = None
+        with torch.autocast("cuda", torch.float16) if device == "cuda" else nullcontext():
+            loss = function(z, y)
+        # The scale is GradScaler's; without one the gradients of a mean over millions of voxels are 0 in float16.
+        (loss * 2.0**16 if device == "cuda" else loss).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    step(*arrays((*shape[:2], 8, 8, 8), form, device))
+    given = arrays(shape, form, device)
+    before = peak(device)
+    step(*given)
+    extra = peak(device) - before
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step(*given)
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(seconds), "mib": extra}
+
+
+def peak(device: str) -> float:
+    """Largest memory of this process so far, MiB: resident, or allocated on the GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(names: list[str], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """All runs of all tools, kept in WORK: a second start goes on."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    file = args.work / "runs.json"
+    runs: dict[str, list[dict]] = json.loads(file.read_text()) if file.exists() else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    options = ["--repeats", str(args.repeats), "--threads", str(args.threads)]
+    for turn in range(args.rounds):
+        for name in names:
+            done = runs.setdefault(name, [])
+            if len(done) > turn or (done and ("failed" in done[0] or done[0]["seconds"] > args.patience)):
+                continue
+            words = [sys.executable, __file__, "-o", str(args.work), *options, "--task", name]
+            child = subprocess.run(words, capture_output=True, text=True, env=environment)
+            if child.returncode:
+                lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}, out of memory?"]
+                done.append({"failed": lines[-1][:100]})
+            else:
+                done.append(json.loads(child.stdout.splitlines()[-1]))
+            print(f"{turn + 1}/{args.rounds} {name}: {done[-1]}", flush=True)
+            file.write_text(json.dumps(runs))
+    return runs
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def ratio(runs: dict[str, list[dict]], name: str, other: str, key: str) -> float | None:
+    """Median over the rounds of this tool's figure over the other's; None if one of them is not there."""
+    pairs = list(zip(runs.get(name, []), runs.get(other, []), strict=False))
+    usable = [(a[key], b[key]) for a, b in pairs if key in a and b.get(key)]
+    return statistics.median(a / b for a, b in usable) if usable else None
+
+
+def cells(runs: dict[str, list[dict]], name: str, yardstick: str) -> list[str]:
+    """Seconds, their ratio, MiB, their ratio."""
+    done = runs.get(name, [])
+    if not done or "failed" in done[0]:
+        return [f"failed: {done[0]['failed']}" if done else "not measured", "", "", ""]
+    result = []
+    for key, digits in (("seconds", 4), ("mib", 0)):
+        relative = ratio(runs, name, yardstick, key)
+        result += [f"{statistics.median(run[key] for run in done):.{digits}f}"]
+        result += ["" if relative is None else f"{relative:.2f}"]
+    return result
+
+
+def tables(runs: dict[str, list[dict]], shapes: list[str]) -> str:
+    """Markdown, one table a form and shape, then ours against MONAI's and the textbook's."""
+    text = []
+    for form, tools in TOOLS.items():
+        for shape in shapes:
+            text += [f"### {form}, {shape.replace('x', ' x ')}", ""]
+            text += ["| loss | CPU s | x yardstick | extra MiB | x yardstick | CUDA s | x yardstick | extra MiB "]
+            text[-1] += "| x yardstick |"
+            text += ["|---" * 9 + "|"]
+            for tool in tools:
+                row = [tool]
+                for device in DEVICES:
+                    row += cells(runs, f"{device}|{shape}|{form}|{tool}", f"{device}|{shape}|{form}|{YARDSTICK[form]}")
+                text.append(f"| {' | '.join(row)} |")
+            text.append("")
+    text += ["### peers over ours: times the time, times the memory", ""]
+    text += ["| loss | peer | shape | CPU time | CPU memory | CUDA time | CUDA memory |", "|---" * 7 + "|"]
+    for key in KEYS:
+        for peer in (f"MONAI {key}", f"textbook {key}"):
+            if peer not in TOOLS["labels"]:
+                continue
+            for shape in shapes:
+                row = [key, peer.split()[0], shape]
+                for device in DEVICES:
+                    names = [f"{device}|{shape}|labels|{tool}" for tool in (peer, f"ours {key}")]
+                    values = [ratio(runs, *names, figure) for figure in ("seconds", "mib")]
+                    row += ["not measured" if value is None else f"{value:.1f}" for value in values]
+                text.append(f"| {' | '.join(row)} |")
+    return "\n".join(text) + "\n"
+
+
+MARKS = ("<!-- tables of scripts/benchmark_losses.py -->", "<!-- end of tables -->")
+
+
+def machine(threads: int) -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "monai", "nnunetv2"))
+    return f"{date.today()}; {threads} of {os.cpu_count()} cores of {platform.machine()}, {gpu}; {packages}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", dest="work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--only", default="*", help="tasks device|shape|form|tool to run, a shell pattern")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the images' sides, where memory is short")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="steps a process times")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=10, help="a tool that needs more seconds a step runs once")
+    parser.add_argument("--table", type=Path, help="write the tables of all finished runs between the marks of a file")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        print(json.dumps(run_task(args.task, args.repeats, args.threads)))
+        return 0
+    shapes = [
+        "x".join(map(str, (*shape[:2], *(max(8, round(side * args.scale)) for side in shape[2:])))) for shape in SHAPES
+    ]
+    devices = DEVICES if torch.cuda.is_available() else DEVICES[:1]
+    names = [f"{device}|{shape}|{form}|{tool}" for device in devices for shape in shapes for form, tools in
+             TOOLS.items() for tool in tools]  # fmt: skip
+    runs = measure([name for name in names if fnmatch.fnmatch(name, args.only)], args)
+    text = tables(runs, shapes)
+    print(text)
+    if args.table:
+        before, _, rest = args.table.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        args.table.write_text(f"{before}{MARKS[0]}\n{machine(args.threads)}\n\n{text}\n{MARKS[1]}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
