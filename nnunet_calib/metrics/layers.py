@@ -57,6 +57,6 @@ def _label_box(labels: np.ndarray) -> tuple[slice, ...]:
 
 
 def _union_box(*boxes: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Smallest box around the boxes that are not empty."""
-    boxes = tuple(box for box in boxes if box[0].stop) or boxes[:1]
+    """Smallest box around the boxes that are not empty; one voxel if all are."""
+    boxes = tuple(box for box in boxes if box[0].stop) or ((slice(0, 1),) * 3,)
     return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))

@@ -244,6 +244,8 @@ def test_empty_structures_are_never_good(definition, backend):
         assert hausdorff(missed, 50, "pooled") == math.inf
         assert surface_dice(missed, 1.0) == 0
         assert math.isnan(surface_dice(both_empty, 1.0))
+        (flat,) = structure_distances(nothing[0], nothing[0], [1], (1, 1), surface=definition, backend=backend)
+        assert flat.both_empty
     assert structure_distances(BOX, BOX, [], (1, 1, 1)) == []
 
 
