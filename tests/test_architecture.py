@@ -69,7 +69,8 @@ def test_every_room_has_a_level():
 
 
 @pytest.mark.parametrize(
-    ("of", "allowed"), [("losses", {"torch"}), ("metrics", {"numpy", "scipy", "torch"}), ("nnunet_calib", set())]
+    ("of", "allowed"),
+    [("losses", {"torch"}), ("metrics", {"numpy", "scipy", "torch", "numba"}), ("nnunet_calib", set())],
 )
 def test_the_ground_floor_needs_little(of, allowed):
     needs = {name for file in files(of) for name in foreign(file)}

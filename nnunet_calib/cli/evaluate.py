@@ -15,10 +15,10 @@ _CALIBRATION_COLUMNS = ("ECE", "CECE", "ACE", "NLL", "Brier")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.description = (
-        "Score label maps against references: Dice, IoU, HD, HD95, ASSD and NSD of every label\n"
-        "or region and, where nnUNetv2_predict --save_probabilities left <case>.npz files, ECE,\n"
-        "CECE, ACE, MCE, NLL and Brier score. Writes summary.json (also readable by nnU-Net),\n"
-        "cases.csv and reliability.json."
+        "Score label maps against references: Dice, IoU, volumes, HD, HD95, ASSD, MASD and NSD of\n"
+        "every label or region and, where there are probabilities (nnU-Net's <case>.npz of\n"
+        "--save_probabilities, or others), ECE, CECE, ACE, adaptive ECE, MCE, AURC, NLL and Brier\n"
+        "score. Writes summary.json (also readable by nnU-Net), cases.csv and reliability.json."
     )
     parser.epilog = "example:\n  nnunet-calib evaluate labelsTs predictions -o scores"
     parser.add_argument("reference", metavar="REF", type=Path, help="folder of reference label maps")
@@ -37,12 +37,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="score every case again, unchanged ones too")
     parser.add_argument("--chill", action="store_true", help="leave out references that have no prediction")
-    parser.add_argument("--nsd", metavar="MM", type=float, default=1.0, help="tolerance of NSD in mm (default: 1)")
+    parser.add_argument(
+        "--nsd",
+        metavar="[LABEL=]MM",
+        type=_tolerance,
+        nargs="+",
+        default=[],
+        help="tolerances of NSD in mm: the first for NSD (default: 1), others for NSD@<MM>mm, LABEL=MM for one label",
+    )
+    parser.add_argument("--surface", default="voxel", help="voxel (default; as MONAI), or area (as DeepMind's tool)")
+    parser.add_argument("--hd95", default="directed", help="directed (default; as MONAI), or pooled (as medpy)")
+    parser.add_argument(
+        "--hd", metavar="P", type=float, nargs="+", default=[], help="further percentiles: 99 gives HD99"
+    )
     parser.add_argument("--bins", metavar="N", type=int, default=15, help="calibration bins (default: 15)")
     parser.add_argument(
         "--dilate", metavar="MM", type=float, default=0.0, help="widen the region foreground by so many mm (default: 0)"
     )
     parser.add_argument("--boundary", action="store_true", help="calibration within 3 mm of the reference surface too")
+    parser.add_argument(
+        "--protocol", choices=["default", "nacl"], default="default", help="nacl: as the code of those papers, too"
+    )
+    parser.add_argument("-device", default="cpu", help="cpu (default) or cuda")
+
+
+def _tolerance(text: str) -> tuple[str | None, float]:
+    label, given, millimetres = text.rpartition("=")
+    return (label if given else None), float(millimetres)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunet_calib.evaluation import Protocol, evaluate_folder
 
+    everywhere = [mm for label, mm in args.nsd if label is None] or [Protocol.nsd_tolerance]
     summary = evaluate_folder(
         args.reference,
         args.prediction,
@@ -62,7 +84,19 @@ def run(args: argparse.Namespace) -> int:
         scheduler=args.scheduler,
         fresh=args.fresh,
         chill=args.chill,
-        protocol=Protocol(bins=args.bins, nsd_tolerance=args.nsd, boundary=args.boundary, dilate=args.dilate),
+        protocol=Protocol(
+            bins=args.bins,
+            nsd_tolerance=everywhere[0],
+            structure_tolerances={label: mm for label, mm in args.nsd if label is not None},
+            further_tolerances=tuple(everywhere[1:]),
+            surface=args.surface,
+            percentile_rule=args.hd95,
+            further_percentiles=tuple(args.hd),
+            boundary=args.boundary,
+            dilate=args.dilate,
+            nacl=args.protocol == "nacl",
+            device=args.device,
+        ),
         on_failure=lambda line: tqdm.write(f"nnunet-calib evaluate: {line}", file=sys.stderr),
         stop_at_failure=args.debug,
     )
@@ -89,7 +123,12 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
         yield _row("mean over cases", [*_CALIBRATION_COLUMNS, "cases"])
         for region, scores in summary["calibration_mean"].items():
             yield _row(region, [*(_number(scores[name]) for name in _CALIBRATION_COLUMNS), str(scores["cases"])])
-    elif cases:
+    if "nacl" in summary:
+        numbers = [_number(summary["nacl"][name]) for name in ("DSC", "HD", "ECE", "CECE")]
+        yield ""
+        yield _row("protocol nacl", ["DSC", "HD voxel", "ECE", "CECE"])
+        yield _row("mean over cases", numbers)
+    if cases and not summary["calibration_mean"]:
         yield "no probabilities (<case>.npz) beside the predictions: no calibration"
 
 

@@ -14,9 +14,11 @@ from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.images import LabelImage, check_same_geometry, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile
+from nnunet_calib.evaluation.nacl import nacl_scores
 from nnunet_calib.evaluation.protocol import BOUNDARY_MM, Protocol
 
 _SUSPICIOUS = 0.1  # share of the foreground; fewer differences are post-processing, not another axis order
+_TAILS = "float16 probabilities: those below 6e-8 are 0; NLL counts them as 2^-24"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def evaluate_case(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWri
     valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
     statistics: dict[str, metrics.CalibrationStatistics] = {}
     notes: list[str] = []
-    if files.probabilities is not None:
-        stored = ProbabilityFile(files.probabilities)
+    stored = None if files.probabilities is None else ProbabilityFile(files.probabilities)
+    if stored is not None:
         statistics, notes = _calibration(stored, dataset, reference, prediction, valid, protocol)
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
@@ -58,6 +60,11 @@ def evaluate_case(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWri
         "calibration": {region: metrics.scores(counted, channel_keys) for region, counted in statistics.items()},
         "notes": notes,
     }
+    if protocol.nacl:
+        channels = None if stored is None else stored.channels()
+        record["nacl"] = nacl_scores(
+            _without_ignored(reference.labels, valid), _without_ignored(prediction.labels, valid), dataset, channels
+        )
     return CaseResult(record, statistics)
 
 
@@ -67,7 +74,18 @@ def _segmentation_scores(
     """Overlap and distances of every structure, by key."""
     overlaps = metrics.overlaps(reference.labels, prediction.labels, dataset.structures, valid)
     ours, theirs = _without_ignored(prediction.labels, valid), _without_ignored(reference.labels, valid)
-    measured = metrics.structure_distances(theirs, ours, dataset.structures, reference.spacing)
+    measured = metrics.structure_distances(
+        theirs,
+        ours,
+        dataset.structures,
+        reference.spacing,
+        surface=protocol.surface,
+        backend=_backend(protocol),
+        device=protocol.device,
+    )
+    # formats without geometry have no volumes: nnU-Net's spacing of 999 for their third axis is a placeholder
+    mm3 = float(np.prod(reference.spacing)) if reference.geometry else float("nan")
+    rule = protocol.percentile_rule
     scored = {}
     for structure, overlap, distances in zip(dataset.structures, overlaps, measured, strict=True):
         scored[key(structure)] = {
@@ -79,12 +97,24 @@ def _segmentation_scores(
             "TN": overlap.true_negatives,
             "n_pred": overlap.in_prediction,
             "n_ref": overlap.in_reference,
+            "volume_pred_mm3": overlap.in_prediction * mm3,
+            "volume_ref_mm3": overlap.in_reference * mm3,
+            "RVE": overlap.relative_volume_error,
             "HD": metrics.hausdorff(distances),
-            "HD95": metrics.hausdorff_95(distances),
+            "HD95": metrics.hausdorff_95(distances, rule),
+            **{f"HD{q:g}": metrics.hausdorff(distances, q, rule) for q in protocol.further_percentiles},
             "ASSD": metrics.average_surface_distance(distances),
-            "NSD": metrics.surface_dice(distances, protocol.nsd_tolerance),
+            "MASD": metrics.mean_average_surface_distance(distances),
+            "NSD": metrics.surface_dice(
+                distances, protocol.structure_tolerances.get(key(structure), protocol.nsd_tolerance)
+            ),
+            **{f"NSD@{mm:g}mm": metrics.surface_dice(distances, mm) for mm in protocol.further_tolerances},
         }
     return scored
+
+
+def _backend(protocol: Protocol) -> str:
+    return "auto" if protocol.device == "cpu" else "torch"
 
 
 def _calibration(
@@ -96,7 +126,7 @@ def _calibration(
     protocol: Protocol,
 ) -> tuple[dict[str, metrics.CalibrationStatistics], list[str]]:
     """Calibration statistics by region, and what a reader of the record should know about the probabilities."""
-    stored.check_fits(len(dataset.channels), prediction.labels.shape)
+    stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
     channels: Iterator[np.ndarray] = stored.channels()
     if dataset.region_order is not None:
         decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
@@ -108,12 +138,15 @@ def _calibration(
         dataset.channels,
         _regions(labels, prediction, valid, protocol),
         bins=protocol.bins,
+        threshold=protocol.threshold,
+        backend=_backend(protocol),
+        device=protocol.device,
         multilabel=dataset.has_regions,
     )
     if top is not None:
         decided = np.array(dataset.labels, dtype=np.uint16)[top]
-    note = _disagreement(decided, prediction.labels, stored)
-    return statistics, [note] if note else []
+    notes = [_disagreement(decided, prediction.labels, stored), _TAILS if stored.dtype == np.float16 else None]
+    return statistics, [note for note in notes if note]
 
 
 def _regions(
@@ -146,7 +179,8 @@ def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: Probabilit
     different = np.count_nonzero(decided != predicted)
     if not different:
         return None
-    if different > _SUSPICIOUS * np.count_nonzero((decided != 0) | (predicted != 0)):
+    suspicious = different > _SUSPICIOUS * np.count_nonzero((decided != 0) | (predicted != 0))
+    if suspicious and _fewest_differences(decided, predicted) < different / 10:
         for axes in itertools.permutations(range(3)):
             turned = decided.transpose(axes)
             if turned.shape != predicted.shape:
@@ -159,6 +193,13 @@ def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: Probabilit
                         "with another reader (overwrite_image_reader_writer in dataset.json)?"
                     )
     return f"{different} voxels of the segmentation differ from its probabilities' decision (post-processing?)"
+
+
+def _fewest_differences(decided: np.ndarray, predicted: np.ndarray) -> int:
+    """Voxels that differ in any arrangement of the axes: their labels' counts do not change with it."""
+    labels = max(decided.max(initial=0), predicted.max(initial=0)) + 1
+    counts = [np.bincount(of.reshape(-1), minlength=labels) for of in (decided, predicted)]
+    return int(np.abs(counts[0] - counts[1]).sum()) // 2
 
 
 def _without_ignored(labels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:

@@ -93,6 +93,7 @@ def evaluate_folder(
     dataset_path = Path(dataset_json) if dataset_json else require_dataset_json(prediction_folder, reference_folder)
     plans_path = Path(plans) if plans else find_model_file("plans.json", prediction_folder)
     dataset = read_dataset(dataset_path, plans_path)
+    protocol.check_fits(dataset)
     cases = pair_cases(reference_folder, prediction_folder, dataset.file_ending, chill=chill)
     reader = choose_reader(dataset, [case.reference for case in cases])
     _make_folder(output)

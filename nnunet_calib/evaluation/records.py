@@ -30,6 +30,7 @@ from nnunet_calib.evaluation.case import CaseResult
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.write import numbers_as_json, numbers_from_json, statistics_as_json, statistics_from_json
 
+_NUMBERS = ("metrics", "calibration", "nacl")  # entries of a record that hold numbers, not names
 _PACKAGES = ("nnunet-calib", "nnunetv2", "numpy", "scipy", "SimpleITK", "nibabel", "numba")
 
 
@@ -86,8 +87,7 @@ class Records:
             record = json.loads(record_line.removesuffix(",").join("{}"))["record"]
             result = CaseResult(
                 record
-                | {"metrics": numbers_from_json(record["metrics"])}
-                | {"calibration": numbers_from_json(record["calibration"])}
+                | {name: numbers_from_json(record[name]) for name in _NUMBERS if name in record}
                 | {"reference_file": str(files.reference), "prediction_file": str(files.prediction)}
                 | {"probabilities_file": None if files.probabilities is None else str(files.probabilities)},
                 statistics_from_json(json.loads("{" + statistics_line)["statistics"]),

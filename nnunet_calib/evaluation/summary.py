@@ -42,6 +42,7 @@ def summarise(
         "calibration_pooled": {
             region: metrics.scores(pooled[region], channel_keys) | cases[region] for region in regions
         },
+        **({"nacl": _mean_of([record["nacl"] for record in records])} if records and "nacl" in records[0] else {}),
         "intervals": _intervals(records),
         "metric_per_case": list(records),
     }

@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import read_json
-from nnunet_calib.metrics import CELLS, Bins, CalibrationStatistics, empty_bins
+from nnunet_calib.metrics import CELLS, SCORES, Bins, CalibrationStatistics, empty_bins
 
 RESULTS = ("summary.json", "cases.csv", "reliability.json")
 
@@ -24,7 +24,7 @@ LEFTOVERS = ".results."
 """How the names of folders begin that hold results not yet whole."""
 
 _NON_FINITE = ("inf", "-inf", "nan")
-_CASE_SCORES = ("ECE", "CECE", "ACE", "MCE", "Brier", "NLL")
+_CASE_SCORES = SCORES
 _CLASS_SCORES = ("ECE", "ACE", "MCE", "Brier", "NLL")
 
 

@@ -14,12 +14,15 @@ from nnunet_calib.metrics.binning import (
 from nnunet_calib.metrics.boundary import near_surface, surface
 from nnunet_calib.metrics.calibration import (
     SCORES,
+    THRESHOLD,
     CalibrationStatistics,
     calibration_scores,
     calibration_statistics,
     scores,
 )
 from nnunet_calib.metrics.distances import (
+    RULES,
+    SURFACES,
     SurfaceDistances,
     average_surface_distance,
     hausdorff,
@@ -42,7 +45,10 @@ from nnunet_calib.metrics.ranked import (
 __all__ = [
     "BINS",
     "CELLS",
+    "RULES",
     "SCORES",
+    "SURFACES",
+    "THRESHOLD",
     "Bins",
     "CalibrationStatistics",
     "Overlap",
