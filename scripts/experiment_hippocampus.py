@@ -110,9 +110,11 @@ def runs() -> list[Run]:
     rows += [stock("_run2"), *(switched(trainer) for trainer in (entropy, focal))]
     rows += [switched(trainer, dice=dice) for dice in (1, 0.6) for trainer in (margin, neighbours)]
     rows += [switched(trainer, dice=0.6) for trainer in (focal, entropy)] + [switched(focal, dice=1)]
-    rows += [switched(trainer, dice=0.6, run="_run2") for trainer in (margin, neighbours)]
-    rows += [scratch(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
-    rows += [refined(trainer, dice) for dice in (0, 1) for trainer in (margin, neighbours)]
+    rows += [switched(trainer, dice=dice, run="_run2") for dice in (0.6, 1) for trainer in (margin, neighbours)]
+    rows += [scratch(trainer, 0) for trainer in (margin, neighbours)]
+    rows += [switched(entropy, dice=1), stock("_run3")]
+    rows += [refined(trainer, dice) for dice in (1, 0) for trainer in (margin, neighbours)]
+    rows += [scratch(trainer, 1) for trainer in (margin, neighbours)]
     return rows
 
 
@@ -243,13 +245,13 @@ def tables(bench: Bench, rows: list[Run]) -> str:
         if row.name not in summaries:
             continue
         summary = summaries[row.name]
-        second = row.configuration.endswith("_run2")
-        head = f"| {row.trainer.removesuffix('Trainer')} | {row.route} | {2 if second else 1} |"
+        run = row.configuration.partition("_run")[2] or "1"
+        head = f"| {row.trainer.removesuffix('Trainer')} | {row.route} | {run} |"
         mean, calibration = summary["foreground_mean"], summary["calibration_mean"]
         cells = [f"{float(mean['Dice']):.3f}", f"{float(mean['HD95']):.2f}"]
         cells += [f"{float(calibration[region][measure]):.4f}" for region in REGIONS for measure in MEASURES]
         lines.append(f"{head} {' | '.join(cells)} |")
-        stock = "StockTrainer__" + ("refine" if row.after == "full" else "full_run2" if second else "full")
+        stock = "StockTrainer__" + ("refine" if row.after == "full" else "full_run2" if run == "2" else "full")
         if stock in summaries and row.trainer != "StockTrainer":
             differences.append(f"{head} {' | '.join(paired_differences(summary, summaries[stock]))} |")
     return "\n".join(lines) + "\n\n" + "\n".join(differences)
