@@ -116,7 +116,7 @@ def make_case(work: Path) -> None:
     print(f"written in {time.perf_counter() - began:.1f} s: .npz")
     for folder, dtype in (("compact", np.float32), ("compact16", np.float16)):
         began = time.perf_counter()
-        write_compact(work / folder, "case", stored, dtype)
+        write_compact(work / folder / "case.nncp", stored, stored.shape, np.dtype(dtype))
         print(f"written in {time.perf_counter() - began:.1f} s: {folder}")
     (work / "case.done").touch()
 
