@@ -52,11 +52,11 @@ def test_the_whole_of_a_small_volume(tmp_path):
     assert np.array_equal(sample.regions["foreground"], ((reference != 0) | (p.argmax(axis=0) != 0)).reshape(-1))
 
 
-def test_the_boundary_is_that_of_the_evaluation(tmp_path):
+@pytest.mark.parametrize("spacing", [(2.5, 1.0, 0.8), (9.0, 3.0, 4.0), (0.5, 0.05, 0.05)])
+def test_the_boundary_is_that_of_the_evaluation(tmp_path, spacing):
     made = Folders(tmp_path)
     reference, p = too_sure(3)
     reference[:6] = 0
-    spacing = (2.5, 1.0, 0.8)
     made.add("case_00", reference, p.argmax(axis=0), p, spacing)
     sample = sampled(made, voxels=10**6)
     assert np.array_equal(sample.regions["boundary"], near_surface(reference, spacing, BOUNDARY_MM).reshape(-1))
