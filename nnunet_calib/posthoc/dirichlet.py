@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
-from nnunet_calib.posthoc.likelihood import minimise, note_absent, present_classes, residual_and_nll
+from nnunet_calib.posthoc.likelihood import curvature, minimise, note_absent, present_classes, residual_and_nll
 
 _RIDGE = 1e-6  # on the diagonal: it stays finite where no prediction errs
 
@@ -52,15 +52,19 @@ class DirichletCalibration(VoxelwiseCalibrator):
         penalty[:, k] = self.intercept / k
         np.fill_diagonal(penalty, _RIDGE)
 
+        features = np.vstack([z, np.ones_like(z[:1])])
+
         def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
             away = theta - identity
-            residual, nll = residual_and_nll(theta[:, :k] @ z + theta[:, k:], y, w)
-            gradient = np.hstack([residual @ z.T, residual.sum(axis=1, keepdims=True)])
-            return nll + float((penalty * np.square(away)).sum()), gradient + 2 * penalty * away
+            residual, nll = residual_and_nll(theta @ features, y, w)
+            return nll + float((penalty * np.square(away)).sum()), residual @ features.T + 2 * penalty * away
 
-        fitted = minimise(objective, identity) if k > 1 else identity
+        fitted = identity
+        if k > 1:
+            fitted = minimise(objective, identity, curvature(softmax(z), features, w, np.maximum(penalty, _RIDGE)))
         matrix, offset = np.eye(classes), np.zeros(classes)
-        matrix[np.ix_(there, there)], offset[there] = fitted[:, :k], fitted[:, k]
+        matrix[np.ix_(there, there)] = fitted[:, :k]
+        offset[there] = fitted[:, k] - fitted[:, k].mean()  # their common part changes no probability
         return {"matrix": matrix.tolist(), "offset": offset.tolist()}
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
-from nnunet_calib.posthoc.likelihood import minimise, note_absent, present_classes, residual_and_nll
+from nnunet_calib.posthoc.likelihood import curvature, minimise, note_absent, present_classes, residual_and_nll
 
 _RIDGE = 1e-6
 
@@ -34,18 +34,22 @@ class VectorScaling(VoxelwiseCalibrator):
         classes = len(z)
         z, y, there = present_classes(z, y)
         note_absent(self, there)
-        k = len(z)
-        identity = np.stack([np.ones(k), np.zeros(k)])
+        features = np.stack([z, np.ones_like(z)], axis=1)
+        identity = np.array([[1.0, 0.0]] * len(z))
 
         def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
             away = theta - identity
-            residual, nll = residual_and_nll(theta[0, :, None] * z + theta[1, :, None], y, w)
-            gradient = np.stack([np.einsum("cn,cn->c", residual, z), residual.sum(axis=1)])
+            residual, nll = residual_and_nll(theta[:, :1] * z + theta[:, 1:], y, w)
+            gradient = np.einsum("cn,ckn->ck", residual, features)
             return nll + _RIDGE * float(np.square(away).sum()), gradient + 2 * _RIDGE * away
 
-        fitted = minimise(objective, identity) if k > 1 else identity
+        fitted = identity
+        if len(z) > 1:
+            start = curvature(softmax(z), features, w, np.full(identity.shape, _RIDGE))
+            fitted = minimise(objective, identity, start)
         slope, offset = np.ones(classes), np.zeros(classes)
-        slope[there], offset[there] = fitted
+        slope[there] = fitted[:, 0]
+        offset[there] = fitted[:, 1] - fitted[:, 1].mean()  # their common part changes no probability
         return {"slope": slope.tolist(), "offset": offset.tolist()}
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
