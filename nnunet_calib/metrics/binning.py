@@ -12,6 +12,8 @@ import numpy as np
 BINS = 15
 """Number of equal-width bins unless said otherwise (Guo et al., On calibration of modern neural networks, 2017)."""
 
+MAX_BINS = 1000
+
 
 @dataclass(frozen=True)
 class Bins:

@@ -23,15 +23,16 @@ the smallest positive number of its type (``smallest_probability``), 1 - p at th
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nnunet_calib.metrics.backends import available
 from nnunet_calib.metrics.binning import (
     BINS,
+    MAX_BINS,
     Bins,
     average_calibration_error,
     expected_calibration_error,
@@ -45,8 +46,6 @@ from nnunet_calib.metrics.ranked import adaptive_calibration_error, area_under_r
 
 THRESHOLD = 1e-3
 """Probabilities up to it are left out of TCECE, unless said otherwise."""
-
-BACKENDS = ("auto", "numpy", "numba", "torch")
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,9 @@ def calibration_statistics(
         reference: label map (*S), non-negative integers.
         classes: the label, or tuple of labels, that each channel predicts.
         masks: by name, bool (*S): the voxels of each set. Voxels in no set (ignored ones) are never looked at.
-        bins: number of equal-width bins.
+        bins: number of equal-width bins, 1 to 1000.
         multilabel: the channels are sigmoid regions, which may overlap, not exclusive classes.
-        threshold: p up to it is left out of TCECE; it is rounded to the probabilities' type.
+        threshold: p up to it, in [0, 1), is left out of TCECE; it is rounded to the probabilities' type.
         backend: "numpy", "numba" (extra ``fast``) or "torch"; "auto" is numba where it is installed, else numpy. All
             give the same numbers up to the order of float64 sums.
         device: where the torch backend counts.
@@ -138,10 +137,14 @@ def calibration_statistics(
         ``numpy.argmax``; None if ``multilabel``.
 
     Raises:
-        ValueError: shapes that do not fit, too many or too few channels, an unknown or absent backend.
+        ValueError: shapes that do not fit, too many or too few channels, more than 8 masks, values that are no
+            probabilities, labels that are negative or no integers, an option outside its range.
+        ImportError: numba is asked for and not installed.
     """
+    if not (1 <= bins <= MAX_BINS and 0 <= threshold < 1):
+        raise ValueError(f"between 1 and {MAX_BINS} bins and a threshold in [0, 1), not {bins} and {threshold}")
     volume = Volume(reference, classes, masks, multilabel)
-    if _chosen(backend) == "torch":
+    if (backend := available(backend)) == "torch":
         from nnunet_calib.metrics.gather_torch import gather_on
 
         tally, top = gather_on(device, channels, volume, bins, threshold)
@@ -175,7 +178,7 @@ def calibration_scores(
         As ``scores``; classes are named by ``str`` of the label or tuple.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: as ``calibration_statistics``.
     """
     classes = range(len(probabilities)) if classes is None else classes
     masks = {"it": np.ones(reference.shape, dtype=bool) if mask is None else mask}
@@ -239,18 +242,8 @@ SCORES = (
 """The overall numbers of ``scores``, in its order."""
 
 
-def _chosen(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return "numpy" if importlib.util.find_spec("numba") is None else "numba"
-    if backend != "numpy" and importlib.util.find_spec(backend) is None:
-        raise ValueError(f"the backend {backend!r} is not installed: pip install {backend}")
-    return backend
-
-
 def _counting(backend: str) -> Counting:
-    if _chosen(backend) == "numpy":
+    if backend == "numpy":
         return NumpyCounting()
     from nnunet_calib.metrics.gather_numba import NumbaCounting
 

@@ -12,20 +12,19 @@ Two definitions of a surface:
 Empty structures, for every reader: both empty NaN (nothing to score); one empty the worst value, never a good one.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from nnunet_calib.metrics.backends import available
 from nnunet_calib.metrics.boundary import extended_axes
 from nnunet_calib.metrics.layers import disjoint, relabelled
 from nnunet_calib.metrics.nearest import nearest
-from nnunet_calib.metrics.overlap import Structure, labels_of
+from nnunet_calib.metrics.overlap import Structure, label_map, labels_of
 from nnunet_calib.metrics.surfaces import surfaces
 
 SURFACES = ("voxel", "area")
-BACKENDS = ("auto", "numpy", "numba", "torch")
 RULES = ("directed", "pooled")
 
 _ROUNDING = 1e-6  # mm; file headers keep the spacing in float32, which must not decide who is within a tolerance
@@ -106,10 +105,10 @@ def structure_distances(
     """
     _check(reference, prediction, spacing)
     _one_of("surface", surface, SURFACES)
-    backend = _available(backend)
+    backend = available(backend)
     on_device = backend == "torch"
     axes, shape, step = _as_3d(reference.shape, spacing)
-    reference, prediction = (_non_negative(labels).reshape(shape) for labels in (reference, prediction))
+    reference, prediction = (label_map(labels).reshape(shape) for labels in (reference, prediction))
     measured: dict[int, SurfaceDistances] = {}
     for layer in disjoint(structures):
         maps, wanted = relabelled(reference, prediction, {k: labels_of(structures[k]) for k in layer})
@@ -223,18 +222,6 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{option} {value!r} is not one of {', '.join(allowed)}")
 
 
-def _available(backend: str) -> str:
-    """The backend to use: what is asked for, or the fastest that is installed."""
-    _one_of("backend", backend, BACKENDS)
-    if backend in ("auto", "numba"):
-        if importlib.util.find_spec("numba") is not None:
-            return "numba"
-        if backend == "numba":
-            raise ImportError('numba is not installed: pip install "nnunet-calib[fast]", or choose another backend')
-        return "numpy"
-    return backend
-
-
 def _as_3d(shape: tuple[int, ...], spacing: Sequence[float]) -> tuple[int, list[int], np.ndarray]:
     """The axes longer than one: their number; shape and spacing of them, filled up to three in front.
 
@@ -246,16 +233,6 @@ def _as_3d(shape: tuple[int, ...], spacing: Sequence[float]) -> tuple[int, list[
     missing = 3 - len(axes)
     steps = [float(spacing[axis]) for axis in axes]
     return len(axes), [1] * missing + [shape[axis] for axis in axes], np.array([10 * max(steps)] * missing + steps)
-
-
-def _non_negative(labels: np.ndarray) -> np.ndarray:
-    if labels.dtype == bool:
-        return labels.view(np.uint8)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"label maps hold integers, not {labels.dtype}")
-    if np.issubdtype(labels.dtype, np.signedinteger) and labels.size and labels.min() < 0:
-        raise ValueError("labels must not be negative")
-    return labels
 
 
 def _empty(distances: SurfaceDistances) -> float:

@@ -11,11 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from nnunet_calib.metrics.binning import Bins, bin_index, empty_bins
-from nnunet_calib.metrics.overlap import Structure
+from nnunet_calib.metrics.overlap import Structure, label_map
 from nnunet_calib.metrics.ranked import CELLS, confidence_cell
 
 SLAB = 1 << 16  # voxels handled at once: all that is made of them stays in the processor's cache
 _MAX_SETS = 8  # one bit each of a uint8
+
+LOWEST, HIGHEST = -1e-5, 1 + 1e-5
+"""What is taken for a probability: sums of float32, as of an ensemble, may end a little beyond [0, 1]."""
 
 
 def smallest_probability(dtype: np.dtype) -> float:
@@ -48,7 +51,8 @@ class Limits:
         edges = (k / bins).astype(dtype)
         edges = np.where(bin_index(edges, bins) < k, np.nextafter(edges, dtype.type(2)), edges)
         below = np.nextafter(edges, dtype.type(0))
-        edges = np.concatenate([[0], np.where(bin_index(below, bins) < k, edges, below), [2]])
+        beyond = np.nextafter(dtype.type(1), dtype.type(2))
+        edges = np.concatenate([[0], np.where(bin_index(below, bins) < k, edges, below), [beyond]])
         rounded = float(dtype.type(threshold))
         return cls(bins, edges, rounded, smallest_probability(dtype), float(np.finfo(dtype).epsneg))
 
@@ -69,13 +73,14 @@ class Volume:
     ):
         if not 0 < len(masks) <= _MAX_SETS:
             raise ValueError(f"between 1 and {_MAX_SETS} masks, not {len(masks)}")
+        reference = label_map(reference)
         self.shape, self.size = reference.shape, reference.size
         self.classes, self.multilabel = len(classes), multilabel
         self.code = np.zeros(self.size, dtype=np.uint8)
         for bit, (name, mask) in enumerate(masks.items()):
             if mask.shape != self.shape:
                 raise ValueError(f"mask {name!r} has shape {mask.shape}, the reference {self.shape}")
-            self.code |= mask.reshape(-1).astype(np.uint8) << np.uint8(bit)
+            self.code |= mask.reshape(-1).astype(bool).astype(np.uint8) << np.uint8(bit)
         self.codes = 1 << len(masks)
         patterns = np.arange(self.codes)
         self.members = {name: (patterns >> bit & 1).astype(bool) for bit, name in enumerate(masks)}
@@ -113,7 +118,8 @@ class Tally:
     def __init__(self, volume: Volume, bins: int, threshold: float):
         by_code = (volume.classes, volume.codes)
         self.classes = empty_bins(*by_code, bins)
-        self.negligible = empty_bins(*by_code, int(bin_index(np.array(threshold), bins)) + 1)
+        rounded = max(threshold, *(float(kind(threshold)) for kind in (np.float16, np.float32)))
+        self.negligible = empty_bins(*by_code, int(bin_index(np.array(rounded), bins)) + 1)
         self.squared_error, self.log_loss = np.zeros(by_code), np.zeros(by_code)
         self.top = empty_bins(volume.codes, bins)
         self.ranked = empty_bins(*(by_code if volume.multilabel else by_code[1:]), CELLS)
@@ -187,16 +193,28 @@ def checked_channels(channels: Iterable[Any], volume: Volume) -> Iterator[Any]:
     """Flat channels.
 
     Raises:
-        ValueError: a shape that does not fit, too many or too few.
+        ValueError: a shape that does not fit, too many or too few, or no floats.
     """
     seen = 0
     for channel in channels:
         if seen == volume.classes or tuple(channel.shape) != volume.shape:
             raise ValueError(f"channel {seen}, {tuple(channel.shape)}, does not fit {volume.classes} of {volume.shape}")
+        if str(channel.dtype).removeprefix("torch.") not in ("float16", "float32", "float64"):
+            raise ValueError(f"probabilities are float16, float32 or float64, not {channel.dtype}")
         yield channel.reshape(-1)
         seen += 1
     if seen != volume.classes:
         raise ValueError(f"{seen} channels for {volume.classes} classes")
+
+
+def check_probabilities(p: Any) -> None:
+    """Refuse values that would be counted in bins that do not exist; p is an array or a tensor.
+
+    Raises:
+        ValueError: a value is below 0 or above 1 by more than rounding, or NaN.
+    """
+    if not bool(((p >= LOWEST) & (p <= HIGHEST)).all()):
+        raise ValueError("probabilities are in [0, 1]; there are other values, or NaN, among those that count")
 
 
 class _Worker:
@@ -250,6 +268,8 @@ class NumpyCounting:
         self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
     ) -> None:
         """Count the binary problem of class ``c``."""
+        if not (p.min() >= LOWEST and p.max() <= HIGHEST):  # NaN fails too
+            check_probabilities(p[code != 0])
         positive = truth[0] == truth[1]
         usual = int(code[0])
         single = (p >= p.dtype.type(limits.edges[1])) | positive
@@ -353,9 +373,7 @@ def _counted(dtype: np.dtype) -> np.dtype:
 
 def _membership(classes: Sequence[Structure], reference: np.ndarray) -> np.ndarray:
     """Bool (C, largest label + 1): whether a label belongs to a class."""
-    lowest, highest = (int(reference.min()), int(reference.max())) if reference.size else (0, 0)
-    if lowest < 0:
-        raise ValueError("labels must not be negative")
+    highest = int(reference.max()) if reference.size else 0
     members = [np.atleast_1d(np.array(structure)) for structure in classes]
     table = np.zeros((len(classes), max(highest, *(int(m.max()) for m in members)) + 1), dtype=bool)
     for row, member in zip(table, members, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from nnunet_calib.metrics.gather import Limits, Tally
+from nnunet_calib.metrics.gather import HIGHEST, LOWEST, Limits, Tally, check_probabilities
 from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 
 _TINY = 1e-100  # its cube is still a normal float64
@@ -72,10 +72,13 @@ class NumbaCounting:
         every, small = tally.classes, tally.negligible
         cuts = (limits.edges.astype(p.dtype), p.dtype.type(limits.threshold), limits.smallest, limits.spacing)
         belongs, value = truth[0], truth[0].dtype.type(truth[1])
-        _add_class(
+        fit = _add_class(
             *(p, belongs, value, code, *cuts, binary, every.n[c], every.confidence[c], every.correct[c]),
             *(small.n[c], small.confidence[c], small.correct[c], tally.squared_error[c], tally.log_loss[c]),
+            *(LOWEST, HIGHEST),
         )
+        if not fit:
+            check_probabilities(p[code != 0])
 
 
 @_compiled
@@ -97,7 +100,10 @@ def _add_class(
     small_correct,
     squared_error,
     log_loss,
+    lowest,
+    highest,
 ):
+    """False, and the sums are worth nothing, if a p that counts is none: its bin would be in foreign memory."""
     bins = n.shape[1]
     own_n = np.zeros(n.shape, np.int64)  # sums of one slab before they join the volume's: less rounding
     own_confidence = np.zeros(n.shape, np.float64)
@@ -120,10 +126,11 @@ def _add_class(
         if not mixed:
             if at == 0:
                 continue
-            k = min(int(np.float64(p[begin]) * bins), bins - 1)
+            first = np.float64(p[begin])
+            k = min(int(first * bins), bins - 1) if 0 <= first <= 1 else 0
             low, high = edges[k], edges[k + 1]
             for i in range(begin, end):
-                mixed |= (p[i] < low) | (p[i] >= high)
+                mixed |= not ((p[i] >= low) & (p[i] < high))  # NaN too
             if hit:
                 mixed |= k < small_n.shape[1] or low < _CLOSE  # the product below would end at 0
             elif binary:
@@ -161,6 +168,8 @@ def _add_class(
             if at == 0:
                 continue
             x = np.float64(p[i])
+            if not lowest <= x <= highest:
+                return False
             k = min(int(x * bins), bins - 1)
             own_n[at, k] += 1
             own_confidence[at, k] += x
@@ -188,6 +197,7 @@ def _add_class(
     confidence += own_confidence
     squared_error += own_squared
     log_loss += own_log - np.log(product)
+    return True
 
 
 @_compiled

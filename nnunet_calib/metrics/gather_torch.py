@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nnunet_calib.metrics.binning import Bins
-from nnunet_calib.metrics.gather import Limits, Tally, Volume, checked_channels
+from nnunet_calib.metrics.gather import Limits, Tally, Volume, check_probabilities, checked_channels
 from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT, CELLS
 
 _SLAB = 1 << 22  # voxels counted at once: the float64 copies stay small beside the volume, launches few
@@ -27,10 +27,8 @@ def gather_on(
     for c, channel in enumerate(checked_channels(channels, volume)):
         p = torch.as_tensor(channel, device=counting.device)
         limits = Limits.of(_numpy_type(p), bins, threshold)
-        if volume.multilabel:
-            counting.add_problem(tally, c, p, limits)
-        else:
-            counting.add_problem(tally, c, p, limits)
+        counting.add_problem(tally, c, p, limits)
+        if not volume.multilabel:
             if largest is None or top is None:
                 largest, top = torch.full_like(p, -1), torch.zeros(volume.size, dtype=torch.int16, device=p.device)
             larger = p > largest
@@ -56,6 +54,7 @@ class _Counting:
             truth, value = self._volume.truth(c, part)
             y = (self._on_device(truth) == value)[inside]
             code, one = self._code[part][inside].long(), p[part][inside].double()
+            check_probabilities(one)
             index = (one * limits.bins).long().clamp_(max=limits.bins - 1)
             _count(tally.classes, c, code, index, one, y)
             small = one <= limits.threshold

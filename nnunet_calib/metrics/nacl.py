@@ -21,6 +21,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from nnunet_calib.metrics.binning import BINS, Bins, expected_calibration_error
+from nnunet_calib.metrics.gather import check_probabilities
+from nnunet_calib.metrics.overlap import label_map
 
 
 def nacl_calibration(
@@ -40,8 +42,9 @@ def nacl_calibration(
         foreground (the authors' code stops with an error there).
 
     Raises:
-        ValueError: a channel of another shape, or fewer channels than labels.
+        ValueError: a channel of another shape, fewer channels than labels, or values that are no probabilities.
     """
+    reference = label_map(reference)
     counts = reference != 0 if mask is None else (reference != 0) & mask
     labels = reference[counts]
     highest = int(labels.max()) if labels.size else -1
@@ -51,6 +54,7 @@ def nacl_calibration(
         if channel.shape != reference.shape:
             raise ValueError(f"channel {c} has shape {channel.shape}, the reference {reference.shape}")
         p = channel[counts].astype(np.float64)
+        check_probabilities(p)
         if c <= highest:
             errors.append(_error(p, labels == c, bins))
         larger = p > largest

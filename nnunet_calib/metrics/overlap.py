@@ -69,8 +69,9 @@ def overlaps(
         One ``Overlap`` per structure, in their order, with the definitions of nnU-Net's own evaluation.
 
     Raises:
-        ValueError: the shapes differ or a label is negative.
+        ValueError: the shapes differ, or labels are negative or no integers.
     """
+    reference, prediction = label_map(reference), label_map(prediction)
     if reference.shape != prediction.shape or (valid is not None and valid.shape != reference.shape):
         raise ValueError(f"shapes differ: reference {reference.shape}, prediction {prediction.shape}")
     members = [set(labels_of(structure)) for structure in structures]
@@ -92,8 +93,6 @@ def _joint_histogram(
     reference: np.ndarray, prediction: np.ndarray, values: list[int], valid: np.ndarray | None
 ) -> np.ndarray:
     """Voxels by (reference, prediction) index into ``values``; all other labels share the last row and column."""
-    if any(labels.dtype.kind == "i" and labels.size and labels.min() < 0 for labels in (reference, prediction)):
-        raise ValueError("labels must not be negative")
     size = len(values) + 1
     top = max((int(labels.max()) for labels in (reference, prediction) if labels.size), default=0)
     index = np.full(max([top, *values]) + 1, len(values), dtype=np.intp)
@@ -115,6 +114,21 @@ def _joint_histogram(
 
 def _slabs(voxels: int) -> Iterator[slice]:
     return (slice(start, min(start + _SLAB, voxels)) for start in range(0, voxels, _SLAB))
+
+
+def label_map(labels: np.ndarray) -> np.ndarray:
+    """Labels that can be counted and used as indices; a bool mask is label 1, for as an index it would select.
+
+    Raises:
+        ValueError: labels are negative or no integers.
+    """
+    if labels.dtype == bool:
+        return labels.view(np.uint8)
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"label maps hold integers, not {labels.dtype}")
+    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
+        raise ValueError("labels must not be negative")
+    return labels
 
 
 def labels_of(structure: Structure) -> tuple[int, ...]:

@@ -146,9 +146,72 @@ def test_edges_of_bins_are_where_bin_index_has_them(bins, dtype, backend):
     assert counted["it"].classes.n[0].tolist() == np.bincount(index, minlength=bins).tolist()
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5, 1.01, -1e9])
+def test_what_is_no_probability_is_refused_where_it_counts(backend, bad, multilabel):
+    """Such as logits: their bin would be somewhere else in memory."""
+    options = {"multilabel": multilabel, "backend": backend}
+    p, labels, _ = volume(2, multilabel=multilabel)
+    every = np.ones(labels.size, dtype=bool)
+    p[np.isnan(p)] = 0.5
+    for voxel in (0, 70, labels.size - 1):
+        wrong, others = p.copy(), every.copy()
+        wrong[1, voxel], others[voxel] = bad, False
+        for channels in (wrong, iter(wrong)):
+            with pytest.raises(ValueError, match=r"probabilities are in \[0, 1\]"):
+                statistics(channels, labels, {"it": every}, **options)
+        left, _ = statistics(wrong, labels, {"it": others}, **options)
+        clean, _ = statistics(p, labels, {"it": others}, **options)
+        assert_same_statistics(left["it"], clean["it"])
+
+
+def test_a_probability_beyond_1_by_rounding_is_1(backend):
+    """As the float32 mean of an ensemble's may be; it is in the last bin."""
+    p = np.array([[1 + 2**-23, -(2**-23)], [-(2**-23), 1 + 2**-23]], dtype=np.float32)
+    counted, _ = calibration_statistics(p, np.array([0, 1]), range(2), {"it": np.ones(2, bool)}, backend=backend)
+    assert counted["it"].top.n.tolist() == [0] * 14 + [2]
+    assert counted["it"].classes.n[:, 0].tolist() == [1, 1]
+    assert scores(counted["it"], "01")["ECE"] < 1e-6
+
+
+def test_a_threshold_that_the_type_rounds_up_across_an_edge(backend):
+    """.24999 is .25 in float16: p = .25 is left out, though it lies in the next of 4 bins."""
+    p = np.array([[0.25, 0.5], [0.75, 0.5]], dtype=np.float16)
+    sets = {"one": np.array([True, False]), "both": np.array([True, True])}
+    options = {"bins": 4, "threshold": 0.24999, "backend": backend}
+    counted, _ = calibration_statistics(p, np.array([1, 0]), range(2), sets, **options)
+    assert counted["both"].above_threshold().n.tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
+    assert counted["one"].above_threshold().n.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_bool_references_are_label_1_and_masks_of_any_number_are_masks(backend, multilabel):
+    p, labels, masks = volume(4, multilabel=multilabel)
+    truth = labels == 1
+    options = {"classes": [0, 1], "multilabel": multilabel, "backend": backend}
+    expected, _ = calibration_statistics(p[:2], truth.astype(int), masks=masks, **options)
+    grey = {name: mask.astype(np.uint8) * 255 for name, mask in masks.items()}
+    ours, _ = calibration_statistics(p[:2], truth, masks=grey, **options)
+    for name in masks:
+        assert_same_statistics(ours[name], expected[name])
+
+
+def test_options_and_types_that_make_no_sense_are_refused():
+    p, labels, masks = volume(0)
+    for options in ({"bins": 0}, {"bins": 1001}, {"threshold": 1}, {"threshold": -0.1}):
+        with pytest.raises(ValueError, match="between 1 and 1000 bins and a threshold in"):
+            statistics(p, labels, masks, **options)
+    with pytest.raises(ValueError, match="not uint8"):
+        statistics((p > 0.5).astype(np.uint8), labels, masks)
+    with pytest.raises(ValueError, match="hold integers, not float64"):
+        statistics(p, labels.astype(float), masks)
+    with pytest.raises(ValueError, match="negative"):
+        statistics(p, labels.astype(int) - 1, masks)
+
+
 def test_unknown_backends_are_refused():
     p, labels, masks = volume(0)
-    with pytest.raises(ValueError, match="no backend 'cupy'"):
+    with pytest.raises(ValueError, match="backend 'cupy'"):
         statistics(p, labels, masks, backend="cupy")
 
 

@@ -55,6 +55,15 @@ def test_shapes_that_differ_and_negative_labels_are_refused():
         overlaps(REFERENCE, PREDICTION[:1], [1])
     with pytest.raises(ValueError, match="negative"):
         overlaps(REFERENCE - 1, PREDICTION, [1])
+    with pytest.raises(ValueError, match="integers, not float64"):
+        overlaps(REFERENCE.astype(float), PREDICTION, [1])
+
+
+def test_bool_masks_are_label_1():
+    """As indices they would select instead of count."""
+    masks = np.array([True, False]), np.array([True, True])
+    assert overlaps(*masks, [1]) == [Overlap(1, 1, 0, 0)]
+    assert overlaps(REFERENCE == 2, PREDICTION == 2, [1, 0]) == [Overlap(1, 1, 1, 3), Overlap(3, 1, 1, 1)]
 
 
 def test_relative_volume_error_has_a_sign_and_no_value_without_a_volume():
