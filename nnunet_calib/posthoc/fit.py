@@ -5,6 +5,7 @@ import multiprocessing
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -165,6 +166,8 @@ def _samples(sample: Callable[[CaseFiles], CaseSample], cases: Sequence[CaseFile
         pool = ProcessPoolExecutor(min(processes, len(cases)), mp_context=multiprocessing.get_context("spawn"))
         try:
             yield from pool.map(sample, cases)
+        except BrokenProcessPool as error:
+            raise InputError("a process that read a case was killed, out of memory perhaps; try -np 1") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
