@@ -8,9 +8,10 @@ Pereyra et al., Regularizing neural networks by penalizing confident output dist
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from nnunet_calib.losses.base import flag, number
-from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
 class ECPLoss(VoxelwiseLoss):
@@ -39,6 +40,12 @@ class ECPLoss(VoxelwiseLoss):
 
 def entropy_term(v: Voxels, divisor: int = 1) -> Term:
     """Shannon entropy in nats, H = -sum_c p_c log p_c, over ``divisor``."""
+    if isinstance(v, Regions):  # log(1 + e^-|z|) + |z| / (1 + e^|z|), without cancellation
+        size = v.z.abs()
+        return Term(
+            (size * (-size).sigmoid() - logsigmoid(size)) / divisor,
+            lambda: v.p * (v.p - 1) * v.z / divisor,
+        )
     entropy = -(v.p * v.log_p).sum(dim=1, keepdim=True) / divisor
 
     def slope() -> Tensor:  # -p_c (log p_c + H)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_calib.losses.base import at_target, number
+from nnunet_calib.losses.base import number
 from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss
 
 
@@ -38,7 +38,7 @@ class FocalLoss(VoxelwiseLoss):
         return {"focal": 1.0}
 
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
-        log_p = at_target(v.log_p, v.target)
+        log_p = v.log_p_y
         p, gamma = log_p.exp(), self._exponent(log_p)
         # 1 - p without cancellation; the floor keeps the slope finite at p = 1 for gamma < 1.
         q = (-torch.expm1(log_p)).clamp(min=torch.finfo(p.dtype).tiny)

@@ -9,7 +9,7 @@ Szegedy et al., Rethinking the Inception architecture, CVPR 2016. Equal to
 from typing import Any
 
 from nnunet_calib.losses.base import number
-from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
 class LabelSmoothingLoss(VoxelwiseLoss):
@@ -36,4 +36,5 @@ class LabelSmoothingLoss(VoxelwiseLoss):
 
 def uniform_term(v: Voxels) -> Term:
     """Mean over classes of -log p_c."""
-    return Term(-v.log_p.mean(dim=1, keepdim=True), lambda: v.p - 1 / v.classes)
+    values = v.soft_cross_entropy(0.5) if isinstance(v, Regions) else -v.log_p.mean(dim=1, keepdim=True)
+    return Term(values, lambda: v.p - 1 / v.classes)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunet_calib.losses.base import choice, equal, number
-from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
 class MbLSLoss(VoxelwiseLoss):
@@ -38,14 +38,19 @@ class MbLSLoss(VoxelwiseLoss):
         return {"cross_entropy": 1.0, "margin": self.weight}
 
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
-        z_max = v.z.amax(dim=1, keepdim=True)
-        hinge = (z_max - self.margin - v.z).relu_()
+        z_max = None if isinstance(v, Regions) else v.z.amax(dim=1, keepdim=True)
+        # The only distance between the logits (0, z) of a region is |z|.
+        distance = v.z.abs() if z_max is None else z_max - v.z
+        hinge = distance.sub_(self.margin).relu_()
+        cost = hinge if self.penalty == "l1" else hinge.square()
 
         def slope() -> Tensor:
             pull = (hinge.sign() if self.penalty == "l1" else 2 * hinge).div_(v.classes)
+            if z_max is None:
+                return pull.mul_(v.z.sign())
             largest = equal(v.z, z_max)
             share = pull.sum(dim=1, keepdim=True) / largest.sum(dim=1, keepdim=True)
             return largest.mul_(share).sub_(pull)
 
-        cost = hinge if self.penalty == "l1" else hinge.square()
-        return {"cross_entropy": cross_entropy_term(v), "margin": Term(cost.mean(dim=1, keepdim=True), slope)}
+        mean = cost / 2 if z_max is None else cost.mean(dim=1, keepdim=True)
+        return {"cross_entropy": cross_entropy_term(v), "margin": Term(mean, slope)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_calib.losses.base import choice, equal, flag, number
 from nnunet_calib.losses.ecp import entropy_term
 from nnunet_calib.losses.ls import uniform_term
-from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 _KERAS_EPSILON = 1e-7
 
@@ -66,6 +66,9 @@ class MEEPLoss(VoxelwiseLoss):
 
 def _wrong(v: Voxels) -> Tensor:
     """1 where a valid voxel's most likely class, the first of several, is not the label; else 0."""
+    if isinstance(v, Regions):  # logits (0, z)
+        wrong = (v.z > 0) != (v.target > 0)
+        return (wrong if v.valid is None else wrong & v.valid).to(v.z.dtype)
     # Not argmax: along a strided axis it takes a hundred times as long as amax on CPU.
     most_likely = equal(v.z, v.z.amax(dim=1, keepdim=True))
     countdown = torch.arange(v.classes, 0, -1, device=v.z.device).to(v.z.dtype)
@@ -77,13 +80,13 @@ def _wrong(v: Voxels) -> Tensor:
 def _binary_cross_entropy_term(v: Voxels) -> Term:
     """Mean over classes of the binary cross-entropy of p_c, with Keras' clipping."""
     p = v.p.clamp(_KERAS_EPSILON, 1 - _KERAS_EPSILON)
-    onehot = torch.zeros_like(p).scatter_(1, v.target, 1.0)
+    onehot = v.minus_onehot(torch.zeros_like(p)).neg_()
     p_of_truth = torch.where(onehot == 1, p, 1 - p) + _KERAS_EPSILON
 
     def slope() -> Tensor:
         return v.through_softmax((1 - 2 * onehot).div_(p_of_truth).mul_((p == v.p) / v.classes))
 
-    return Term(-torch.log(p_of_truth).mean(dim=1, keepdim=True), slope)
+    return Term(_class_mean(-torch.log(p_of_truth), v), slope)
 
 
 def _binary_entropy_term(v: Voxels) -> Term:
@@ -96,4 +99,9 @@ def _binary_entropy_term(v: Voxels) -> Term:
         each = log_q - log_p + q / (q + _KERAS_EPSILON) - p / (p + _KERAS_EPSILON)
         return v.through_softmax(each.mul_((p == v.p) / v.classes))
 
-    return Term((-p * log_p - q * log_q).mean(dim=1, keepdim=True), slope)
+    return Term(_class_mean(-p * log_p - q * log_q, v), slope)
+
+
+def _class_mean(values: Tensor, v: Voxels) -> Tensor:
+    """Mean over classes; the two of a region have the same binary values."""
+    return values if isinstance(v, Regions) else values.mean(dim=1, keepdim=True)

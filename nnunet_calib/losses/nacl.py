@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnunet_calib.losses.base import choice, number
 from nnunet_calib.losses.neighbours import BORDERS, PRIORS, Neighbourhood, SoftTarget
-from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
 
 
 class NACLLoss(VoxelwiseLoss):
@@ -62,15 +62,39 @@ class NACLLoss(VoxelwiseLoss):
         return {"cross_entropy": 1.0, "penalty": self.weight}
 
     def _shared(self, batch: Batch) -> SoftTarget:
-        return SoftTarget(*batch.labels(), self.neighbourhood, batch.dtype)
+        return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
 
     def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
+        penalty = self._of_regions(v, shared) if isinstance(v, Regions) else self._of_labels(v, shared)
+        return {"cross_entropy": cross_entropy_term(v), "penalty": penalty}
+
+    def _of_labels(self, v: Voxels, q: SoftTarget) -> Term:
         s = v.z if self.on == "logits" else v.p
-        difference = s - shared.rows(v.images, v.rows, v.classes)
-        distance = difference.abs() if self.penalty == "l1" else difference.square()
+        difference = s - q.rows(v.images, v.rows, range(v.classes))
 
         def slope() -> Tensor:
-            pull = (difference.sign() if self.penalty == "l1" else 2 * difference).div_(v.classes)
+            pull = self._pull(difference).div_(v.classes)
             return pull if self.on == "logits" else v.through_softmax(pull)
 
-        return {"cross_entropy": cross_entropy_term(v), "penalty": Term(distance.mean(dim=1, keepdim=True), slope)}
+        return Term(self._distance(difference).mean(dim=1, keepdim=True), slope)
+
+    def _of_regions(self, v: Regions, q: SoftTarget) -> Term:
+        inside = q.rows(v.images, v.rows, range(1, 2))
+        outside = 1 - inside if q.sums_to_one else q.rows(v.images, v.rows, range(1))
+        if self.on == "logits":  # (0, z)
+            first, second = outside, v.z - inside
+        else:
+            first, second = 1 - v.p - outside, v.p - inside
+
+        def slope() -> Tensor:
+            if self.on == "logits":
+                return self._pull(second).div_(2)
+            return v.through_softmax((self._pull(second) - self._pull(first)).div_(4))
+
+        return Term((self._distance(first) + self._distance(second)).div_(2), slope)
+
+    def _distance(self, difference: Tensor) -> Tensor:
+        return difference.abs() if self.penalty == "l1" else difference.square()
+
+    def _pull(self, difference: Tensor) -> Tensor:
+        return difference.sign() if self.penalty == "l1" else 2 * difference

@@ -15,6 +15,7 @@ The second is the filter of SVLS (Islam and Glocker, IPMI 2021), which NACL's au
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class SoftTarget:
     """Soft target q of one batch, computed where it is asked for: one class, or all classes in some rows.
 
     Args:
-        target: integer (B, 1, *S), 0 where not valid.
+        target: integer (B, 1, *S); or bool regions (B, R, *S).
         valid: bool (B, 1, *S) or None.
         neighbourhood: the window.
         dtype: of the result.
@@ -83,8 +84,7 @@ class SoftTarget:
 
     def __init__(self, target: Tensor, valid: Tensor | None, neighbourhood: Neighbourhood, dtype: torch.dtype):
         taps = neighbourhood.taps(target.ndim - 2)
-        self._dtype = dtype
-        self._masked = valid is not None
+        self._target, self._valid, self._dtype = target, valid, dtype
         # Weights are in units of the centre's, so that those of a mean are whole numbers: added as such.
         self._taps = [[tap / line[len(line) // 2] for tap in line] for line in taps]
         self._window = 1 / math.prod(line[len(line) // 2] for line in taps)
@@ -99,29 +99,43 @@ class SoftTarget:
             neighbour_sum = 1 - math.prod(line[min(1, len(line) - 1)] for line in taps)
             total = neighbour_sum + 1 - 1 / self._window
             self._centre_share = neighbour_sum / total if self._window > 1 else 1.0
-        labels = target.to(torch.int16)
-        if valid is not None:
-            labels = torch.where(valid, labels, _IGNORED)
         replicate = neighbourhood.border == "replicate" or self._blends
-        beyond = {"background": 0, "zero": _NO_CLASS}.get(neighbourhood.border, 0)
-        self._labels = _pad(labels, self._radii, None if replicate else beyond)
+        self._beyond = None if replicate else {"background": 0, "zero": _NO_CLASS}[neighbourhood.border]
+        self.sums_to_one = self._beyond != _NO_CLASS
+        """The q_c of a voxel sum to 1."""
 
     def channel(self, c: int) -> Tensor:
         """q_c, (B, 1, *S); without meaning at voxels that are not valid."""
-        return self._shares(self._labels, c, 1)
+        return self._shares(self._all_labels, range(c, c + 1))
 
-    def rows(self, images: slice, rows: slice, classes: int) -> Tensor:
-        """The q of classes 0 to ``classes`` - 1 in some images and rows of the first spatial axis, (b, C, *s)."""
-        halo = slice(rows.start, rows.stop + 2 * self._radii[0])
-        return self._shares(self._labels[images, :, halo], 0, classes)
+    def rows(self, images: slice, rows: slice, classes: range) -> Tensor:
+        """The q of these classes in some images and rows of the first spatial axis, (b, C, *s).
+
+        With regions for a target ``classes`` is ``range(1, 2)``, or ``range(1)`` for outside; the result is (b, R, *s).
+        """
+        return self._shares(self._labels(images, rows), classes)
+
+    @cached_property
+    def _all_labels(self) -> Tensor:
+        return self._labels(slice(None), slice(0, self._target.shape[2]))
+
+    def _labels(self, images: slice, rows: slice) -> Tensor:
+        """Labels of these rows and of a margin as deep as the window's radius, the ignored ones marked."""
+        radius = self._radii[0]
+        start, stop = max(rows.start - radius, 0), min(rows.stop + radius, self._target.shape[2])
+        labels = self._target[images, :, start:stop].to(torch.int16)
+        if self._valid is not None:
+            labels = torch.where(self._valid[images, :, start:stop], labels, _IGNORED)
+        missing = (radius - rows.start + start, radius - stop + rows.stop)
+        return _pad(labels, [missing, *((radius, radius) for radius in self._radii[1:])], self._beyond)
 
     @torch.no_grad()
-    def _shares(self, labels: Tensor, first: int, classes: int) -> Tensor:
-        candidates = torch.arange(first, first + classes, dtype=labels.dtype, device=labels.device)
+    def _shares(self, labels: Tensor, classes: range) -> Tensor:
+        candidates = torch.arange(classes.start, classes.stop, dtype=labels.dtype, device=labels.device)
         member = equal(labels, candidates.view(1, -1, *[1] * (labels.ndim - 2)))
         weight = self._weight(member)
         total = weight.new_full((), self._window)
-        if self._masked:
+        if self._valid is not None:
             # Not the window less the ignored: where few are valid, the difference would be of large numbers.
             total = self._weight(1 - equal(labels, labels.new_full((), _IGNORED))) + self._cut
         if not self._blends:
@@ -133,7 +147,7 @@ class SoftTarget:
     def _blend(self, centre: Tensor, weight: Tensor, others: Tensor) -> Tensor:
         """The centre and the mean of the valid neighbours, of weight ``others``; the centre alone if none is valid."""
         share = torch.where(others > _LEAST, (1 - self._centre_share) / others.clamp(min=_LEAST), 0)
-        rest = torch.where(others > _LEAST, self._centre_share, 1.0).to(self._dtype)
+        rest = torch.where(others > _LEAST, others.new_full((), self._centre_share), 1)
         centre = centre.to(self._dtype)
         return weight.sub_(centre).mul_(share).addcmul_(centre, rest)
 
@@ -150,14 +164,13 @@ class SoftTarget:
         return member.to(self._dtype)
 
 
-def _pad(labels: Tensor, radii: list[int], value: int | None) -> Tensor:
-    """``labels`` with a margin of ``radii`` voxels holding ``value``; None: copies of the nearest voxel."""
+def _pad(labels: Tensor, margins: list[tuple[int, int]], value: int | None) -> Tensor:
+    """``labels`` with voxels before and after along each axis that hold ``value``; None: copies of the nearest one."""
     if value is not None:
-        return pad(labels, [radius for radius in reversed(radii) for _ in range(2)], value=value)
-    for axis, radius in enumerate(radii, start=2):
-        size = labels.shape[axis]
-        nearest = torch.arange(-radius, size + radius, device=labels.device).clamp_(0, size - 1)
-        labels = labels.index_select(axis, nearest)
+        return pad(labels, [side for margin in reversed(margins) for side in margin], value=value)
+    for axis, (before, after) in enumerate(margins, start=2):
+        first, last = labels.narrow(axis, 0, 1), labels.narrow(axis, labels.shape[axis] - 1, 1)
+        labels = torch.cat([first] * before + [labels] + [last] * after, dim=axis)
     return labels
 
 

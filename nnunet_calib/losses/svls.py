@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nnunet_calib.losses.base import number
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
-from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, VoxelwiseLoss
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, VoxelwiseLoss
 
 
 class SVLSLoss(VoxelwiseLoss):
@@ -34,8 +34,13 @@ class SVLSLoss(VoxelwiseLoss):
         return {"soft_cross_entropy": 1.0}
 
     def _shared(self, batch: Batch) -> SoftTarget:
-        return SoftTarget(*batch.labels(), self.neighbourhood, batch.dtype)
+        return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
 
     def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
-        q = shared.rows(v.images, v.rows, v.classes)
-        return {"soft_cross_entropy": Term(-(q * v.log_p).sum(dim=1, keepdim=True), lambda: v.p - q)}
+        if isinstance(v, Regions):
+            q = shared.rows(v.images, v.rows, range(1, 2))
+            values = v.soft_cross_entropy(q)
+        else:
+            q = shared.rows(v.images, v.rows, range(v.classes))
+            values = -(q * v.log_p).sum(dim=1, keepdim=True)
+        return {"soft_cross_entropy": Term(values, lambda: v.p - q)}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, logsigmoid
 
 from nnunet_calib.losses.base import CalibrationLoss, at_target, check_shapes, full_precision, masked_sum
 
@@ -18,7 +18,10 @@ _SLAB_ON_GPU = 2**24
 
 
 class Term(NamedTuple):
-    """Values of a term in each voxel, (b, 1, *s), and the function that makes their slope d/dz, (b, C, *s)."""
+    """Values of a term in each voxel, (b, 1, *s), and the function that makes their slope d/dz, (b, C, *s).
+
+    In sigmoid regions both are (b, R, *s).
+    """
 
     values: Tensor
     slope: Callable[[], Tensor]
@@ -32,9 +35,13 @@ class Voxels:
 
     def __init__(self, z: Tensor, target: Tensor, valid: Tensor | None, images: slice, rows: slice):
         self.z = z if valid is None else torch.where(valid, z, 0)
-        self.target = (target if valid is None else torch.where(valid, target, 0)).long()
+        self.target = self._as_index(target if valid is None else torch.where(valid, target, 0))
         self.valid = valid
         self.images, self.rows = images, rows
+
+    @staticmethod
+    def _as_index(target: Tensor) -> Tensor:
+        return target.long()
 
     @property
     def classes(self) -> int:
@@ -45,6 +52,11 @@ class Voxels:
     def log_p(self) -> Tensor:
         """Logarithm of the softmax, (b, C, *s)."""
         return log_softmax(self.z, dim=1)
+
+    @cached_property
+    def log_p_y(self) -> Tensor:
+        """Logarithm of the label's probability, (b, 1, *s)."""
+        return at_target(self.log_p, self.target)
 
     @cached_property
     def p(self) -> Tensor:
@@ -61,23 +73,60 @@ class Voxels:
         return slope.addcmul_(self.p, slope.sum(dim=1, keepdim=True), value=-1)
 
 
+class Regions(Voxels):
+    """A slab of sigmoid regions, each the two-class problem with logits (0, z): z and p are those of the second class.
+
+    All tensors are (b, R, *s), ``target`` is 1 in the region and 0 outside.
+    """
+
+    def _as_index(self, target: Tensor) -> Tensor:  # type: ignore[override]
+        return target.to(self.z.dtype)
+
+    @property
+    def classes(self) -> int:
+        """Each region is a problem of two classes."""
+        return 2
+
+    def soft_cross_entropy(self, q: Tensor | float) -> Tensor:
+        """-q log p - (1 - q) log(1 - p) = log(1 + e^z) - q z, without cancellation."""
+        return (self.z.relu() - q * self.z).sub_(logsigmoid(self.z.abs()))
+
+    @cached_property
+    def log_p_y(self) -> Tensor:
+        """Logarithm of the label's probability."""
+        return -self.soft_cross_entropy(self.target)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Probability of the region."""
+        return self.z.sigmoid()
+
+    def minus_onehot(self, values: Tensor) -> Tensor:
+        """``values`` - [in the region]."""
+        return values - self.target
+
+    def through_softmax(self, slope: Tensor) -> Tensor:
+        """d/dz of what has the slopes d/dp = ``slope`` in the region's class and -``slope`` in the other."""
+        return 2 * slope * self.p * (1 - self.p)
+
+
 def cross_entropy_term(v: Voxels) -> Term:
     """-log p_y."""
-    return Term(-at_target(v.log_p, v.target), lambda: v.minus_onehot(v.p))
+    return Term(-v.log_p_y, lambda: v.minus_onehot(v.p))
 
 
 class Batch:
-    """The arguments of a voxelwise loss, cut into slabs; iterating gives `Voxels`.
+    """The arguments of a voxelwise loss, cut into slabs; iterating gives `Voxels`, or `Regions` with ``multilabel``.
 
     Args:
         logits, target, valid: those of `CalibrationLoss.forward`.
-        multilabel: the channels are regions, each the two-class problem with logits (0, z).
+        multilabel: the channels are sigmoid regions.
         in_rows: keep the spatial axes and cut along the first; False cuts anywhere.
     """
 
     def __init__(self, logits: Tensor, target: Tensor, valid: Tensor | None, multilabel: bool, in_rows: bool):
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
-        self.multilabel = multilabel
+        self._kind = Regions if multilabel else Voxels
         if not in_rows:
             logits, target = logits.flatten(2), target.flatten(2)
             valid = None if valid is None else valid.flatten(2)
@@ -89,13 +138,9 @@ class Batch:
             return torch.full((), self.target.numel(), dtype=self.dtype, device=self.target.device)
         return (self.valid.sum() * self.target.shape[1]).clamp(min=1).to(self.dtype)
 
-    def labels(self) -> tuple[Tensor, Tensor | None]:
-        """Target and valid of the label form: one image a region."""
-        return _as_images(self.target, self.multilabel), self._valid_of(self.target, self.valid)
-
     def __iter__(self) -> Iterator[Voxels]:
         batch, channels, length = self.logits.shape[:3]
-        row = channels * (2 if self.multilabel else 1) * self.logits[0, 0, 0].numel()
+        row = channels * self.logits[0, 0, 0].numel()
         size = _SLAB_ON_CPU * torch.get_num_threads() if self.logits.device.type == "cpu" else _SLAB_ON_GPU
         if batch * length * row <= size:
             yield self._slab(slice(0, batch), slice(0, length))
@@ -105,30 +150,10 @@ class Batch:
             for start in range(0, length, step):
                 yield self._slab(slice(image, image + 1), slice(start, min(start + step, length)))
 
-    def write(self, gradient: Tensor, slope: Tensor, v: Voxels) -> None:
-        """Put the slope of slab ``v``, 0 where not valid, into its place in ``gradient``, shaped as the logits."""
-        if v.valid is not None:
-            slope.mul_(v.valid.to(slope.dtype))
-        images, rows = v.images, v.rows
-        if self.multilabel:
-            regions = gradient.shape[1]
-            images = slice(images.start // regions, images.stop // regions)
-            slope = slope[:, 1:]
-        part = gradient[images, :, rows]
-        part.copy_(slope.reshape(part.shape))
-
     def _slab(self, images: slice, rows: slice) -> Voxels:
-        z = self.logits[images, :, rows].to(self.dtype).contiguous()
-        target = self.target[images, :, rows]
-        valid = None if self.valid is None else self._valid_of(target, self.valid[images, :, rows])
-        if self.multilabel:
-            images = slice(images.start * z.shape[1], images.stop * z.shape[1])
-            z = _as_images(z, True)
-            z = torch.cat([torch.zeros_like(z), z], dim=1)
-        return Voxels(z, _as_images(target, self.multilabel), valid, images, rows)
-
-    def _valid_of(self, target: Tensor, valid: Tensor | None) -> Tensor | None:
-        return None if valid is None else _as_images(valid.expand_as(target), self.multilabel)
+        z, target = self.logits[images, :, rows], self.target[images, :, rows]
+        valid = None if self.valid is None else self.valid[images, :, rows]
+        return self._kind(z.to(self.dtype).contiguous(), target, valid, images, rows)
 
 
 class VoxelwiseLoss(CalibrationLoss, ABC):
@@ -137,7 +162,7 @@ class VoxelwiseLoss(CalibrationLoss, ABC):
     A subclass writes `_terms`, each term with its slope, and `_weights`. The batch is read once, slab by slab: small
     enough for a CPU's cache, a few kernels on a GPU. Value and gradient are computed together, so that the backward
     pass only scales the gradient, the one tensor of the logits' size that is kept, and nothing else of that size is
-    ever in memory. Sigmoid regions become two-class problems within the slab.
+    ever in memory. Sigmoid regions have the two-class formula in z alone.
     """
 
     in_rows = False
@@ -196,7 +221,7 @@ class _WeightedMeans(torch.autograd.Function):
             values = {name: masked_sum(term.values, v.valid) for name, term in terms.items()}
             sums.append(torch.stack([_weighted_value(values, row) for row in rows]))
             for row, gradient in zip(rows, gradients, strict=False):
-                batch.write(gradient, _weighted_slope(terms, row), v)
+                gradient[v.images, :, v.rows] = _weighted_slope(terms, row, v.valid)
         count = batch.voxel_count()
         ctx.save_for_backward(count, *gradients)
         ctx.logits = logits.shape, logits.dtype
@@ -218,14 +243,9 @@ def _weighted_value(values: dict[str, Tensor], weights: dict[str, float]) -> Ten
     return torch.stack([weight * values[name] for name, weight in weights.items()]).sum()
 
 
-def _weighted_slope(terms: dict[str, Term], weights: dict[str, float]) -> Tensor:
+def _weighted_slope(terms: dict[str, Term], weights: dict[str, float], valid: Tensor | None) -> Tensor:
     (name, weight), *others = weights.items()
     total = terms[name].slope().mul_(weight)
     for name, weight in others:
         total.add_(terms[name].slope(), alpha=weight)
-    return total
-
-
-def _as_images(values: Tensor, multilabel: bool) -> Tensor:
-    """(B, R, *S) regions as the label form has them, (B * R, 1, *S)."""
-    return values.reshape(-1, 1, *values.shape[2:]) if multilabel else values
+    return total if valid is None else total.mul_(valid.to(total.dtype))

@@ -1,0 +1,94 @@
+"""What the voxelwise losses keep and hold in memory, and that cutting the batch into slabs changes no number."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nnunet_calib.losses import LOSSES, voxelwise
+
+from .cases import FORMS, OPTIONS, Problem, anisotropic, name, problem
+
+VOXELWISE = [case for case in OPTIONS if issubclass(LOSSES[case[0]], voxelwise.VoxelwiseLoss)]
+
+every_case = pytest.mark.parametrize("case", VOXELWISE, ids=name)
+forms = pytest.mark.parametrize("form", FORMS)
+masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+
+
+@pytest.mark.parametrize("case", [*VOXELWISE, *anisotropic(3)], ids=name)
+@forms
+@masks
+@pytest.mark.parametrize("elements", [1, 100], ids=["thinnest slabs", "slabs"])
+def test_slabs_change_nothing(case, form, masked, elements, monkeypatch):
+    given = problem(form, (5, 4, 3), masked=masked)
+    value, gradient = given.gradient(case)
+    parts = given.loss(case).parts(given.logits, given.target, given.valid)
+    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", elements)
+    cut_value, cut_gradient = given.gradient(case)
+    cut_parts = given.loss(case).parts(given.logits, given.target, given.valid)
+    torch.testing.assert_close(cut_value, value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cut_gradient, gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cut_parts, parts, rtol=1e-12, atol=1e-12)
+
+
+@every_case
+@forms
+def test_parts_have_the_gradients_of_their_own(case, form):
+    given = problem(form, (3, 2, 4), masked=True)
+    loss = given.loss(case)
+    logits = given.logits.clone().requires_grad_()
+    parts = loss.parts(logits, given.target, given.valid)
+    sum(weight * parts[part] for part, weight in loss._weights().items()).backward()
+    torch.testing.assert_close(logits.grad, given.gradient(case)[1], rtol=1e-12, atol=1e-12)
+
+
+@every_case
+@forms
+@masks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_float32_tensor_of_the_logits_size_is_kept(case, form, masked, dtype):
+    given = problem(form, (8, 8, 8), masked=masked, classes=8, dtype=dtype)
+    logits, saved = given.logits.requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        given.loss(case)(logits, given.target, given.valid)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    assert sum(storages.values()) == 4 * logits.numel() + 4  # and the number of voxels
+
+
+class Sizes(TorchDispatchMode):
+    """Bytes of the largest storages that operations make, by storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+        return result
+
+    def above(self, size: int, given: Problem) -> int:
+        known = {tensor.untyped_storage().data_ptr() for tensor in (given.logits, given.target)}
+        return sum(storage.nbytes() > size for address, storage in self.storages.items() if address not in known)
+
+
+@every_case
+@forms
+def test_nothing_else_of_the_logits_size_is_made(case, form, monkeypatch):
+    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", 1024)
+    given = problem(form, (48, 8, 8), classes=8, dtype=torch.float32)
+    given.logits.requires_grad_()
+    loss, a_half = given.loss(case), given.logits.numel() * 4 // 2
+    with Sizes() as sizes:
+        value = loss(given.logits, given.target)
+    assert sizes.above(a_half, given) == 1  # the gradient
+    with Sizes() as sizes:
+        value.backward()
+    assert sizes.above(a_half, given) <= 2  # the same, scaled; and .grad
+    with torch.no_grad(), Sizes() as sizes:
+        loss(given.logits, given.target)
+    assert sizes.above(a_half, given) == 0
