@@ -9,6 +9,7 @@ only, to save time, but trained on none of them: all are predicted here and fitt
 """
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import platform
@@ -22,6 +23,7 @@ import torch
 from experiment_hippocampus import PREDICT, Bench, Run, runs
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_calib.cli.main import main as nnunet_calib
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.posthoc import CALIBRATORS
 
@@ -96,7 +98,12 @@ class Afterwards:
         return str(self.folder / "logs" / name)
 
     def ours(self, log: str, *words: str) -> None:
-        self.bench.call(self.log(log), [sys.executable, "-m", "nnunet_calib.cli.main", *words])
+        """Run ``nnunet-calib`` here: its start would take longer than most of the work."""
+        file = Path(f"{self.log(log)}.txt")
+        with file.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            code = nnunet_calib(words)
+        if code:
+            raise RuntimeError(f"{log} failed with exit code {code}, see {file}")
 
     def summary(self, row: Run, method: str) -> dict | None:
         file = self.places(row, method)[2] / "summary.json"
