@@ -1,7 +1,7 @@
 """Time and memory of the losses, forward and backward, side by side with their peers and with textbook versions.
 
     pip install "nnunet-calib[bench]"
-    python scripts/benchmark_losses.py -o WORK [--only PATTERN] [--scale 1] [--rounds 5] [--table docs/losses.md]
+    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--scale 1] [--rounds 5] [--table docs/losses.md]
 
 Every tool runs in a process of its own with one CPU thread (``--threads``), so that peaks of memory are its own: the
 extra MiB are those beyond logits and target, the logits' gradient included. A process runs the tool on a small image,
@@ -314,7 +314,7 @@ def machine(threads: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", dest="work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--only", default="*", help="tasks device|shape|form|tool to run, a shell pattern")
+    parser.add_argument("--only", nargs="+", default=["*"], help="tasks device|shape|form|tool to run, shell patterns")
     parser.add_argument("--scale", type=float, default=1.0, help="of the images' sides, where memory is short")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="steps a process times")
@@ -332,7 +332,8 @@ def main() -> int:
     devices = DEVICES if torch.cuda.is_available() else DEVICES[:1]
     names = [f"{device}|{shape}|{form}|{tool}" for device in devices for shape in shapes for form, tools in
              TOOLS.items() for tool in tools]  # fmt: skip
-    runs = measure([name for name in names if fnmatch.fnmatch(name, args.only)], args)
+    chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in args.only)]
+    runs = measure(chosen, args)
     text = tables(runs, shapes)
     print(text)
     if args.table:

@@ -7,24 +7,27 @@ from torch.utils._pytree import tree_leaves
 
 from nnunet_calib.losses import LOSSES, voxelwise
 
-from .cases import FORMS, OPTIONS, Problem, anisotropic, name, problem
+from .cases import DEFAULTS, FORMS, OPTIONS, Problem, anisotropic, name, problem
 
-VOXELWISE = [case for case in OPTIONS if issubclass(LOSSES[case[0]], voxelwise.VoxelwiseLoss)]
 
-every_case = pytest.mark.parametrize("case", VOXELWISE, ids=name)
+def voxelwise_of(cases):
+    return [case for case in cases if issubclass(LOSSES[case[0]], voxelwise.VoxelwiseLoss)]
+
+
+every_loss = pytest.mark.parametrize("case", voxelwise_of(DEFAULTS), ids=name)
+every_option = pytest.mark.parametrize("case", voxelwise_of(OPTIONS), ids=name)
 forms = pytest.mark.parametrize("form", FORMS)
 masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 
 
-@pytest.mark.parametrize("case", [*VOXELWISE, *anisotropic(3)], ids=name)
+@pytest.mark.parametrize("case", voxelwise_of([*OPTIONS, *anisotropic(3)]), ids=name)
 @forms
 @masks
-@pytest.mark.parametrize("elements", [1, 100], ids=["thinnest slabs", "slabs"])
-def test_slabs_change_nothing(case, form, masked, elements, monkeypatch):
+def test_slabs_change_nothing(case, form, masked, monkeypatch):
     given = problem(form, (5, 4, 3), masked=masked)
     value, gradient = given.gradient(case)
     parts = given.loss(case).parts(given.logits, given.target, given.valid)
-    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", elements)
+    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", 100)
     cut_value, cut_gradient = given.gradient(case)
     cut_parts = given.loss(case).parts(given.logits, given.target, given.valid)
     torch.testing.assert_close(cut_value, value, rtol=1e-12, atol=1e-12)
@@ -32,7 +35,7 @@ def test_slabs_change_nothing(case, form, masked, elements, monkeypatch):
     torch.testing.assert_close(cut_parts, parts, rtol=1e-12, atol=1e-12)
 
 
-@every_case
+@every_option
 @forms
 def test_parts_have_the_gradients_of_their_own(case, form):
     given = problem(form, (3, 2, 4), masked=True)
@@ -43,7 +46,7 @@ def test_parts_have_the_gradients_of_their_own(case, form):
     torch.testing.assert_close(logits.grad, given.gradient(case)[1], rtol=1e-12, atol=1e-12)
 
 
-@every_case
+@every_option
 @forms
 @masks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -76,10 +79,10 @@ class Sizes(TorchDispatchMode):
         return sum(storage.nbytes() > size for address, storage in self.storages.items() if address not in known)
 
 
-@every_case
+@every_loss
 @forms
 def test_nothing_else_of_the_logits_size_is_made(case, form, monkeypatch):
-    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", 1024)
+    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", 4096)
     given = problem(form, (48, 8, 8), classes=8, dtype=torch.float32)
     given.logits.requires_grad_()
     loss, a_half = given.loss(case), given.logits.numel() * 4 // 2
