@@ -2,9 +2,9 @@
 
     python scripts/benchmark_calibrate.py -o WORK [--volumes 20] [-np 2] [--each] [--float16]
 
-Two volumes are made, in the compact format, and linked under many names, so they lie in the system's file cache where
-it is large enough. Every command runs in a process of its own; seconds include its start. Memory is the largest sum of
-the resident memory of all its processes, looked at ten times a second; libraries that they share count in each.
+One volume is made, in the compact format, and linked under many names: it lies in the system's file cache. The
+voxels that are drawn differ with the name. Every command runs in a process of its own; seconds include its start.
+Memory is the largest sum over all its processes, looked at five times a second, what they share counted once (PSS).
 """
 
 import argparse
@@ -27,7 +27,6 @@ from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
 CLASSES, SHAPE = 14, (100, 512, 512)
 SPACING = (0.8, 0.8, 3.0)  # mm, x y z
 METHODS = ("temperature", "vector", "ensemble", "dirichlet")
-DIFFERENT = 2
 TOO_SURE = 2.0
 
 
@@ -44,7 +43,7 @@ def main() -> None:
         read_and_write(*args.plain)
         return
     kind = np.dtype("float16" if args.float16 else "float32")
-    made = make_cases(args.work, kind)
+    made = make_case(args.work / f"made_{kind.name}", kind)
     reference, prediction, one = link_cases(made, args.work, args.volumes)
     size = next(prediction.glob("*.nncp")).stat().st_size / 1e9
     print(
@@ -64,33 +63,31 @@ def main() -> None:
     print(f"\napply temperature / read and write: {applied / plain:.2f}")
 
 
-def make_cases(work: Path, kind: np.dtype) -> list[Path]:
-    """Folders of reference, prediction and probabilities that are too sure by ``TOO_SURE``."""
-    folders = [work / f"made_{kind.name}_{seed}" for seed in range(DIFFERENT)]
-    for seed, folder in enumerate(folders):
-        if (folder / "done").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(seed)
-        best = np.full(SHAPE, -np.inf, dtype=np.float32)
-        reference, p = np.zeros(SHAPE, dtype=np.uint8), np.empty((CLASSES, *SHAPE), dtype=np.float32)
-        for c in range(CLASSES):
-            p[c] = smooth(rng) + rng.standard_normal(SHAPE, dtype=np.float32) * np.float32(0.2)
-            p[c] += 6 if c == 0 else 0
-            drawn = p[c] + rng.gumbel(size=SHAPE[1:]).astype(np.float32)  # one draw for all slices is quick
-            reference[drawn > best] = c
-            best = np.maximum(best, drawn)
-        for z in range(SHAPE[0]):
-            slab = p[:, z] * np.float32(TOO_SURE)
-            slab = np.exp(slab - slab.max(axis=0))
-            p[:, z] = slab / slab.sum(axis=0)
-        for name, labels in (("reference", reference), ("prediction", p.argmax(axis=0).astype(np.uint8))):
-            image = sitk.GetImageFromArray(labels)
-            image.SetSpacing(SPACING)
-            sitk.WriteImage(image, str(folder / f"{name}.nii.gz"), useCompression=True)
-        write_compact(folder / "probabilities.nncp", p.astype(kind), p.shape, kind)
-        (folder / "done").touch()
-    return folders
+def make_case(folder: Path, kind: np.dtype) -> Path:
+    """Folder of a reference, a prediction and probabilities that are too sure by ``TOO_SURE``."""
+    if (folder / "done").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    best = np.full(SHAPE, -np.inf, dtype=np.float32)
+    reference, p = np.zeros(SHAPE, dtype=np.uint8), np.empty((CLASSES, *SHAPE), dtype=np.float32)
+    for c in range(CLASSES):
+        p[c] = smooth(rng) + rng.standard_normal(SHAPE, dtype=np.float32) * np.float32(0.2)
+        p[c] += 6 if c == 0 else 0
+        drawn = p[c] + rng.gumbel(size=SHAPE[1:]).astype(np.float32)  # one draw for all slices is quick
+        reference[drawn > best] = c
+        best = np.maximum(best, drawn)
+    for z in range(SHAPE[0]):
+        slab = p[:, z] * np.float32(TOO_SURE)
+        slab = np.exp(slab - slab.max(axis=0))
+        p[:, z] = slab / slab.sum(axis=0)
+    for name, labels in (("reference", reference), ("prediction", p.argmax(axis=0).astype(np.uint8))):
+        image = sitk.GetImageFromArray(labels)
+        image.SetSpacing(SPACING)
+        sitk.WriteImage(image, str(folder / f"{name}.nii.gz"), useCompression=True)
+    write_compact(folder / "probabilities.nncp", p.astype(kind), p.shape, kind)
+    (folder / "done").touch()
+    return folder
 
 
 def smooth(rng: np.random.Generator) -> np.ndarray:
@@ -100,7 +97,7 @@ def smooth(rng: np.random.Generator) -> np.ndarray:
     return ndimage.zoom(coarse, factors, order=1)
 
 
-def link_cases(made: list[Path], work: Path, volumes: int) -> tuple[Path, Path, Path]:
+def link_cases(made: Path, work: Path, volumes: int) -> tuple[Path, Path, Path]:
     """References, predictions, and a folder with one prediction."""
     reference, prediction, one = (work / name for name in ("references", "predictions", "one_prediction"))
     for folder in (reference, prediction, one):
@@ -110,11 +107,11 @@ def link_cases(made: list[Path], work: Path, volumes: int) -> tuple[Path, Path, 
     for folder in (prediction, one):
         (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
     for number in range(volumes):
-        source, name = made[number % len(made)], f"case_{number:03d}"
-        os.link(source / "reference.nii.gz", reference / f"{name}.nii.gz")
+        name = f"case_{number:03d}"
+        os.link(made / "reference.nii.gz", reference / f"{name}.nii.gz")
         for folder in (prediction, one) if number == 0 else (prediction,):
-            os.link(source / "prediction.nii.gz", folder / f"{name}.nii.gz")
-            os.link(source / "probabilities.nncp", folder / f"{name}.nncp")
+            os.link(made / "prediction.nii.gz", folder / f"{name}.nii.gz")
+            os.link(made / "probabilities.nncp", folder / f"{name}.nncp")
     return reference, prediction, one
 
 
@@ -123,8 +120,8 @@ def measured(words: list, name: str | None = None) -> float:
     begin, most = time.perf_counter(), 0
     process = psutil.Popen([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
-        most = max(most, resident(process))
-        time.sleep(0.1)
+        most = max(most, memory(process))
+        time.sleep(0.2)
     seconds = time.perf_counter() - begin
     if process.returncode:
         sys.exit(f"{name or words} failed: {process.stderr.read().decode()[-2000:]}")
@@ -133,12 +130,12 @@ def measured(words: list, name: str | None = None) -> float:
     return seconds
 
 
-def resident(process: psutil.Process) -> int:
-    """Bytes of a process and all it started."""
+def memory(process: psutil.Process) -> int:
+    """Bytes of a process and all it started, what they share counted once."""
     total = 0
     for member in (process, *children(process)):
         try:
-            total += member.memory_info().rss
+            total += member.memory_full_info().pss
         except psutil.Error:  # it has just ended
             continue
     return total
