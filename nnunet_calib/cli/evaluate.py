@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-pfile", type=Path, help="plans.json; else the one in or near PRED, if any")
     parser.add_argument("-np", type=int, help="cases scored at the same time; default: one per processor, at most 8")
     parser.add_argument(
-        "--engine", default="processes", help="processes (default), or dask: a Dask cluster of -np processes here"
+        "--engine",
+        choices=["processes", "dask"],
+        default="processes",
+        help="processes (default), or dask: a Dask cluster of -np processes here",
     )
     parser.add_argument(
         "--scheduler",
@@ -45,8 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="tolerances of NSD in mm: the first for NSD (default: 1), others for NSD@<MM>mm, LABEL=MM for one label",
     )
-    parser.add_argument("--surface", default="voxel", help="voxel (default; as MONAI), or area (as DeepMind's tool)")
-    parser.add_argument("--hd95", default="directed", help="directed (default; as MONAI), or pooled (as medpy)")
+    parser.add_argument(
+        "--surface",
+        choices=["voxel", "area"],
+        default="voxel",
+        help="voxel (default; as MONAI), or area (as DeepMind's tool)",
+    )
+    parser.add_argument(
+        "--hd95",
+        choices=["directed", "pooled"],
+        default="directed",
+        help="directed (default; as MONAI), or pooled (as medpy); of further percentiles too",
+    )
     parser.add_argument(
         "--hd", metavar="P", type=float, nargs="+", default=[], help="further percentiles: 99 gives HD99"
     )
@@ -58,12 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=["default", "nacl"], default="default", help="nacl: as the code of those papers, too"
     )
-    parser.add_argument("-device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("-device", default="cpu", help="cpu (default), cuda or cuda:<number>")
 
 
 def _tolerance(text: str) -> tuple[str | None, float]:
     label, given, millimetres = text.rpartition("=")
-    return (label if given else None), float(millimetres)
+    try:
+        return (label if given else None), float(millimetres)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither MM nor LABEL=MM (folders come before the options)"
+        ) from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _tables(summary: dict[str, Any]) -> Iterator[str]:
     cases = len(summary["metric_per_case"])
-    yield f"{cases} cases scored" + (f", {len(summary['failed'])} failed" if summary["failed"] else "")
+    yield f"{cases} {'case' if cases == 1 else 'cases'} scored" + (
+        f", {len(summary['failed'])} failed" if summary["failed"] else ""
+    )
     if summary["mean"]:
         yield ""
         yield _row("mean over cases", [*_STRUCTURE_COLUMNS, "missed"])

@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import nnunet_calib
 from nnunet_calib.data.errors import InputError, UsageError
@@ -12,13 +13,20 @@ from nnunet_calib.data.errors import InputError, UsageError
 VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate", "convert", "calibrate")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, as every error is told; the usage is in --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _module(verb: str):
     return importlib.import_module(f"nnunet_calib.cli.{verb.replace('-', '_')}")
 
 
-def _parser(verb: str | None) -> argparse.ArgumentParser:
+def _parser(verb: str | None) -> _Parser:
     """Parser with every verb listed, arguments only for the one asked for (so ``--help`` imports no torch)."""
-    parser = argparse.ArgumentParser(prog="nnunet-calib", description="Calibrated segmentation for nnU-Net.")
+    parser = _Parser(prog="nnunet-calib", description="Calibrated segmentation for nnU-Net.")
     parser.add_argument("--version", action="version", version=f"nnunet-calib {nnunet_calib.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS:

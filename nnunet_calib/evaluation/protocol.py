@@ -1,13 +1,14 @@
 """Every choice that changes a number of an evaluation."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.data.errors import UsageError
-from nnunet_calib.metrics import BINS, RULES, SURFACES, THRESHOLD
+from nnunet_calib.metrics import BINS, MAX_BINS, RULES, SURFACES, THRESHOLD
 
 BOUNDARY_MM = 3.0
 """Width of the ``boundary`` region on either side of the reference surface."""
@@ -29,7 +30,7 @@ class Protocol:
         boundary: measure calibration near the reference surface too.
         dilate: mm by which the region ``foreground`` reaches beyond reference and prediction.
         nacl: measure as the code of MarginLoss and NACL does, too (``evaluation.nacl``).
-        device: "cpu", or a CUDA device such as "cuda" for distances and calibration.
+        device: "cpu", or a CUDA device, "cuda" or "cuda:1", for distances and calibration.
 
     Raises:
         UsageError: a value outside its range.
@@ -49,8 +50,8 @@ class Protocol:
     device: str = "cpu"
 
     def __post_init__(self):
-        if not 1 <= self.bins <= 1000:
-            raise UsageError(f"the number of bins must be between 1 and 1000, not {self.bins}")
+        if not 1 <= self.bins <= MAX_BINS:
+            raise UsageError(f"the number of bins must be between 1 and {MAX_BINS}, not {self.bins}")
         if not 0 <= self.threshold < 1:
             raise UsageError(f"the threshold of TCECE must be in [0, 1), not {self.threshold}")
         tolerances = (self.nsd_tolerance, *self.structure_tolerances.values(), *self.further_tolerances)
@@ -140,6 +141,8 @@ _RULE = {
 
 
 def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"the device must be cpu, cuda or cuda:<number>, not {device!r}")
     import torch
 
     try:

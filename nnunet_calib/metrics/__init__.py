@@ -2,6 +2,7 @@
 
 from nnunet_calib.metrics.binning import (
     BINS,
+    MAX_BINS,
     Bins,
     average_calibration_error,
     bin_index,
@@ -45,6 +46,7 @@ from nnunet_calib.metrics.ranked import (
 __all__ = [
     "BINS",
     "CELLS",
+    "MAX_BINS",
     "RULES",
     "SCORES",
     "SURFACES",

@@ -13,6 +13,7 @@ BINS = 15
 """Number of equal-width bins unless said otherwise (Guo et al., On calibration of modern neural networks, 2017)."""
 
 MAX_BINS = 1000
+"""More bins than that hold too few voxels each to say anything."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """``nnunet-calib evaluate``: what it prints, its exit codes, and one line for every kind of bad input."""
 
+import argparse
 import shutil
 
 import numpy as np
 import pytest
+import torch
 
+from nnunet_calib.cli.evaluate import add_arguments
 from nnunet_calib.cli.main import main
+from nnunet_calib.evaluation.folder import ENGINES
+from nnunet_calib.metrics import RULES, SURFACES
 
 from ..folders import Folders, ambiguous, write_labels
 
@@ -151,6 +156,45 @@ def test_bad_usage_is_exit_code_2(folders, capsys, words, message):
     assert main([*folders.words, *words]) == 2
     (line,) = error_lines(capsys)
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nsd", "abc"], "--nsd: 'abc' is neither MM nor LABEL=MM"),
+        (["--nsd", "1="], "--nsd: '1=' is neither"),
+        (["--hd95", "foo"], "--hd95: invalid choice: 'foo' (choose from 'directed', 'pooled')"),
+        (["--surface", "foo"], "--surface: invalid choice"),
+        (["--engine", "foo"], "--engine: invalid choice"),
+        (["--bins", "many"], "--bins: invalid int value: 'many'"),
+    ],
+)
+def test_words_that_cannot_be_read_are_one_line_too(folders, capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main([*folders.words, *words])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.endswith("(see nnunet-calib evaluate --help)")
+
+
+def test_choices_are_those_of_the_library():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+    assert choices == {
+        "surface": list(SURFACES),
+        "hd95": list(RULES),
+        "engine": list(ENGINES),
+        "protocol": ["default", "nacl"],
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(folders, capsys):
+    assert main([*folders.words, "-device", "cuda"]) == 2
+    (line,) = error_lines(capsys)
+    assert "the device 'cuda' cannot be used here" in line
 
 
 def test_folders_that_are_not_there(folders, capsys):

@@ -105,6 +105,7 @@ def test_torch_counts_the_same(folders, monkeypatch):
         ({"further_tolerances": (-1.0,)}, "NSD"),
         ({"threshold": 1.0}, "TCECE"),
         ({"device": "nonsense"}, "nonsense"),
+        ({"device": "meta"}, "cpu, cuda or cuda:<number>"),
     ],
 )
 def test_values_without_meaning_are_refused(options, named):

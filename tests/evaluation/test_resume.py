@@ -1,5 +1,6 @@
 """A folder again: what is unchanged is not scored twice, and no engine, death or damage changes a number."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -17,6 +18,7 @@ import pytest
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.evaluation import Protocol, evaluate_folder
+from nnunet_calib.evaluation.records import setting
 
 from ..folders import Folders, ambiguous, write_labels
 
@@ -149,6 +151,33 @@ def test_another_protocol_or_dataset_scores_all_again(folders, options, change):
     assert rewritten(folders, before) == set(before)
 
 
+OTHER_VALUES = {
+    "bins": 7,
+    "threshold": 0.01,
+    "nsd_tolerance": 2.0,
+    "structure_tolerances": {"1": 2.0},
+    "further_tolerances": (2.0,),
+    "surface": "area",
+    "percentile_rule": "pooled",
+    "further_percentiles": (99.0,),
+    "boundary": True,
+    "dilate": 1.0,
+    "nacl": True,
+    "device": "cuda",
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Protocol)])
+def test_records_know_every_choice_of_the_protocol(folders, name, monkeypatch):
+    monkeypatch.setattr("nnunet_calib.evaluation.protocol._check_device", lambda device: None)
+    usual, other = (
+        setting(protocol, folders.dataset_json, None, "SimpleITKIO")
+        for protocol in (Protocol(), Protocol(**{name: OTHER_VALUES[name]}))
+    )
+    assert usual != other
+    assert usual == json.loads(json.dumps(usual))
+
+
 def test_another_release_scores_all_again(folders, monkeypatch):
     evaluate(folders)
     before = written(folders)
@@ -238,21 +267,21 @@ def words(folders: Folders, output: Path, *more: str) -> list[str]:
 
 def test_kill_9_in_the_middle_then_the_same_command(tmp_path):
     folders = Folders(tmp_path)
-    for seed in range(30):
+    for seed in range(12):
         folders.add_ambiguous(f"case_{seed:02}", seed % 5, shape=(24, 40, 40))
     command = words(folders, folders.output, "-np", "2")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(list(folders.output.glob("cases/case_*.json"))) < 4:
+    while time.monotonic() < deadline and len(list(folders.output.glob("cases/case_*.json"))) < 2:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    time.sleep(1)  # its processes notice
-    before = written(folders)
-    assert 4 <= len(before) < 30
+    before, earlier = written(folders), None
+    while before != earlier:  # its processes notice, at once or on a busy machine a little later
+        time.sleep(1)
+        before, earlier = written(folders), before
+    assert 2 <= len(before) < 12
     assert not (folders.output / "summary.json").exists()
-    time.sleep(1)
-    assert written(folders) == before
     subprocess.run(command, check=True, capture_output=True)
     assert not rewritten(folders, before) & before.keys()
     interrupted = results(folders)
