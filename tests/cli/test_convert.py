@@ -8,6 +8,7 @@ import pytest
 
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.probabilities import ProbabilityFile
+from nnunet_calib.data.probabilities.convert import convert_all, plan_conversions
 
 P = np.random.default_rng(0).dirichlet(np.ones(3), size=(4, 5, 6)).transpose(3, 0, 1, 2).astype(np.float32)
 
@@ -74,6 +75,17 @@ def test_a_damaged_file_is_reported_and_the_rest_goes_on(folder, capsys, process
     assert len(reported) == 1
     assert "case_1.npz: truncated or damaged" in reported[0]
     assert [path.name for path in (folder / "out").iterdir()] == ["case_2.nncp"]
+
+
+def test_stopped_it_leaves_what_is_not_begun(folder):
+    """Ctrl-C closes the generator; hundreds of files must not be converted after it."""
+    for number in range(300):
+        os.link(folder / "in" / "case_1.npz", folder / "in" / f"again_{number}.npz")
+    (folder / "out").mkdir()
+    ended = convert_all(plan_conversions([folder / "in"], folder / "out", "compact"), 2, pytest.fail)
+    next(ended)
+    ended.close()
+    assert 0 < len(list((folder / "out").glob("*.nncp"))) < 300
 
 
 def test_a_source_that_is_found_damaged_late_leaves_what_was_there(folder):

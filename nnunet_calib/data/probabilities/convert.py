@@ -1,6 +1,7 @@
 """Probability files from one format to another."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -118,9 +119,17 @@ def _ended(conversions: list[Conversion], processes: int) -> Iterator[tuple[Conv
     if processes == 1 or len(conversions) < 2:
         yield from ((conversion, partial(convert, conversion)) for conversion in conversions)
         return
-    with ProcessPoolExecutor(min(processes, len(conversions)), mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        min(processes, len(conversions)),
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,  # Ctrl-C is for this process to hear
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
         futures = {pool.submit(convert, conversion): conversion for conversion in conversions}
         yield from ((futures[future], future.result) for future in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)  # interrupted: those begun are finished, the others left
 
 
 def _files(sources: Iterable[Path], target_ending: str) -> Iterator[Path]:
