@@ -8,6 +8,8 @@ Larrazabal et al., Maximum entropy on erroneous predictions: improving model cal
 MICCAI 2023.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -46,18 +48,19 @@ class MEEPLoss(VoxelwiseLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0, "doubt": -self.weight}
 
-    def _shared(self, batch: Batch) -> Tensor:
-        """What a wrong voxel weighs where all voxels weigh 1 on average: voxels / wrong voxels."""
-        wrong = torch.stack([_wrong(v).sum() for v in batch]).sum()
-        return batch.voxel_count() / wrong.clamp(min=1)
+    def _shared(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
+        """What a wrong voxel weighs, voxels over wrong voxels, and the masks of the wrong ones, slab by slab."""
+        wrong = [_wrong(v) for v in batch]
+        number_wrong = torch.stack([mask.sum() for mask in wrong]).sum().clamp(min=1)
+        return batch.voxel_count() / number_wrong, iter(wrong)
 
-    def _terms(self, v: Voxels, shared: Tensor) -> dict[str, Term]:
+    def _terms(self, v: Voxels, shared: tuple[Tensor, Iterator[Tensor]]) -> dict[str, Term]:
         if self.variant == "kl":
             measure = uniform_term(v)
         else:
             measure = _binary_entropy_term(v) if self.binary else entropy_term(v)
-        sign = -1 if self.variant == "kl" else 1
-        weight = sign * shared * _wrong(v)
+        average, wrong = shared
+        weight = (-average if self.variant == "kl" else average) * next(wrong).to(average.dtype)
         return {
             "cross_entropy": _binary_cross_entropy_term(v) if self.binary else cross_entropy_term(v),
             "doubt": Term(weight * measure.values, lambda: measure.slope().mul_(weight)),
@@ -65,16 +68,16 @@ class MEEPLoss(VoxelwiseLoss):
 
 
 def _wrong(v: Voxels) -> Tensor:
-    """1 where a valid voxel's most likely class, the first of several, is not the label; else 0."""
+    """Valid voxels whose most likely class, the first of several, is not the label."""
     if isinstance(v, Regions):  # logits (0, z)
         wrong = (v.z > 0) != (v.target > 0)
-        return (wrong if v.valid is None else wrong & v.valid).to(v.z.dtype)
+        return wrong if v.valid is None else wrong & v.valid
     # Not argmax: along a strided axis it takes a hundred times as long as amax on CPU.
     most_likely = equal(v.z, v.z.amax(dim=1, keepdim=True))
     countdown = torch.arange(v.classes, 0, -1, device=v.z.device).to(v.z.dtype)
     first = (most_likely * countdown.view(1, -1, *[1] * (v.z.ndim - 2))).amax(dim=1, keepdim=True)
     wrong = first != v.classes - v.target
-    return (wrong if v.valid is None else wrong & v.valid).to(v.z.dtype)
+    return wrong if v.valid is None else wrong & v.valid
 
 
 def _binary_cross_entropy_term(v: Voxels) -> Term:
