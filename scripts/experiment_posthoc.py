@@ -35,6 +35,8 @@ TEMPERATURE = (
     "*Trainer__switch_dice1",
 )
 RAW, AUTO = "none", "auto"
+ON = " on "  # method, then the region it is fitted to if that is not the volume
+FOREGROUND = f"temperature{ON}foreground"
 REGIONS = ("volume", "reference_foreground", "foreground", "boundary")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
 SHOWN = ("volume", "foreground")  # of the trainers with and without temperature
@@ -76,8 +78,10 @@ class Afterwards:
         predictions = self.bench.work / "predictions" / row.name
         calibrator, calibrated, scores = self.places(row, method)
         if method != RAW and not (calibrator / "calibrator.json").exists():
-            words = ["fit", str(held_out), "--reference", str(self.bench.dataset / "labelsTr"), "--method", method]
-            self.ours(f"fit_{row.name}_{method}", "calibrate", *words, "-o", str(calibrator))
+            name, _, region = method.partition(ON)
+            words = ["fit", str(held_out), "--reference", str(self.bench.dataset / "labelsTr"), "--method", name]
+            words += ["--region", region or "volume", "-o", str(calibrator)]
+            self.ours(f"fit_{row.name}_{method}", "calibrate", *words)
         if method == AUTO:
             return  # the best of the others: it is applied as one of them
         if method != RAW and not (calibrated / "done").exists():
@@ -92,10 +96,11 @@ class Afterwards:
     def places(self, row: Run, method: str) -> tuple[Path, Path, Path]:
         """Folders of the calibrator, the calibrated probabilities and their scores."""
         there = self.folder / row.name
-        return there / f"{method}_fit", there / f"{method}_calibrated", there / f"{method}_scores"
+        name = method.replace(" ", "_")
+        return there / f"{name}_fit", there / f"{name}_calibrated", there / f"{name}_scores"
 
     def log(self, name: str) -> str:
-        return str(self.folder / "logs" / name)
+        return str(self.folder / "logs" / name.replace(" ", "_"))
 
     def ours(self, log: str, *words: str) -> None:
         """Run ``nnunet-calib`` here: its start would take longer than most of the work."""
@@ -145,7 +150,7 @@ def method_table(afterwards: Afterwards, row: Run) -> list[str]:
         f"| method | temperature | voxels changed | DSC | {' | '.join(columns)} |",
         "|---" * (4 + len(columns)) + "|",
     ]
-    for method in (RAW, *CALIBRATORS):
+    for method in (RAW, *CALIBRATORS, FOREGROUND):
         if (summary := afterwards.summary(row, method)) is None:
             continue
         changed = "" if method == RAW else str(afterwards.changed(row, method))
@@ -185,7 +190,7 @@ def title(row: Run) -> str:
 
 
 def tables(afterwards: Afterwards, chosen: list[Run], rows: list[Run]) -> str:
-    parts = ["\n".join(method_table(afterwards, row)) for row in chosen]
+    parts = ["\n".join(method_table(afterwards, row)) for row in chosen if afterwards.summary(row, RAW)]
     return "\n\n".join([*parts, "\n".join(temperature_table(afterwards, rows))])
 
 
@@ -218,7 +223,7 @@ def main() -> int:
     slow = [method for method in args.methods if CALIBRATORS[method].margin]
     fast = [method for method in args.methods if method not in slow]
     others = [row for row in predicted if any(fnmatch.fnmatch(row.name, pattern) for pattern in args.temperature)]
-    work = [(row, method) for row in chosen for method in (RAW, *fast, AUTO)]
+    work = [(row, method) for row in chosen for method in (RAW, *fast, FOREGROUND, AUTO)]
     work += [(row, method) for row in others if row not in chosen for method in (RAW, "temperature")]
     work += [(row, method) for method in slow for row in chosen]
     return min(1, run_all(afterwards, work))
