@@ -102,13 +102,13 @@ def _segmentation_scores(
             "RVE": overlap.relative_volume_error,
             "HD": metrics.hausdorff(distances),
             "HD95": metrics.hausdorff_95(distances, rule),
-            **{f"HD{q:g}": metrics.hausdorff(distances, q, rule) for q in protocol.further_percentiles},
+            **{f"HD{q:.15g}": metrics.hausdorff(distances, q, rule) for q in protocol.further_percentiles},
             "ASSD": metrics.average_surface_distance(distances),
             "MASD": metrics.mean_average_surface_distance(distances),
             "NSD": metrics.surface_dice(
                 distances, protocol.structure_tolerances.get(key(structure), protocol.nsd_tolerance)
             ),
-            **{f"NSD@{mm:g}mm": metrics.surface_dice(distances, mm) for mm in protocol.further_tolerances},
+            **{f"NSD@{mm:.15g}mm": metrics.surface_dice(distances, mm) for mm in protocol.further_tolerances},
         }
     return scored
 

@@ -47,7 +47,11 @@ def nacl_scores(
             "HD": metrics.hausdorff_95(measured, "pooled") if in_both else 0.0,
         }
     nan = float("nan")
-    calibration = {"ECE": nan, "CECE": nan} if channels is None else metrics.nacl_calibration(channels, reference)
+    calibration = {"ECE": nan, "CECE": nan}
+    if channels is not None:
+        channel_of = np.zeros(dataset.labels[-1] + 1, dtype=np.uint16)  # label values may have gaps
+        channel_of[list(dataset.labels)] = np.arange(len(dataset.labels))
+        calibration = metrics.nacl_calibration(channels, channel_of[reference])
     return {
         "DSC": float(np.mean([of_label["DSC"] for of_label in scored.values()])),
         "HD": float(np.mean([of_label["HD"] for of_label in scored.values()])),

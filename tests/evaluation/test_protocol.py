@@ -56,6 +56,11 @@ def test_further_percentiles_are_monais(folders, masks):
         assert scored[f"HD{percentile:g}"] == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_numbers_close_to_each_other_do_not_share_a_name(folders):
+    scored = metrics_of(folders, further_percentiles=(99.99999, 100.0), further_tolerances=(2.0, 2.0000001))
+    assert scored.keys() >= {"HD99.99999", "HD100", "NSD@2mm", "NSD@2.0000001mm"}
+
+
 def test_surfaces_by_area_are_deepminds(folders, masks):
     scored = metrics_of(folders, surface="area", nsd_tolerance=1.5)
     d = deepmind.compute_surface_distances(*masks, SPACING)
@@ -156,6 +161,21 @@ def test_the_nacl_protocol_keeps_its_empty_cases(folders):
     assert summary["nacl"]["structures"] == {"1": {"DSC": 1.0, "HD": 0.0}, "2": {"DSC": 0.0, "HD": 0.0}}
     assert summary["mean"]["1"]["Dice"] == 0
     assert summary["mean"]["2"]["HD95"] == np.inf
+
+
+def test_the_nacl_protocol_does_not_need_consecutive_labels(tmp_path):
+    reference, p = ambiguous(0, SHAPE)
+    found = []
+    for values in ((0, 1, 2), (0, 2, 300)):
+        names = dict(zip(("background", "a", "b"), values, strict=True))
+        made, of = Folders(tmp_path / str(values[2]), names), np.array(values, dtype=np.uint16)
+        made.add("case", of[reference], of[p.argmax(axis=0)], p)
+        summary = evaluate_folder(
+            made.reference, made.prediction, made.output, processes=1, protocol=Protocol(nacl=True)
+        )
+        assert not summary["failed"]
+        found.append([summary["nacl"][name] for name in ("DSC", "HD", "ECE", "CECE")])
+    assert found[0] == found[1]
 
 
 def test_the_nacl_protocol_is_for_labels(tmp_path):
