@@ -1,6 +1,7 @@
 """``trainers``, ``trainers-path``, ``doctor`` and what all verbs share."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
     assert end.value.code == 0
-    assert f"nnunet-calib {verb}" in capsys.readouterr().out.split("example:")[1]
+    assert f"nnunet-calib {verb}" in re.split("examples?:", capsys.readouterr().out)[1]
 
 
 def test_help_does_not_import_torch():
