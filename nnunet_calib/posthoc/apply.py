@@ -1,11 +1,10 @@
 """Use a calibrator: on a case in memory, on some voxels of a case, on a folder of predictions."""
 
 import itertools
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_npz
 from nnunet_calib.posthoc import load_calibrator
-from nnunet_calib.posthoc.base import FILE_NAME, Calibrator, log_probabilities
+from nnunet_calib.posthoc.base import FILE_NAME, Calibrator
 from nnunet_calib.posthoc.model import check_same_model, identify
 from nnunet_calib.posthoc.sample import decide, open_probabilities
 
-_SLAB = 1 << 18  # voxels calibrated at once
+_SLAB = 1 << 18  # probabilities calibrated at once: all that is made of them stays in the processor's cache
 _TILE = 64  # voxels along each side, for methods that look around
 _COMPACT = ".nncp"
 
@@ -42,11 +41,10 @@ def calibrate_case(calibrator: Calibrator, probabilities: np.ndarray) -> np.ndar
     Raises:
         ValueError: another number of channels than the calibrator was fitted to.
     """
-    calibrated = np.empty_like(probabilities)
-    for outer, inner, target in _tiles(probabilities.shape[1:], calibrator.margin):
-        box, within, place = ((slice(None), *sides) for sides in (outer, inner, target))
-        logits = log_probabilities(probabilities[box], multilabel=calibrator.multilabel)
-        calibrated[place] = calibrator.apply(logits)[within]
+    calibrated = np.empty(probabilities.shape, probabilities.dtype)
+    source, target = _taken_apart(calibrator, probabilities), _taken_apart(calibrator, calibrated)
+    for place, _, part in _calibrated_parts(calibrator, source):
+        _put(part, target, place)
     return calibrated
 
 
@@ -58,7 +56,7 @@ def probabilities_at(calibrator: Calibrator, files: CaseFiles, index: np.ndarray
     """
     if files.probabilities is None:
         raise InputError(f"{files.prediction}: no probabilities beside it")
-    whole = calibrate_case(calibrator, _read(ProbabilityFile(files.probabilities)))
+    whole = calibrate_case(calibrator, np.stack(list(ProbabilityFile(files.probabilities).channels())))
     return whole.reshape(len(whole), -1)[:, index].astype(np.float64)
 
 
@@ -130,52 +128,87 @@ def _apply_case(
 ) -> dict[str, int]:
     prediction = read_labels(files.prediction, reader, dataset.labels)
     stored = open_probabilities(files, dataset, prediction)
-    probabilities = _read(stored)
-    before = decide(probabilities, dataset)
-    calibrated = calibrate_case(calibrator, probabilities)
-    del probabilities
-    changed = decide(calibrated, dataset) != before
+    labels = prediction.labels.copy()
+    channels = calibrate_file(calibrator, stored, dataset, labels)
+    target = output / files.prediction.name
     if calibrator.keeps_labels:
-        _check_kept(calibrated, before, changed, dataset, stored.path)
-        _copy(files.prediction, output / files.prediction.name)
-        changes = 0
+        _copy(files.prediction, target)
     else:
-        labels = np.where(changed, decide(calibrated, dataset), prediction.labels)
-        _write_labels(labels, files.prediction, output / files.prediction.name, reader)
-        changes = int(np.count_nonzero(changed))
+        _write_labels(labels, files.prediction, target, reader)
     compact = stored.path.name.endswith(_COMPACT)
     write = write_compact if compact else write_npz
-    write(output / (files.name + (_COMPACT if compact else ".npz")), calibrated, calibrated.shape, calibrated.dtype)
-    return {"voxels": int(changed.size), "changed": changes}
+    write(output / (files.name + (_COMPACT if compact else ".npz")), channels, stored.shape, stored.dtype)
+    return {"voxels": int(labels.size), "changed": int(np.count_nonzero(labels != prediction.labels))}
 
 
-def _check_kept(p: np.ndarray, before: np.ndarray, changed: np.ndarray, dataset: Dataset, path: Path) -> None:
-    """A method that keeps labels may at most round two probabilities to the same number.
+def calibrate_file(
+    calibrator: Calibrator, stored: ProbabilityFile, dataset: Dataset, labels: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Calibrated probabilities of a file, in its type.
+
+    They take the place of those that were read: no more memory is needed than for the file's content, but for methods
+    that look around, which need it twice.
+
+    Args:
+        calibrator: fitted to as many channels.
+        stored: the file.
+        dataset: its labels.
+        labels: integer (z, y, x), contiguous; takes on the decision of the calibrated probabilities where it is
+            another than that of those in the file.
+
+    Returns:
+        Channels (z, y, x).
 
     Raises:
-        InputError: it did not keep them.
+        InputError: the file is damaged, or a method that must keep labels does not.
     """
-    p, before = p[:, changed].astype(np.float64), before[changed]
-    rounding = 4 * float(np.finfo(p.dtype).eps)
-    if dataset.has_regions:
-        kept = (np.abs(p - 0.5).min(axis=0) <= rounding).all()
-    else:
-        own = p[np.searchsorted(dataset.labels, before), np.arange(before.size)]
-        kept = (own >= p.max(axis=0) - rounding).all()
-    if not kept:
-        raise InputError(f"{path}: the calibrator changed labels that it must keep; fit it again")
+    channels = [np.ascontiguousarray(channel) for channel in stored.channels()]
+    volume = _taken_apart(calibrator, channels)
+    decided = None if labels is None else _taken_apart(calibrator, [labels])[0]
+    source = [channel.copy() for channel in volume] if calibrator.margin else volume  # neighbours stay as they were
+    for place, before, part in _calibrated_parts(calibrator, source):
+        if calibrator.keeps_labels and not _kept(before, part, dataset.has_regions):
+            raise InputError(f"{stored.path}: the calibrator changed labels that it must keep; fit it again")
+        if decided is not None and not calibrator.keeps_labels:
+            after = decide(part.astype(stored.dtype), dataset)
+            np.copyto(decided[place], after, where=after != decide(before, dataset), casting="unsafe")
+        _put(part, volume, place)
+    return channels
 
 
-def _read(stored: ProbabilityFile) -> np.ndarray:
-    whole = np.empty(stored.shape, dtype=stored.dtype)
-    for c, channel in enumerate(stored.channels()):
-        whole[c] = channel
-    return whole
+def _kept(before: np.ndarray, after: np.ndarray, regions: bool) -> bool:
+    """Whether every voxel (C, ...) has the label it had, or one of the same probability but for rounding."""
+    rounding = 4 * np.finfo(np.float32).eps
+    if regions:
+        return not (((before > 0.5) != (after > 0.5)) & (np.abs(after - 0.5) > rounding)).any()
+    return not ((before == before.max(axis=0)) & (after < after.max(axis=0) - rounding)).any()
 
 
-def _tiles(shape: tuple[int, ...], margin: int) -> Iterator[tuple[tuple[slice, ...], ...]]:
+def _taken_apart(calibrator: Calibrator, channels: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """The channels, or rows of voxels (n, 1, 1) where each voxel is calibrated on its own; views."""
+    return [channel if calibrator.margin else channel.reshape(-1, 1, 1) for channel in channels]
+
+
+def _calibrated_parts(
+    calibrator: Calibrator, channels: Sequence[np.ndarray]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray, np.ndarray]]:
+    """Where a part of the volume lies, its probabilities (C, ...) float32 or float64, and what they become."""
+    stored = channels[0].dtype
+    working = np.promote_types(stored, np.float32)
+    for outer, inner, target in _tiles(len(channels), channels[0].shape, calibrator.margin):
+        part = np.stack([channel[outer] for channel in channels], dtype=working)
+        within = (slice(None), *inner)
+        yield target, part[within], calibrator.calibrate(part, stored)[within]
+
+
+def _put(part: np.ndarray, channels: Sequence[np.ndarray], place: tuple[slice, ...]) -> None:
+    for channel, values in zip(channels, part, strict=True):
+        channel[place] = values
+
+
+def _tiles(channels: int, shape: tuple[int, ...], margin: int) -> Iterator[tuple[tuple[slice, ...], ...]]:
     """Boxes that cover a volume: with their margin, the box within that, and where it lies in the volume."""
-    size = (_TILE,) * 3 if margin else (max(1, _SLAB // math.prod(shape[1:])), *shape[1:])
+    size = (_TILE,) * 3 if margin else (max(1, _SLAB // channels), 1, 1)
     for corner in itertools.product(*(range(0, length, step) for length, step in zip(shape, size, strict=True))):
         sides = [(a, min(a + step, length), length) for a, step, length in zip(corner, size, shape, strict=True)]
         yield (

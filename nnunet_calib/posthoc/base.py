@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import read_json, write_whole
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def log_probabilities(
-    probabilities: np.ndarray, *, multilabel: bool = False, dtype: np.dtype | None = None
-) -> np.ndarray:
+def log_probabilities(probabilities: np.ndarray, *, multilabel: bool = False, dtype: DTypeLike = None) -> np.ndarray:
     """Logits that calibrators take, from probabilities.
 
     Probabilities of exactly 0 or 1 only say that the stored type ended: p is clipped below at the smallest positive
@@ -126,6 +125,21 @@ class Calibrator(ABC):
         Raises:
             ValueError: not fitted, or fitted to another number of channels.
         """
+
+    def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike = None) -> np.ndarray:
+        """Calibrated probabilities from probabilities, clipped as ``log_probabilities`` does.
+
+        Args:
+            probabilities: float (C, *S), values in [0, 1].
+            dtype: the type they were stored in; that of the array if None.
+
+        Returns:
+            float (C, *S), before rounding to what is stored.
+
+        Raises:
+            ValueError: not fitted, or fitted to another number of channels.
+        """
+        return self.apply(log_probabilities(probabilities, multilabel=self.multilabel, dtype=dtype))
 
     def save(self, path: str | Path, record: Mapping[str, Any] | None = None) -> Path:
         """Write the calibrator as JSON, whole or not at all.

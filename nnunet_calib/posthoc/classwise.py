@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
 from nnunet_calib.posthoc.temperature import fit_temperature
+from nnunet_calib.posthoc.tempered import ALONE, TemperedCalibrator
 
 
-class ClasswiseTemperature(VoxelwiseCalibrator):
+class ClasswiseTemperature(TemperedCalibrator):
     """One temperature for each predicted class, or each region.
 
     A class that is predicted nowhere in the fit set has the temperature of all voxels together.
     """
 
     key = "classwise"
-    keeps_labels = True
 
     @classmethod
     def _names(cls):
@@ -41,6 +40,5 @@ class ClasswiseTemperature(VoxelwiseCalibrator):
                 self.notes.append(f"class {c} is predicted nowhere in the fit set: it has the overall temperature")
         return {"temperature": temperatures}
 
-    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
-        temperature = np.asarray(parameters["temperature"], dtype=np.float64)
-        return softmax(z / (temperature[z.argmax(axis=0)] if temperature.ndim else temperature))
+    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float | list[float], tuple[float, ...]]:
+        return parameters["temperature"], ALONE

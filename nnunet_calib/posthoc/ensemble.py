@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.base import softmax
 from nnunet_calib.posthoc.temperature import BOUNDS, fit_temperature
+from nnunet_calib.posthoc.tempered import TemperedCalibrator
 
 
-class EnsembleTemperature(VoxelwiseCalibrator):
+class EnsembleTemperature(TemperedCalibrator):
     """A temperature and three weights for all voxels, shared by regions.
 
     Args:
@@ -25,7 +26,6 @@ class EnsembleTemperature(VoxelwiseCalibrator):
     """
 
     key = "ensemble"
-    keeps_labels = True
     tells_classes_apart = False
     shared_by_regions = True
 
@@ -58,6 +58,6 @@ class EnsembleTemperature(VoxelwiseCalibrator):
         ).x.clip(0)
         return {"temperature": temperature, "weights": (found / found.sum()).tolist()}
 
-    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
-        soft, raw, uniform = np.asarray(parameters["weights"], dtype=np.float64)
-        return soft * softmax(z / float(parameters["temperature"])) + raw * softmax(z) + uniform / len(z)
+    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
+        soft, raw, uniform = map(float, parameters["weights"])
+        return float(parameters["temperature"]), (soft, raw, uniform)

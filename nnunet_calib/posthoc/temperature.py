@@ -16,7 +16,8 @@ import numpy as np
 from scipy.optimize import brentq
 
 from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
-from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.base import softmax
+from nnunet_calib.posthoc.tempered import ALONE, TemperedCalibrator
 
 BOUNDS = (0.05, 20.0)
 """Temperatures that are looked at. All predictions right: 0 would fit best; all wrong: infinity."""
@@ -24,7 +25,7 @@ BOUNDS = (0.05, 20.0)
 _GRID = np.arange(1, 101) / 10
 
 
-class TemperatureScaling(VoxelwiseCalibrator):
+class TemperatureScaling(TemperedCalibrator):
     """One temperature for all voxels and classes, or all regions.
 
     Args:
@@ -35,7 +36,6 @@ class TemperatureScaling(VoxelwiseCalibrator):
     """
 
     key = "temperature"
-    keeps_labels = True
     tells_classes_apart = False
     shared_by_regions = True
 
@@ -64,8 +64,8 @@ class TemperatureScaling(VoxelwiseCalibrator):
             self.notes.append(f"the temperature ended at the bound {temperature:g}: {_why(z, y)}")
         return {"temperature": temperature}
 
-    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
-        return softmax(z / float(parameters["temperature"]))
+    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
+        return float(parameters["temperature"]), ALONE
 
 
 def fit_temperature(z: np.ndarray, y: np.ndarray, w: np.ndarray, bounds: tuple[float, float] = BOUNDS) -> float:

@@ -1,0 +1,86 @@
+"""What all temperatures have in common: softened, raw and uniform probabilities mixed.
+
+    p' = w_1 softmax(z / T) + w_2 softmax(z) + w_3 / C,    w on the simplex,    softmax(z / T) = p^(1/T) / sum p^(1/T)
+
+The order of the classes in a voxel stays. What is stored in float16 or float32 is calibrated in float32: p' differs by
+less than 1e-6 from what float64 gives. Where T may be below 1, p is first divided by its maximum over the classes, for
+all of its powers could end at 0.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from nnunet_calib.metrics import smallest_probability
+from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
+
+ALONE = (1.0, 0.0, 0.0)
+"""Weights w of a temperature and nothing else."""
+
+
+class TemperedCalibrator(VoxelwiseCalibrator):
+    """A calibrator of one temperature, or one for each predicted class, and weights."""
+
+    keeps_labels = True
+
+    @abstractmethod
+    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[ArrayLike, tuple[float, ...]]:
+        """T, one or (C,), and w."""
+
+    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+        temperature, weights = self._mixture(parameters)
+        own = np.asarray(temperature, dtype=np.float64)
+        soft = softmax(z / (own[z.argmax(axis=0)] if own.ndim else own))
+        return soft if weights == ALONE else weights[0] * soft + weights[1] * softmax(z) + weights[2] / len(z)
+
+    def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike = None) -> np.ndarray:
+        """As ``Calibrator.calibrate``; float32 but for what was stored in float64."""
+        stored = np.dtype(dtype or probabilities.dtype)
+        if stored.itemsize > np.dtype(np.float32).itemsize:
+            return super().calibrate(probabilities, dtype)
+        self._check_fitted(probabilities)
+        p = probabilities.reshape(len(probabilities), -1).astype(np.float32, copy=False)
+        inside = np.maximum(p, np.float32(smallest_probability(stored)))
+        if not self.multilabel:
+            calibrated = _mixed(inside, *self._mixture(self.parameters[0]))
+        else:
+            both = np.stack([np.maximum(1 - p, np.float32(np.finfo(stored).epsneg)), inside])
+            if self.shared_by_regions:
+                calibrated = _mixed(both.reshape(2, -1), *self._mixture(self.parameters[0]))[1]
+            else:
+                pairs = zip(both.swapaxes(0, 1), self.parameters, strict=True)
+                calibrated = np.stack([_mixed(region, *self._mixture(own))[1] for region, own in pairs])
+        return calibrated.reshape(probabilities.shape)
+
+
+def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) -> np.ndarray:
+    """``TemperedCalibrator._calibrate`` of probabilities float32 (C, N) above 0 that need not add up to 1."""
+    powers = 1 / np.asarray(temperature, dtype=np.float64)
+    relative = p if powers.ndim == 0 and powers <= 1 else p / p.max(axis=0)
+    soft = np.log(relative)
+    soft *= _of_voxels(powers, relative)
+    np.exp(soft, out=soft)
+    soft *= _share(weights[0], soft)
+    if weights != ALONE:
+        soft += p * _share(weights[1], p)
+        soft += np.float32(weights[2] / len(p))
+    return soft
+
+
+def _share(weight: float, p: np.ndarray) -> np.ndarray:
+    """Weight by sum over the classes, float32 (N,); many small summands would be lost beside a large one in float32."""
+    return (weight / p.sum(axis=0, dtype=np.float64)).astype(np.float32)
+
+
+def _of_voxels(powers: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """1 / T float32: one, or of every voxel that of its class, the first for which p / max p is 1."""
+    powers = powers.astype(np.float32)
+    if not powers.ndim:
+        return powers
+    own = np.empty(relative.shape[1], dtype=np.float32)
+    for power, of_class in zip(powers[::-1], relative[::-1], strict=True):
+        np.copyto(own, power, where=of_class == 1)
+    return own
