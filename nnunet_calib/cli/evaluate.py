@@ -71,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=["default", "nacl"], default="default", help="nacl: as the code of those papers, too"
     )
+    parser.add_argument(
+        "--calibrator",
+        metavar="FILE",
+        type=Path,
+        help="score probabilities as this calibrator.json (of calibrate fit), or that of this folder, makes them",
+    )
+    parser.add_argument("--any-model", action="store_true", help="a calibrator of another model will do")
     parser.add_argument("-device", default="cpu", help="cpu (default), cuda or cuda:<number>")
 
 
@@ -115,12 +122,22 @@ def run(args: argparse.Namespace) -> int:
             nacl=args.protocol == "nacl",
             device=args.device,
         ),
+        calibration=_calibration(args) if args.calibrator else None,
         on_failure=lambda line: tqdm.write(f"nnunet-calib evaluate: {line}", file=sys.stderr),
         stop_at_failure=args.debug,
     )
     print("\n".join(_tables(summary)))
     print(f"\nwritten to {args.output}: summary.json, cases.csv, reliability.json")
     return 1 if summary["failed"] else 0
+
+
+def _calibration(args: argparse.Namespace) -> Any:
+    from nnunet_calib.data.dataset import find_model_file, require_dataset_json
+    from nnunet_calib.posthoc.apply import open_calibration
+
+    found = args.djfile or require_dataset_json(args.prediction, args.reference)
+    plans = args.pfile or find_model_file("plans.json", args.prediction)
+    return open_calibration(args.calibrator, args.prediction, found, plans, any_model=args.any_model)
 
 
 def _tables(summary: dict[str, Any]) -> Iterator[str]:
@@ -138,6 +155,8 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
         yield _row("foreground", [_number(summary["foreground_mean"][name]) for name in _STRUCTURE_COLUMNS])
     if summary["calibration_mean"]:
         yield ""
+        if summary["protocol"]["calibrator"]:
+            yield f"probabilities calibrated: {summary['protocol']['calibrator']['method']}"
         if 0 < (calibrated := sum(bool(record["calibration"]) for record in summary["metric_per_case"])) < cases:
             yield f"calibration of {calibrated} of {cases} cases: the others have no probabilities (<case>.npz)"
         yield _row("mean over cases", [*_CALIBRATION_COLUMNS, "cases"])

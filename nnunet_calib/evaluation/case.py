@@ -1,6 +1,7 @@
 """Scores of one case: overlap, surface distances and calibration, from its files."""
 
 import itertools
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,24 @@ class CaseResult:
     statistics: dict[str, metrics.CalibrationStatistics]
 
 
-def evaluate_case(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWriter], protocol: Protocol) -> CaseResult:
-    """Score one case.
+class Calibration(typing.Protocol):
+    """What calibrates the probabilities of a file before they are scored. Workers are sent it: it is picklable."""
+
+    def __call__(self, stored: ProbabilityFile) -> Iterator[np.ndarray]:
+        """Calibrated channels (z, y, x), in the type of the file."""
+
+    def describe(self) -> dict[str, str]:
+        """What tells it from others."""
+
+
+def evaluate_case(
+    files: CaseFiles,
+    dataset: Dataset,
+    reader: type[BaseReaderWriter],
+    protocol: Protocol,
+    calibration: Calibration | None = None,
+) -> CaseResult:
+    """Score one case; of calibrated probabilities, if so asked, and always the segmentation there is.
 
     Raises:
         InputError: a file that cannot be used; one line, naming it.
@@ -49,7 +66,7 @@ def evaluate_case(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWri
     notes: list[str] = []
     stored = None if files.probabilities is None else ProbabilityFile(files.probabilities)
     if stored is not None:
-        statistics, notes = _calibration(stored, dataset, reference, prediction, valid, protocol)
+        statistics, notes = _calibration(stored, dataset, reference, prediction, valid, protocol, calibration)
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
         "case": files.name,
@@ -61,7 +78,7 @@ def evaluate_case(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWri
         "notes": notes,
     }
     if protocol.nacl:
-        channels = None if stored is None else stored.channels()
+        channels = None if stored is None else _channels(stored, calibration)
         record["nacl"] = nacl_scores(
             _without_ignored(reference.labels, valid), _without_ignored(prediction.labels, valid), dataset, channels
         )
@@ -124,10 +141,11 @@ def _calibration(
     prediction: LabelImage,
     valid: np.ndarray | None,
     protocol: Protocol,
+    calibration: Calibration | None,
 ) -> tuple[dict[str, metrics.CalibrationStatistics], list[str]]:
     """Calibration statistics by region, and what a reader of the record should know about the probabilities."""
     stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
-    channels: Iterator[np.ndarray] = stored.channels()
+    channels = _channels(stored, calibration)
     if dataset.region_order is not None:
         decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
         channels = _deciding(channels, dataset.region_order, decided)
@@ -145,8 +163,15 @@ def _calibration(
     )
     if top is not None:
         decided = np.array(dataset.labels, dtype=np.uint16)[top]
-    notes = [_disagreement(decided, prediction.labels, stored), _TAILS if stored.dtype == np.float16 else None]
+    notes = [
+        _disagreement(decided, prediction.labels, stored, calibration is not None),
+        _TAILS if stored.dtype == np.float16 else None,
+    ]
     return statistics, [note for note in notes if note]
+
+
+def _channels(stored: ProbabilityFile, calibration: Calibration | None) -> Iterator[np.ndarray]:
+    return stored.channels() if calibration is None else calibration(stored)
 
 
 def _regions(
@@ -170,7 +195,7 @@ def _deciding(channels: Iterator[np.ndarray], order: tuple[int, ...], decided: n
         yield channel
 
 
-def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile) -> str | None:
+def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile, calibrated: bool) -> str | None:
     """Compare the segmentation the probabilities imply with the one beside them.
 
     Raises:
@@ -192,6 +217,8 @@ def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: Probabilit
                         f"{stored.path}: its axes are flipped or reordered against the segmentation; was it predicted "
                         "with another reader (overwrite_image_reader_writer in dataset.json)?"
                     )
+    if calibrated:
+        return f"{different} voxels of the segmentation, scored as it is, differ from the calibrated decision"
     return f"{different} voxels of the segmentation differ from its probabilities' decision (post-processing?)"
 
 

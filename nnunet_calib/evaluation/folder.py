@@ -15,7 +15,7 @@ from nnunet_calib.data.cases import CaseFiles, pair_cases
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import choose_reader
-from nnunet_calib.evaluation.case import evaluate_case
+from nnunet_calib.evaluation.case import Calibration, evaluate_case
 from nnunet_calib.evaluation.engine import Engine, ProcessEngine
 from nnunet_calib.evaluation.engine_dask import DaskEngine
 from nnunet_calib.evaluation.protocol import Protocol
@@ -44,6 +44,7 @@ def evaluate_folder(
     fresh: bool = False,
     chill: bool = False,
     protocol: Protocol | None = None,
+    calibration: Calibration | None = None,
     on_failure: Callable[[str], None] = _log.warning,
     stop_at_failure: bool = False,
 ) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def evaluate_folder(
         fresh: score every case, whatever records there are.
         chill: leave out references without prediction instead of refusing.
         protocol: bins, tolerance, regions; None for the defaults.
+        calibration: of probabilities before they are scored, as ``posthoc.apply.open_calibration`` reads it; nothing is
+            written, and the segmentation is scored as it is. A file's probabilities are in memory as a whole then.
         on_failure: called with one line for every case that could not be scored.
         stop_at_failure: raise the error of such a case instead.
 
@@ -100,10 +103,11 @@ def evaluate_folder(
 
     if scheduler is not None:  # its workers have working folders of their own
         output = output.absolute()
+    calibrator = None if calibration is None else calibration.describe()
     records = Records(
         output / RECORDS,
-        partial(evaluate_case, dataset=dataset, reader=reader, protocol=protocol),
-        setting(protocol, dataset_path, plans_path, reader.__name__),
+        partial(evaluate_case, dataset=dataset, reader=reader, protocol=protocol, calibration=calibration),
+        setting(protocol, dataset_path, plans_path, reader.__name__, calibrator),
     )
     records.remove_leftovers()
     kept = set() if fresh else {case.name for case in cases if records.hold(case)}
@@ -130,7 +134,8 @@ def evaluate_folder(
     summary = _summary(records, [case for case in cases if case.name not in failed], dataset, fail) | {
         "failed": [{"case": name, "error": failed[name]} for name in by_name if name in failed],
         "protocol": protocol.describe(dataset)
-        | {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__},
+        | {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__}
+        | {"calibrator": calibrator},
         "software": records.setting["software"],
     }
     statistics = (

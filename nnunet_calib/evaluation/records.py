@@ -131,7 +131,13 @@ class Records:
         return self.setting | {"files": {name: path and _identity(path) for name, path in paths.items()}}
 
 
-def setting(protocol: Protocol, dataset_json: Path, plans: Path | None, reader: str) -> dict[str, Any]:
+def setting(
+    protocol: Protocol,
+    dataset_json: Path,
+    plans: Path | None,
+    reader: str,
+    calibration: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """What every case's numbers depend on besides its own files."""
     return {
         "software": software(),
@@ -139,6 +145,7 @@ def setting(protocol: Protocol, dataset_json: Path, plans: Path | None, reader: 
         "dataset_json": _digest(dataset_json.read_bytes()),
         "plans": plans and _digest(plans.read_bytes()),
         "reader": reader,
+        "calibrator": calibration,
     }
 
 
@@ -152,7 +159,9 @@ def software() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     root = Path(nnunet_calib.__file__).parent
-    sources = sorted(file for room in ("metrics", "data", "evaluation") for file in (root / room).rglob("*.py"))
+    sources = sorted(
+        file for room in ("metrics", "data", "evaluation", "posthoc") for file in (root / room).rglob("*.py")
+    )
     return versions | {"code": _digest(b"".join(file.read_bytes() for file in sources))[:12]}
 
 

@@ -1,10 +1,13 @@
 """Use a calibrator: on a case in memory, on some voxels of a case, on a folder of predictions."""
 
+import hashlib
 import itertools
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,62 @@ def probabilities_at(calibrator: Calibrator, files: CaseFiles, index: np.ndarray
     return whole.reshape(len(whole), -1)[:, index].astype(np.float64)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrator and the data set it is used on; what ``evaluate_folder`` takes.
+
+    Attributes:
+        calibrator: fitted to the classes or regions of the data set.
+        dataset: labels of the probabilities.
+    """
+
+    calibrator: Calibrator
+    dataset: Dataset
+
+    def __call__(self, stored: ProbabilityFile) -> Iterator[np.ndarray]:
+        """Calibrated channels (z, y, x) of a file, with the numbers that ``apply_folder`` would write."""
+        return iter(calibrate_file(self.calibrator, stored, self.dataset))
+
+    def describe(self) -> dict[str, str]:
+        """``method``, and ``sha256`` of all its parameters."""
+        content = json.dumps(self.calibrator.state(), sort_keys=True)
+        return {"method": self.calibrator.key, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+
+
+def open_calibration(
+    calibrator_file: str | Path,
+    predictions: str | Path,
+    dataset_json: str | Path,
+    plans: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    any_model: bool = False,
+) -> Calibration:
+    """Read a calibrator to be used on a folder.
+
+    Args:
+        calibrator_file: from ``fit_folder``.
+        predictions: the folder.
+        dataset_json: of the folder.
+        plans: of the folder, if any.
+        model: as for ``apply_folder``.
+        any_model: as for ``apply_folder``.
+
+    Raises:
+        InputError: files that cannot be used, a calibrator of other classes or of another model.
+    """
+    file, found = Path(calibrator_file), Path(dataset_json)
+    file = file / FILE_NAME if file.is_dir() else file
+    calibrator, dataset = load_calibrator(file), read_dataset(found, Path(plans) if plans else None)
+    if calibrator.multilabel != dataset.has_regions or calibrator.channels != len(dataset.channels):
+        raise InputError(f"{file}: fitted to {calibrator.channels} {_kind(calibrator.multilabel)}, but {found} has "
+                         f"{len(dataset.channels)} {_kind(dataset.has_regions)}")  # fmt: skip
+    if not any_model:
+        given = Path(model or predictions)
+        check_same_model(read_json(file).get("model") or {}, identify(given, dataset), file, given)
+    return Calibration(calibrator, dataset)
+
+
 def apply_folder(
     calibrator_file: str | Path,
     predictions: str | Path,
@@ -90,22 +149,15 @@ def apply_folder(
         UsageError: folders that make no sense.
         InputError: files that cannot be used, or a calibrator of another model.
     """
-    file, predictions, output = Path(calibrator_file), Path(predictions), Path(output)
-    file = file / FILE_NAME if file.is_dir() else file
+    predictions, output = Path(predictions), Path(output)
     if not predictions.is_dir():
         raise UsageError(f"{predictions} is not a folder")
     if output.resolve() == predictions.resolve():
         raise UsageError(f"{output} holds the predictions themselves; name another folder for the calibrated ones")
-    calibrator = load_calibrator(file)
     found = Path(dataset_json) if dataset_json else require_dataset_json(predictions, predictions)
     plans = find_model_file("plans.json", predictions)
-    dataset = read_dataset(found, plans)
-    if calibrator.multilabel != dataset.has_regions or calibrator.channels != len(dataset.channels):
-        raise InputError(f"{file}: fitted to {calibrator.channels} {_kind(calibrator.multilabel)}, but {found} has "
-                         f"{len(dataset.channels)} {_kind(dataset.has_regions)}")  # fmt: skip
-    if not any_model:
-        given = Path(model) if model else predictions
-        check_same_model(read_json(file).get("model") or {}, identify(given, dataset), file, given)
+    calibration = open_calibration(calibrator_file, predictions, found, plans, model=model, any_model=any_model)
+    calibrator, dataset = calibration.calibrator, calibration.dataset
     pairs = pair_cases(predictions, predictions, dataset.file_ending)
     if not (cases := [case for case in pairs if case.probabilities]):
         raise InputError(f"{predictions}: no probabilities beside the predictions; predict with --save_probabilities")

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def log_probabilities(probabilities: np.ndarray, *, multilabel: bool = False, dtype: DTypeLike = None) -> np.ndarray:
+def log_probabilities(
+    probabilities: np.ndarray, *, multilabel: bool = False, dtype: DTypeLike | None = None
+) -> np.ndarray:
     """Logits that calibrators take, from probabilities.
 
     Probabilities of exactly 0 or 1 only say that the stored type ended: p is clipped below at the smallest positive
@@ -126,7 +128,7 @@ class Calibrator(ABC):
             ValueError: not fitted, or fitted to another number of channels.
         """
 
-    def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike = None) -> np.ndarray:
+    def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike | None = None) -> np.ndarray:
         """Calibrated probabilities from probabilities, clipped as ``log_probabilities`` does.
 
         Args:

@@ -36,7 +36,7 @@ class TemperedCalibrator(VoxelwiseCalibrator):
         soft = softmax(z / (own[z.argmax(axis=0)] if own.ndim else own))
         return soft if weights == ALONE else weights[0] * soft + weights[1] * softmax(z) + weights[2] / len(z)
 
-    def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike = None) -> np.ndarray:
+    def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike | None = None) -> np.ndarray:
         """As ``Calibrator.calibrate``; float32 but for what was stored in float64."""
         stored = np.dtype(dtype or probabilities.dtype)
         if stored.itemsize > np.dtype(np.float32).itemsize:
@@ -67,7 +67,7 @@ def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) ->
     if weights != ALONE:
         soft += p * _share(weights[1], p)
         soft += np.float32(weights[2] / len(p))
-    return soft
+    return np.minimum(soft, 1, out=soft)  # rounded
 
 
 def _share(weight: float, p: np.ndarray) -> np.ndarray:
