@@ -29,7 +29,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
-from nnunet_calib.evaluation.intervals import percentile_interval, resampled_means
+from nnunet_calib.metrics.intervals import percentile_interval, resampled_means
 
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs

@@ -8,7 +8,7 @@ from typing import Any
 
 HELP = "honest probabilities from a trained model: fit a calibrator, apply it, check where it is used"
 
-_METHODS = ("temperature", "classwise", "ensemble", "vector", "dirichlet", "isotonic", "local")
+_METHODS = ("temperature", "classwise", "ensemble", "vector", "isotonic", "dirichlet", "local")
 _REGIONS = ("volume", "foreground", "boundary")
 _SCORES = ("NLL", "Brier", "ECE", "CECE")
 
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("auto", *_METHODS),
         default=["auto"],
-        help=f"one or more of {', '.join(_METHODS)}; of several the best on cases it was not fitted on is kept; "
+        help=f"one or more of {', '.join(_METHODS)}; of several the best on cases it was not fitted on is kept, "
+        "or a simpler one that is not told from it; "
         "auto (default): all but local, a network, which takes minutes; in the foreground temperature and "
         "ensemble only",
     )

@@ -12,7 +12,7 @@ from nnunet_calib.metrics.binning import (
     overconfidence,
     underconfidence,
 )
-from nnunet_calib.metrics.boundary import near_surface, surface
+from nnunet_calib.metrics.boundary import BOUNDARY_MM, near_surface, surface
 from nnunet_calib.metrics.calibration import (
     SCORES,
     THRESHOLD,
@@ -45,6 +45,7 @@ from nnunet_calib.metrics.ranked import (
 
 __all__ = [
     "BINS",
+    "BOUNDARY_MM",
     "CELLS",
     "MAX_BINS",
     "RULES",

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+BOUNDARY_MM = 3.0
+"""Width of the region ``boundary`` of calibration on either side of the reference surface."""
+
 _ROUNDING = 1e-6  # mm; file headers keep the spacing in float32, which must not decide what is near
 
 

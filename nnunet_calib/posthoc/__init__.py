@@ -23,8 +23,8 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
         ClasswiseTemperature,
         EnsembleTemperature,
         VectorScaling,
-        DirichletCalibration,
         IsotonicCalibration,
+        DirichletCalibration,
         LocalTemperature,
     )
 }

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
+from nnunet_calib.metrics.intervals import Bootstrap
+from nnunet_calib.posthoc import CALIBRATORS
 from nnunet_calib.posthoc.base import Calibrator, log_probabilities, softmax
 from nnunet_calib.posthoc.sample import REGIONS, CaseSample
 
@@ -19,8 +21,6 @@ NONE = "none"
 
 SCORES = ("NLL", "Brier", "ECE", "CECE")
 FOLDS = 5
-_RESAMPLES = 2000
-_INTERVAL = (2.5, 97.5)  # percentiles
 
 
 def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: str) -> Calibrator:
@@ -68,7 +68,7 @@ def cross_fit(
 
     Returns:
         By method and region: ``cases`` (that have the region) and, for each of ``SCORES``, ``mean``, ``low`` and
-        ``high``; ``gain`` likewise for NLL without calibration minus NLL with.
+        ``high``, an interval of 95 %; ``gain`` by name of each other method, likewise for its NLL minus this one's.
     """
     order = np.random.default_rng(seed).permutation(len(samples))
     folds = [fold for fold in np.array_split(order, min(FOLDS, len(samples))) if fold.size]
@@ -89,23 +89,37 @@ def cross_fit(
                 for r, part in enumerate(REGIONS):
                     found[name][r, i] = _estimates(p, samples[i], samples[i].regions[part], multilabel)
     return {
-        name: {part: _summary(values[r], found[NONE][r]) for r, part in enumerate(REGIONS)}
+        name: {
+            part: _summary(values[r], {other: found[other][r, :, 0] for other in found if other != name})
+            for r, part in enumerate(REGIONS)
+        }
         for name, values in found.items()
     }
 
 
 def choose(table: Mapping[str, Mapping[str, Mapping[str, Any]]], region: str) -> tuple[str, str]:
-    """The method of smallest cross-fitted NLL in a region, and why, in a sentence."""
+    """The method to keep, and why, in a sentence.
+
+    It is the one of smallest cross-fitted NLL in a region, or the first simpler one (in the order of ``CALIBRATORS``)
+    than which that one need not be better: with other cases the gain could be none.
+    """
     nll = {name: regions[region]["NLL"]["mean"] for name, regions in table.items()}
     raw = nll.pop(NONE)
     best, *others = sorted(nll, key=lambda name: nll[name])
     gain = table[best][region]["gain"]
-    reason = f"{best} has the smallest NLL ({region}) on cases it was not fitted on: {nll[best]:.4f}, {raw:.4f} before"
-    if others:
-        reason += f"; next {others[0]}, {nll[others[0]]:.4f}"
-    if gain["low"] <= 0:
+    order = [name for name in CALIBRATORS if name in nll]
+    simpler = next((name for name in order[: order.index(best)] if gain[name]["low"] <= 0), None)
+    chosen = simpler or best
+    scores = f"NLL ({region}) on cases it was not fitted on: {nll[chosen]:.4f}, {raw:.4f} before"
+    if simpler:
+        low, high = gain[simpler]["low"], gain[simpler]["high"]
+        reason = f"{simpler} is simpler than {best}, of smallest {scores}; {best} {nll[best]:.4f}, a gain that chance "
+        reason += f"explains (95 % interval {low:.4f} to {high:.4f})"
+    else:
+        reason = f"{best} has the smallest {scores}" + (f"; next {others[0]}, {nll[others[0]]:.4f}" if others else "")
+    if table[chosen][region]["gain"][NONE]["low"] <= 0:
         reason += "; with other cases it could be no gain at all"
-    return best, reason
+    return chosen, reason
 
 
 def _uncalibrated(z: np.ndarray, multilabel: bool) -> np.ndarray:
@@ -135,17 +149,13 @@ def _binned(confidence: np.ndarray, correct: np.ndarray, w: np.ndarray) -> float
     return float(expected_calibration_error(Bins(*counts)))
 
 
-def _summary(values: np.ndarray, raw: np.ndarray) -> dict[str, Any]:
-    """Means over cases (cases, SCORES) and their intervals."""
-    there = ~np.isnan(values[:, 0])
-    columns = np.column_stack([values[there], raw[there, 0] - values[there, 0]])
-    if not len(columns):
-        nothing = {"mean": np.nan, "low": np.nan, "high": np.nan}
-        return {"cases": 0} | {name: nothing for name in (*SCORES, "gain")}
-    chance = np.full(len(columns), 1 / len(columns))
-    drawn = np.random.default_rng(0).multinomial(len(columns), chance, size=_RESAMPLES) / len(columns)
-    low, high = np.percentile(drawn @ columns, _INTERVAL, axis=0)
-    return {"cases": len(columns)} | {
-        name: {"mean": float(mean), "low": float(below), "high": float(above)}
-        for name, mean, below, above in zip((*SCORES, "gain"), columns.mean(axis=0), low, high, strict=True)
-    }
+def _summary(values: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Means over cases (cases, SCORES), of gains over the NLL of other methods too, and their intervals."""
+    columns = np.column_stack([values, *(nll - values[:, 0] for nll in others.values())])
+    found = Bootstrap.of_means(columns)
+    rows = [
+        {"mean": float(mean), "low": low, "high": high}
+        for mean, (low, high) in zip(found.estimate, found.intervals(), strict=True)
+    ]
+    scores = dict(zip(SCORES, rows[: len(SCORES)], strict=True))
+    return {"cases": int(found.known[0])} | scores | {"gain": dict(zip(others, rows[len(SCORES) :], strict=True))}

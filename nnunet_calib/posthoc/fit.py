@@ -2,12 +2,10 @@
 
 import math
 import multiprocessing
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from tqdm import tqdm
 
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.software import installed_versions
 from nnunet_calib.posthoc import CALIBRATORS
 from nnunet_calib.posthoc.apply import probabilities_at
 from nnunet_calib.posthoc.base import FILE_NAME, Calibrator
@@ -39,6 +38,7 @@ def auto_methods(region: str) -> tuple[str, ...]:
 
 
 _PATCHES = 8  # of each case
+_PACKAGES = ("nnunet-calib", "nnunetv2", "numpy", "scipy", "scikit-learn", "torch")
 
 
 def fit_folder(
@@ -62,8 +62,7 @@ def fit_folder(
         output: folder for the file; made if needed.
         reference: label maps; of a trained model nnU-Net's own if None.
         dataset_json: found if None.
-        methods: keys of ``CALIBRATORS``, or ``auto`` (``auto_methods``); of several the one with the smallest
-            cross-fitted NLL is kept.
+        methods: keys of ``CALIBRATORS``, or ``auto`` (``auto_methods``); of several one is kept, see ``choose``.
         region: voxels to fit on: ``volume``, ``foreground`` or ``boundary``.
         voxels: drawn from each case.
         seed: of the sample, the folds and networks.
@@ -123,7 +122,7 @@ def fit_folder(
             "of": "predicted foreground",
             "cases": {s.files.name: s.confidences.tolist() for s in samples if not np.isnan(s.confidences).any()},
         },
-        "software": _software(),
+        "software": installed_versions(_PACKAGES),
     }
     calibrator.save(file, record)
     return calibrator.state() | record
@@ -189,13 +188,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     return "nan" if isinstance(value, float) and math.isnan(value) else value
-
-
-def _software() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("nnunet-calib", "nnunetv2", "numpy", "scipy", "scikit-learn", "torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return versions

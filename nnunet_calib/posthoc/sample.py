@@ -20,7 +20,7 @@ from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.images import LabelImage, check_same_geometry, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile
-from nnunet_calib.metrics import bin_index, near_surface
+from nnunet_calib.metrics import BOUNDARY_MM, bin_index, near_surface
 from nnunet_calib.posthoc.base import log_probabilities
 
 VOXELS = 10_000
@@ -29,7 +29,6 @@ VOXELS = 10_000
 REGIONS = ("volume", "foreground", "boundary")
 """Parts of a volume: all; reference or prediction foreground; within 3 mm of the reference's surface."""
 
-BOUNDARY_MM = 3.0
 CONFIDENCE_BINS = 20
 _NEAR = 3  # voxels from a border that are the second of three strata
 _CONFIDENCES = 20_000  # voxels whose confidences are counted

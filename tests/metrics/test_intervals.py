@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nnunet_calib.evaluation.intervals import Bootstrap, acceleration, percentile_interval, resampled_means
+from nnunet_calib.metrics.intervals import Bootstrap, acceleration, percentile_interval, resampled_means
 
 
 def interval(values) -> list[float]:

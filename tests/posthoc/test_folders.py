@@ -10,6 +10,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
 from nnunet_calib.posthoc import CALIBRATORS, LocalTemperature, TemperatureScaling, load_calibrator
 from nnunet_calib.posthoc.apply import apply_folder, calibrate_case
+from nnunet_calib.posthoc.crossfit import _summary, choose
 from nnunet_calib.posthoc.fit import auto_methods, fit_folder
 from nnunet_calib.posthoc.shift import check_folder, check_shift, population_stability
 
@@ -42,10 +43,48 @@ def test_auto_keeps_the_best_and_says_why(tmp_path, region):
     content = fit_folder(made.prediction, tmp_path / "out", made.reference, region=region, voxels=2_000)
     table = content["cross_fit"]
     assert list(table) == ["none", *auto_methods(region)]
-    best = min(auto_methods(region), key=lambda name: table[name][region]["NLL"]["mean"])
-    assert content["method"] == best
-    assert content["choice"].startswith(f"{best} has the smallest NLL ({region})")
+    assert content["choice"].startswith(content["method"])
+    assert f"smallest NLL ({region})" in content["choice"]
     assert "local" not in table
+
+
+def nll_table(**gains: list[float]):
+    """Cross-fitted NLL of six cases, less by so much than 1 without calibration; a little else differs by case."""
+    others = {"none": [0.0] * 6} | gains
+    by_name = {name: 1 + 0.1 * np.arange(6) - np.array(gain) for name, gain in others.items()}
+
+    def row(name):
+        rest = {other: nll for other, nll in by_name.items() if other != name}
+        return _summary(np.tile(by_name[name][:, None], (1, 4)), rest)
+
+    return {name: {"volume": row(name)} for name in by_name}
+
+
+def test_a_simpler_method_is_kept_unless_chance_does_not_explain_the_gain():
+    """Dirichlet gains 0.01 more in the mean: in every case, or by 0.11 in one and -0.01 in the others."""
+    surely = nll_table(temperature=[0.2] * 6, dirichlet=[0.21] * 6)
+    assert choose(surely, "volume") == (
+        "dirichlet",
+        "dirichlet has the smallest NLL (volume) on cases it was not fitted on: 1.0400, 1.2500 before; next "
+        "temperature, 1.0500",
+    )
+    chosen, reason = choose(nll_table(temperature=[0.2] * 6, dirichlet=[0.31] + [0.19] * 5), "volume")
+    assert chosen == "temperature"
+    assert reason.startswith(
+        "temperature is simpler than dirichlet, of smallest NLL (volume) on cases it was not fitted on: 1.0500, 1.2500 "
+        "before; dirichlet 1.0400, a gain that chance explains (95 % interval -0.0100 to "
+    )
+
+
+def test_the_simplest_of_those_that_chance_does_not_tell_apart():
+    table = nll_table(
+        temperature=[0.1] * 6, classwise=[0.2] * 6, vector=[0.2] * 6, isotonic=[0.31] + [0.19] * 5, dirichlet=[0.2] * 6
+    )
+    assert choose(table, "volume")[0] == "classwise"
+
+
+def test_the_best_of_all_may_be_no_gain():
+    assert choose(nll_table(temperature=[0.31] + [-0.05] * 5), "volume")[1].endswith("could be no gain at all")
 
 
 def test_in_the_foreground_methods_that_tell_classes_apart_are_warned_of(tmp_path):
