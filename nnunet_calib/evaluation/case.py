@@ -16,7 +16,7 @@ from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.images import LabelImage, check_same_geometry, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.evaluation.nacl import nacl_scores
-from nnunet_calib.evaluation.protocol import BOUNDARY_MM, Protocol
+from nnunet_calib.evaluation.protocol import Protocol
 
 _SUSPICIOUS = 0.1  # share of the foreground; fewer differences are post-processing, not another axis order
 _TAILS = "float16 probabilities: those below 6e-8 are 0; NLL counts them as 2^-24"
@@ -184,7 +184,7 @@ def _regions(
         foreground |= metrics.near_surface(foreground, prediction.spacing, protocol.dilate) & counts
     regions = {"volume": counts, "reference_foreground": reference != 0, "foreground": foreground}
     if protocol.boundary:
-        regions["boundary"] = metrics.near_surface(reference, prediction.spacing, BOUNDARY_MM) & counts
+        regions["boundary"] = metrics.near_surface(reference, prediction.spacing, metrics.BOUNDARY_MM) & counts
     return regions
 
 

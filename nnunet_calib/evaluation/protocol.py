@@ -8,10 +8,7 @@ from typing import Any
 
 from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.data.errors import UsageError
-from nnunet_calib.metrics import BINS, MAX_BINS, RULES, SURFACES, THRESHOLD
-
-BOUNDARY_MM = 3.0
-"""Width of the ``boundary`` region on either side of the reference surface."""
+from nnunet_calib.metrics import BINS, BOUNDARY_MM, MAX_BINS, RULES, SURFACES, THRESHOLD
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import nnunet_calib
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import write_whole
+from nnunet_calib.data.software import installed_versions
 from nnunet_calib.evaluation.case import CaseResult
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.write import numbers_as_json, numbers_from_json, statistics_as_json, statistics_from_json
@@ -152,17 +151,11 @@ def setting(
 @functools.cache
 def software() -> dict[str, str]:
     """Versions of all that takes part in the numbers; of this package also its very code, for development."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     root = Path(nnunet_calib.__file__).parent
     sources = sorted(
         file for room in ("metrics", "data", "evaluation", "posthoc") for file in (root / room).rglob("*.py")
     )
-    return versions | {"code": _digest(b"".join(file.read_bytes() for file in sources))[:12]}
+    return installed_versions(_PACKAGES) | {"code": _digest(b"".join(file.read_bytes() for file in sources))[:12]}
 
 
 def _check_same_software(expected: dict[str, str]) -> None:

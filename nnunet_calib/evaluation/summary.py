@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_calib import metrics
 from nnunet_calib.data.dataset import Dataset, key
-from nnunet_calib.evaluation import intervals
+from nnunet_calib.metrics import intervals
 
 
 def summarise(
