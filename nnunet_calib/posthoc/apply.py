@@ -237,8 +237,8 @@ def _kept(before: np.ndarray, after: np.ndarray, regions: bool) -> bool:
 
 
 def _taken_apart(calibrator: Calibrator, channels: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """The channels, or rows of voxels (n, 1, 1) where each voxel is calibrated on its own; views."""
-    return [channel if calibrator.margin else channel.reshape(-1, 1, 1) for channel in channels]
+    """The channels, or rows of voxels (n,) where each voxel is calibrated on its own; views."""
+    return [channel if calibrator.margin else channel.reshape(-1) for channel in channels]
 
 
 def _calibrated_parts(
@@ -260,7 +260,7 @@ def _put(part: np.ndarray, channels: Sequence[np.ndarray], place: tuple[slice, .
 
 def _tiles(channels: int, shape: tuple[int, ...], margin: int) -> Iterator[tuple[tuple[slice, ...], ...]]:
     """Boxes that cover a volume: with their margin, the box within that, and where it lies in the volume."""
-    size = (_TILE,) * 3 if margin else (max(1, _SLAB // channels), 1, 1)
+    size = (_TILE,) * 3 if margin else (max(1, _SLAB // channels),)
     for corner in itertools.product(*(range(0, length, step) for length, step in zip(shape, size, strict=True))):
         sides = [(a, min(a + step, length), length) for a, step, length in zip(corner, size, shape, strict=True)]
         yield (
