@@ -157,3 +157,13 @@ def test_another_npz(tmp_path):
     np.savez(tmp_path / "a.npz", softmax=P)
     with pytest.raises(InputError, match="no array 'probabilities'"):
         ProbabilityFile(tmp_path / "a.npz")
+
+
+def test_the_other_byte_order(tmp_path):
+    """Scored like any other: every backend takes the processor's own order."""
+    np.savez_compressed(tmp_path / "case.npz", probabilities=P.astype(">f4"))
+    stored = ProbabilityFile(tmp_path / "case.npz")
+    assert stored.dtype == np.dtype("float32")
+    channels = list(stored.channels())
+    assert all(channel.dtype.isnative for channel in channels)
+    assert np.array_equal(np.stack(channels), P)

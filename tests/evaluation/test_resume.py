@@ -183,7 +183,7 @@ def test_another_release_scores_all_again(folders, monkeypatch):
     before = written(folders)
     version = importlib.metadata.version
     records = importlib.import_module("nnunet_calib.evaluation.records")
-    monkeypatch.setattr(records, "version", lambda name: "9.9" if name == "scipy" else version(name))
+    monkeypatch.setattr("nnunet_calib.data.software.version", lambda name: "9.9" if name == "scipy" else version(name))
     records.software.cache_clear()
     try:
         assert evaluate(folders)["software"]["scipy"] == "9.9"

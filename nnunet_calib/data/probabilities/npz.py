@@ -36,14 +36,15 @@ class NpzReader:
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"zip compression method {info.compress_type}")
             with archive.open(_MEMBER) as member:
-                self.shape, self._fortran_order, self.dtype = _read_header(member)
+                self.shape, self._fortran_order, self._stored = _read_header(member)
                 self._start = member.tell()
+        self.dtype = self._stored.newbyteorder("=")
         possible = _MAX_RATIO * min(info.compress_size, path.stat().st_size)
         if self.dtype.hasobject or not self._start + self._bytes(self.shape) == info.file_size <= possible:
             raise InputError(f"{path}: its size does not fit its shape {self.shape}; predict it again")
 
     def channels(self) -> Iterator[np.ndarray]:
-        """Yield (z, y, x) arrays as stored."""
+        """Yield (z, y, x) arrays as stored, but in the processor's byte order."""
         with zipfile.ZipFile(self._path) as archive, archive.open(_MEMBER) as member:
             member.read(self._start)
             if self._fortran_order:  # the channel is the fastest axis: there is no reading them one by one
@@ -58,7 +59,7 @@ class NpzReader:
         return math.prod(shape) * self.dtype.itemsize
 
     def _read(self, member: IO[bytes], shape: tuple[int, ...]) -> np.ndarray:
-        array = np.empty(shape, dtype=self.dtype)
+        array = np.empty(shape, dtype=self._stored)
         buffer = array.reshape(-1).view(np.uint8).data
         while buffer:
             piece = member.read(min(_PIECE, len(buffer)))
@@ -66,7 +67,7 @@ class NpzReader:
                 raise EOFError("ends too early")
             buffer[: len(piece)] = piece
             buffer = buffer[len(piece) :]
-        return array
+        return array.astype(self.dtype, copy=False)
 
 
 def write_npz(path: Path, channels: Iterable[np.ndarray], shape: tuple[int, ...], dtype: DTypeLike) -> None:
