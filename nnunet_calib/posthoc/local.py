@@ -9,6 +9,7 @@ give T = 1e-8, since it is relu(h + 1) of maps that start at 1. The order of the
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -180,7 +181,7 @@ def _network(channels: int) -> nn.Sequential:
 
 def _temperature(network: nn.Module, inputs: Tensor) -> Tensor:
     """T (B, 1, z, y, x); 1 where the network says 0."""
-    one = torch.tensor(np.log(np.e - 1), dtype=torch.float32)
+    one = torch.tensor(math.log(math.e - 1))
     return functional.softplus(network(inputs) + one) / functional.softplus(one)
 
 
