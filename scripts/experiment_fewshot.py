@@ -1,0 +1,233 @@
+"""A new structure from a few volumes: base networks that never saw it, then heads x chunks x extents x k.
+
+    python scripts/experiment_fewshot.py DATA -o WORK [--only brain] [--stage base]
+    python scripts/experiment_fewshot.py DATA -o WORK --table docs/results.md
+
+DATA holds ``Dataset035_Brain`` and ``Dataset020_CHAOST2`` in nnU-Net raw format with ``labelsTs``. Both are brought to
+a coarser spacing and some structures become background; a small network is trained on the others with
+``nnUNetv2_train``. Unattended and resumable: what is finished in WORK is not done again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+import torch
+
+from nnunet_calib.data.files import write_whole
+from nnunet_calib.data.plans import add_configuration, read_plans
+
+VALIDATED = 2  # training cases that nnU-Net validates on; they are supports like the others
+
+
+@dataclass(frozen=True)
+class Study:
+    """One base network and the structures that it never saw."""
+
+    name: str
+    source: str
+    """Data set in nnU-Net raw format."""
+    novel: tuple[str, ...]
+    """Its labels that become background."""
+    spacing: tuple[float | None, ...]
+    """x, y, z in mm; None keeps the image's own."""
+    patch: list[int]
+    features: list[int]
+    strides: list[list[int]]
+    kernels: list[list[int]]
+    epochs: int
+    steps: int
+
+    @property
+    def dataset(self) -> str:
+        return f"{self.source}Base"
+
+
+STUDIES = (
+    Study(
+        name="brain",
+        source="Dataset035_Brain",
+        novel=("hippocampus", "amygdala", "putamen", "caudate", "brain_stem"),
+        spacing=(2.0, 2.0, 2.0),
+        patch=[40, 48, 40],
+        features=[16, 32, 64, 128],
+        strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
+        kernels=[[3, 3, 3]] * 4,
+        epochs=15,
+        steps=100,
+    ),
+    Study(
+        name="chaos",
+        source="Dataset020_CHAOST2",
+        novel=("spleen",),
+        spacing=(2.5, 2.5, None),
+        patch=[16, 64, 96],
+        features=[16, 32, 64, 128],
+        strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
+        kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
+        epochs=12,
+        steps=100,
+    ),
+)
+
+
+def resampled(image: SimpleITK.Image, spacing: tuple[float | None, ...], nearest: bool) -> SimpleITK.Image:
+    """An image on a grid of other spacing over the same field of view (outer voxel faces aligned)."""
+    old = np.array(image.GetSpacing())
+    new = np.array([mm or own for mm, own in zip(spacing, old, strict=True)])
+    size = np.maximum(np.round(np.array(image.GetSize()) * old / new), 1).astype(int)
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    origin = np.array(image.GetOrigin()) + direction @ ((new - old) / 2)
+    interpolator = SimpleITK.sitkNearestNeighbor if nearest else SimpleITK.sitkLinear
+    return SimpleITK.Resample(
+        image, size.tolist(), SimpleITK.Transform(), interpolator, origin, new, image.GetDirection(), 0.0
+    )
+
+
+class Base:
+    """The data and the base network of one study, and the commands that make them."""
+
+    def __init__(self, study: Study, data: Path, work: Path):
+        self.study, self.work = study, work
+        self.source = data / study.source
+        self.raw = work / "raw" / study.dataset
+        self.supports, self.queries = work / study.name / "supports", work / study.name / "queries"
+        self.plans = work / "preprocessed" / study.dataset / "nnUNetPlans.json"
+        self.model = work / "results" / study.dataset / "StockTrainer__nnUNetPlans__small"
+        self.predictions = work / study.name / "base"
+        self.environment = {
+            **os.environ,
+            "nnUNet_raw": str(work / "raw"),
+            "nnUNet_preprocessed": str(work / "preprocessed"),
+            "nnUNet_results": str(work / "results"),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "1",
+        }
+        self.labels = json.loads((self.source / "dataset.json").read_text())["labels"]
+
+    def write_data(self) -> None:
+        """Raw data set without the novel structures; the same cases with all labels as supports and queries."""
+        kept = [name for name in self.labels if name not in self.study.novel]
+        lookup = np.zeros(max(self.labels.values()) + 1, np.uint8)
+        for value, name in enumerate(kept):
+            lookup[self.labels[name]] = value
+        for part, folder in (("Tr", self.supports), ("Ts", self.queries)):
+            for sub in (self.raw / f"images{part}", self.raw / f"labels{part}", folder / "images", folder / "labels"):
+                sub.mkdir(parents=True, exist_ok=True)
+            for file in sorted((self.source / f"images{part}").glob("*.nii.gz")):
+                image = resampled(SimpleITK.ReadImage(str(file)), self.study.spacing, nearest=False)
+                for target in (self.raw / f"images{part}", folder / "images"):
+                    SimpleITK.WriteImage(image, str(target / file.name))
+            for file in sorted((self.source / f"labels{part}").glob("*.nii.gz")):
+                label = resampled(SimpleITK.ReadImage(str(file)), self.study.spacing, nearest=True)
+                SimpleITK.WriteImage(label, str(folder / "labels" / file.name))
+                base = SimpleITK.GetImageFromArray(lookup[SimpleITK.GetArrayFromImage(label)])
+                base.CopyInformation(label)
+                SimpleITK.WriteImage(base, str(self.raw / f"labels{part}" / file.name))
+        dataset = json.loads((self.source / "dataset.json").read_text())
+        dataset["labels"] = {name: value for value, name in enumerate(kept)}
+        # Last: its being there says that the rest is.
+        write_whole(self.raw / "dataset.json", json.dumps(dataset, indent=1))
+
+    def prepare(self) -> None:
+        """Write the data, plan, preprocess, add the small configuration."""
+        if not (self.raw / "dataset.json").exists():
+            self.write_data()
+        done = self.plans.with_name("preprocessed.done")
+        if not done.exists():
+            number = self.study.dataset[7:10]
+            words = ["-d", number, "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
+            self.call("plan", [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), *words])
+            done.touch()
+        cases = sorted(file.name.removesuffix(".nii.gz") for file in (self.raw / "labelsTr").glob("*.nii.gz"))
+        split = [{"train": cases[:-VALIDATED], "val": cases[-VALIDATED:]}]
+        write_whole(self.plans.with_name("splits_final.json"), json.dumps(split, indent=1))
+        there = read_plans(self.plans)["configurations"]
+        if "small" not in there:
+            study, architecture = self.study, there["3d_fullres"]["architecture"]
+            stages = len(study.features)
+            architecture["arch_kwargs"] |= {
+                "n_stages": stages,
+                "features_per_stage": study.features,
+                "strides": study.strides,
+                "kernel_sizes": study.kernels,
+                "n_conv_per_stage": [2] * stages,
+                "n_conv_per_stage_decoder": [2] * (stages - 1),
+            }
+            settings = {"num_epochs": study.epochs, "num_iterations_per_epoch": study.steps}
+            settings |= {"num_val_iterations_per_epoch": 5, "save_every": 1}
+            overrides = {"batch_size": 2, "patch_size": study.patch, "architecture": architecture}
+            add_configuration(self.plans, "small", "3d_fullres", settings, overrides)
+
+    def finish(self) -> None:
+        """Train, predict the queries and score them, each step only if it is not done yet."""
+        number, fold = self.study.dataset[7:10], self.model / "fold_0"
+        if not (fold / "validation" / "summary.json").exists():
+            trained = (fold / "checkpoint_final.pth").exists()
+            resume = ["--val"] if trained else ["--c"] if (fold / "checkpoint_latest.pth").exists() else []
+            words = [number, "small", "0", "-tr", "StockTrainer", "-device", device(), *resume]
+            self.call("train", [str(Path(sys.executable).with_name("nnUNetv2_train")), *words])
+        if not (self.predictions / "done").exists():
+            words = ["-i", str(self.queries / "images"), "-o", str(self.predictions), "-d", number, "-c", "small"]
+            words += ["-tr", "StockTrainer", "-f", "0", "--disable_tta", "-device", device(), "-npp", "1", "-nps", "1"]
+            self.call("predict", [str(Path(sys.executable).with_name("nnUNetv2_predict")), *words])
+            (self.predictions / "done").touch()
+        scores = self.work / self.study.name / "base_scores"
+        if not (scores / "summary.json").exists():
+            words = ["evaluate", str(self.raw / "labelsTs"), str(self.predictions), "-o", str(scores), "-np", "1"]
+            self.call("evaluate", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
+
+    def base_dice(self) -> dict[str, float]:
+        """Mean Dice of every base structure over the queries."""
+        summary = json.loads((self.work / self.study.name / "base_scores" / "summary.json").read_text())
+        names = {str(v): k for k, v in json.loads((self.raw / "dataset.json").read_text())["labels"].items()}
+        return {names[label]: float(scores["Dice"]) for label, scores in summary["mean"].items()}
+
+    def call(self, log: str, words: list[str]) -> None:
+        """Run a command with its output in a log of the study."""
+        file = self.work / self.study.name / f"{log}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            code = subprocess.run(
+                words, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment
+            ).returncode
+        if code:
+            raise RuntimeError(f"{log} failed with exit code {code}, see {file}")
+
+
+def device() -> str:
+    """What nnU-Net's commands run on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("-o", dest="work", type=Path, required=True)
+    parser.add_argument("--only", choices=[study.name for study in STUDIES])
+    parser.add_argument("--stage", choices=("data", "base", "all"), default="all")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name() if device() == "cuda" else "no GPU"
+    (args.work / "machine.txt").write_text(
+        f"{os.cpu_count()} cores of {platform.machine()}, {gpu}, torch {torch.__version__}"
+    )
+    for study in STUDIES:
+        if args.only in (None, study.name):
+            base = Base(study, args.data, args.work)
+            base.prepare()
+            if args.stage != "data":
+                base.finish()
+                print(study.name, "base Dice", base.base_dice(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
