@@ -23,7 +23,7 @@ from nnunet_calib.data.images import choose_reader, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_npz
 from nnunet_calib.posthoc import load_calibrator
 from nnunet_calib.posthoc.base import FILE_NAME, Calibrator
-from nnunet_calib.posthoc.model import check_same_model, identify
+from nnunet_calib.data.model import check_same_model, identify
 from nnunet_calib.posthoc.sample import decide, open_probabilities
 
 _SLAB = 1 << 18  # probabilities calibrated at once: all that is made of them stays in the processor's cache

@@ -12,7 +12,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader
 from nnunet_calib.data.plans import preprocessed_folder
-from nnunet_calib.posthoc.model import fold_folders, identify
+from nnunet_calib.data.model import fold_folders, identify
 
 
 @dataclass(frozen=True)

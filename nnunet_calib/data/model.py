@@ -1,4 +1,4 @@
-"""Which model probabilities come from, as far as their folder tells: a calibrator fits one model only."""
+"""Which model something comes from, as far as its folder tells: what is fitted to a model fits that one only."""
 
 import hashlib
 import json
@@ -39,8 +39,7 @@ def identify(folder: Path, dataset: Dataset) -> dict[str, Any]:
         plans = folder / "plans.json"
     if plans is not None:
         content = read_json(plans)
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        found |= {"dataset": content.get("dataset_name"), "plans": hashlib.sha256(canonical.encode()).hexdigest()}
+        found |= {"dataset": content.get("dataset_name"), "plans": json_sha256(content)}
     inside = folder.resolve()
     model = inside if fold_folders(inside) else inside.parent.parent
     folds = fold_folders(model)
@@ -51,7 +50,7 @@ def identify(folder: Path, dataset: Dataset) -> dict[str, Any]:
     if named := re.fullmatch(r"(.+?)__(.+)__(.+?)", model.name):
         found |= {"trainer": named[1], "plans_name": named[2], "configuration": named[3]}
     checkpoints = {number: path / _CHECKPOINT for number, path in folds.items()}
-    return found | {"checkpoints": {n: _sha256(path) for n, path in checkpoints.items() if path.is_file()}}
+    return found | {"checkpoints": {n: file_sha256(path) for n, path in checkpoints.items() if path.is_file()}}
 
 
 def check_same_model(fitted: Mapping[str, Any], given: Mapping[str, Any], calibrator: Path, folder: Path) -> None:
@@ -71,6 +70,20 @@ def check_same_model(fitted: Mapping[str, Any], given: Mapping[str, Any], calibr
             raise _other_model(calibrator, folder, f"another checkpoint of fold {fold}")
 
 
+def json_sha256(content: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys and its layout on file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while part := stream.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _other_model(calibrator: Path, folder: Path, what: str) -> InputError:
     return InputError(
         f"{calibrator} was fitted to another model than {folder} is of ({what}); fit one to this model, or pass "
@@ -80,11 +93,3 @@ def _other_model(calibrator: Path, folder: Path, what: str) -> InputError:
 
 def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while part := stream.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
