@@ -5,12 +5,15 @@
 DATASET_FOLDER is ``Dataset004_Hippocampus`` in nnU-Net raw format with ``labelsTs``. All trainings have the same
 number of steps, but for those fine-tuned from the finished stock network: these are to be compared with stock
 fine-tuned as long. Unattended and resumable: what
-is finished in WORK is not done again. ``--table`` writes the tables of all finished runs into a document. A second
-run of a row is a training of its own: nnU-Net's are not seeded.
+is finished in WORK is not done again. Finished rows are kept in ``docs/results/hippocampus.json``, and those of a new
+WORK added to the old: the same route trained again is a further run, for nnU-Net's trainings are not seeded.
+``--table`` writes the tables of all that is kept into a document; without DATASET_FOLDER and WORK nothing is added.
 """
 
 import argparse
 import fnmatch
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -19,17 +22,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import numpy as np
 import torch
+from kept import FOLDER, day, machines, measured, number, put, read_rows, run_of, write_between, write_rows
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
 from nnunet_calib.metrics.intervals import percentile_interval, resampled_means
+from nnunet_calib.training.settings import DICE_WEIGHT, DICE_WEIGHT_OF
+
+KEPT = FOLDER / "hippocampus.json"
 
 EPOCHS, STEPS = 8, 250
 PATCH = [32, 40, 32]  # of images of about 36 x 50 x 35; half the voxels of the planned patch, for CPUs
@@ -71,6 +77,21 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.trainer}__{self.configuration}"
+
+    @property
+    def route_name(self) -> str:
+        """The name of its first run."""
+        return self.name.partition("_run")[0]
+
+    @property
+    def start(self) -> "Run | None":
+        """The finished training of stock that it goes on from."""
+        return next((run for run in runs() if run.name == f"StockTrainer__{self.after}"), None)
+
+    @property
+    def control(self) -> str:
+        """Configuration of the stock training that is as long."""
+        return "refine" if self.after == "full" else "full"
 
 
 def runs() -> list[Run]:
@@ -171,6 +192,14 @@ class Bench:
     def model(self, row: Run) -> Path:
         return self.results / self.dataset.name / f"{row.trainer}__nnUNetPlans__{row.configuration}"
 
+    def fingerprint(self, row: Run) -> str:
+        """What tells a training from others of the same row."""
+        checkpoint = self.model(row) / "fold_0" / "checkpoint_final.pth"
+        return hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
+
+    def is_scored(self, row: Run) -> bool:
+        return (self.work / "scores" / row.name / "summary.json").exists()
+
     def finish(self, row: Run) -> None:
         """Train, predict and score one row, each step only if it is not done yet."""
         fold = self.model(row) / "fold_0"
@@ -187,7 +216,7 @@ class Bench:
             self.nnunet(f"predict_{row.name}", "nnUNetv2_predict", PREDICT, words)
             (predictions / "done").touch()
         scores = self.work / "scores" / row.name
-        if not (scores / "summary.json").exists():
+        if not self.is_scored(row):
             words = ["evaluate", str(self.dataset / "labelsTs"), str(predictions), "-o", str(scores), "-np", "1"]
             self.call(f"evaluate_{row.name}", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
 
@@ -209,12 +238,15 @@ def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
     """Run the rows, each after the one it starts from; one that fails does not end the others."""
     starts = {row.after for row in rows}
     finished = {row.configuration: Event() for row in rows if row.configuration in starts}
+    one_writes = Lock()
 
     def one(row: Run) -> bool:
         if row.after in finished:
             finished[row.after].wait()
         try:
             bench.finish(row)
+            with one_writes:
+                keep(bench, row)
             print(f"done   {row.name}", flush=True)
             return True
         except RuntimeError as error:
@@ -228,81 +260,165 @@ def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
         return list(pool.map(one, rows)).count(False)
 
 
-def tables(bench: Bench, rows: list[Run]) -> str:
-    """Markdown: every scored row, and its paired difference to stock of the same length."""
-    summaries = {}
-    for row in rows:
-        file = bench.work / "scores" / row.name / "summary.json"
-        if file.exists():
-            summaries[row.name] = json.loads(file.read_text())
+def keep(bench: Bench, row: Run, file: Path = KEPT) -> str:
+    """Keep a scored row: in place of the same training's, or as a further run of its route; its name there."""
+    rows = read_rows(file)
+    network = bench.fingerprint(row)
+    same = [kept["name"] for kept in rows if kept["training"] == network]
+    taken = {kept["name"] for kept in rows}
+    further = (f"{row.route_name}_run{number}" for number in itertools.count(2))
+    name = same[0] if same else next(name for name in itertools.chain([row.name], further) if name not in taken)
+    scores = bench.work / "scores" / row.name / "summary.json"
+    summary = json.loads(scores.read_text())
+    put(
+        rows,
+        {
+            "name": name,
+            "loss": row.trainer.removesuffix("Trainer"),
+            "route": row.route,
+            "run": run_of(name),
+            "control": row.control,
+            "settings": row.settings,
+            "training": network,
+            "start": bench.fingerprint(row.start) if row.start else None,
+            "date": day(scores),
+            "machine": bench.machine.read_text().strip(),
+            "means": means(summary),
+            "cases": per_case(summary),
+        },
+        ("name",),
+    )
+    write_rows(file, rows)
+    return name
+
+
+def means(summary: dict) -> dict[str, float | str]:
+    """What the first table shows."""
+    scored = {"DSC": summary["foreground_mean"]["Dice"], "HD95 mm": summary["foreground_mean"]["HD95"]}
+    for region, measures in summary["calibration_mean"].items():
+        scored |= {f"{measure} {region}": measures[measure] for measure in MEASURES}
+    return {name: number(value) for name, value in scored.items()}
+
+
+def per_case(summary: dict) -> dict[str, list]:
+    """What the paired differences need: Dice (mean over structures) and calibration, by case."""
+    cases = sorted(summary["metric_per_case"], key=lambda case: case["case"])
+    found: dict[str, list] = {"case": [case["case"] for case in cases]}
+    found["DSC"] = [number(np.mean([float(s["Dice"]) for s in case["metrics"].values()])) for case in cases]
+    for column in PAIRED[1:]:
+        measure, region = column.split()
+        found[column] = [number(case["calibration"][region][measure]) for case in cases]
+    return found
+
+
+def tables(rows: list[dict]) -> str:
+    """Markdown: every kept row, its paired difference to stock of the same length, and means by Dice weight."""
     columns = [f"{measure} {region}" for region in REGIONS for measure in MEASURES]
-    lines = [f"| loss | route | run | DSC | HD95 mm | {' | '.join(columns)} |", "|---" * (5 + len(columns)) + "|"]
-    differences = [
-        "| loss | route | run | DSC | NLL foreground | ECE foreground | ECE volume |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    first = [f"| loss | route | run | on | DSC | HD95 mm | {' | '.join(columns)} |", "|---" * (6 + len(columns)) + "|"]
+    second = [f"| loss | route | run | minus stock | {' | '.join(PAIRED)} |", "|---" * (4 + len(PAIRED)) + "|"]
+    letters = machines(rows)
     for row in rows:
-        if row.name not in summaries:
-            continue
-        summary = summaries[row.name]
-        run = row.configuration.partition("_run")[2] or "1"
-        head = f"| {row.trainer.removesuffix('Trainer')} | {row.route} | {run} |"
-        mean, calibration = summary["foreground_mean"], summary["calibration_mean"]
-        cells = [f"{float(mean['Dice']):.3f}", f"{float(mean['HD95']):.2f}"]
-        cells += [f"{float(calibration[region][measure]):.4f}" for region in REGIONS for measure in MEASURES]
-        lines.append(f"{head} {' | '.join(cells)} |")
-        stock = "StockTrainer__" + ("refine" if row.after == "full" else "full_run2" if run == "2" else "full")
-        if stock in summaries and row.trainer != "StockTrainer":
-            differences.append(f"{head} {' | '.join(paired_differences(summary, summaries[stock]))} |")
-    return "\n".join(lines) + "\n\n" + "\n".join(differences)
+        head, shown = f"| {row['loss']} | {row['route']} | {row['run']} |", row["means"]
+        cells = [letters[row["machine"]], f"{float(shown['DSC']):.3f}", f"{float(shown['HD95 mm']):.2f}"]
+        cells += [f"{float(shown[column]):.4f}" for column in columns]
+        first.append(f"{head} {' | '.join(cells)} |")
+        if row["loss"] != "Stock" and (cells := differences(row, rows)):
+            second.append(f"{head} {' | '.join(cells)} |")
+    return "\n\n".join("\n".join(lines) for lines in (first, second, by_dice_weight(rows)))
 
 
-def paired_differences(summary: dict, stock: dict) -> list[str]:
-    """Mean difference over the cases with its 95 % bootstrap interval."""
-    values = per_case(summary) - per_case(stock)
+def differences(row: dict, rows: list[dict]) -> list[str]:
+    """What a row is compared with, and its mean differences over the cases with 95 % bootstrap intervals.
+
+    Trainings are not paired, only cases are: run 3 has no more to do with run 3 of stock than with run 1. So a row is
+    compared, case by case, with the mean of all stock runs. Where it goes on from a finished stock network, the chance
+    of that training is in both, and only stock that goes on from the same network will do.
+
+    Without values by case only the means are compared, and there is no interval. Rows whose values by case are lost
+    keep the differences that they had.
+    """
+    if kept := row.get("differences"):
+        return [f"run {kept['run']}", *(interval(*kept[column]) for column in PAIRED)]
+    stock = runs_of(rows, f"StockTrainer__{row['control']}")
+    same_start = [other for other in stock if row["control"] != "refine" or other["start"] == row["start"]]
+    paired = [other for other in same_start if (other["cases"] or {}).get("case") == row["cases"]["case"]]
+    if not paired:
+        told = [f"{float(row['means'][c]) - mean_of(stock, c):+.4f}" for c in PAIRED] if stock else []
+        return [f"mean of {len(stock)}, unpaired", *told] if told else []
+    values = by_case(row) - np.mean([by_case(other) for other in paired], axis=0)
     resampled = resampled_means(values)
-    cells = []
+    cells = [f"mean of {len(paired)}" if len(paired) > 1 else f"run {paired[0]['run']}"]
     for column, mean in enumerate(values.mean(axis=0)):
-        low, high = percentile_interval(resampled[:, column])
-        cells.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        cells.append(interval(mean, *percentile_interval(resampled[:, column])))
     return cells
 
 
-def per_case(summary: dict) -> np.ndarray:
-    """Dice (mean over structures), NLL and ECE of the foreground, ECE of the volume, one row a case."""
-    return np.array(
-        [
-            [
-                np.mean([float(scores["Dice"]) for scores in case["metrics"].values()]),
-                float(case["calibration"]["foreground"]["NLL"]),
-                float(case["calibration"]["foreground"]["ECE"]),
-                float(case["calibration"]["volume"]["ECE"]),
-            ]
-            for case in sorted(summary["metric_per_case"], key=lambda case: case["case"])
-        ]
-    )
+def runs_of(rows: list[dict], name: str) -> list[dict]:
+    """All runs of a route of a trainer."""
+    return [row for row in rows if row["name"].partition("_run")[0] == name]
+
+
+def by_case(row: dict) -> np.ndarray:
+    """(cases, ``PAIRED``)."""
+    return np.array([row["cases"][column] for column in PAIRED], dtype=np.float64).T
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def mean_of(rows: list[dict], column: str) -> float:
+    return float(np.mean([float(row["means"][column]) for row in rows]))
+
+
+def by_dice_weight(rows: list[dict]) -> list[str]:
+    """Markdown: losses that begin at ``SHARE`` minus the mean of all stock runs, by weight; defaults in bold."""
+    stock = runs_of(rows, "StockTrainer__full")
+    switched = [row for row in rows if row["settings"].get("calibrate_from") == SHARE]
+    losses = list(dict.fromkeys(row["loss"] for row in switched))
+    lines = [f"| Dice weight | minus stock | {' | '.join(losses)} |", "|---" * (2 + len(losses)) + "|"]
+    for weight in sorted({row["settings"]["dice_weight"] for row in switched}):
+        for column in ("DSC", "ECE foreground", "NLL foreground"):
+            cells = []
+            for loss in losses:
+                own = [r for r in switched if (r["loss"], r["settings"]["dice_weight"]) == (loss, weight)]
+                away = [float(row["means"][column]) - mean_of(stock, column) for row in own]
+                digits = 3 if column != "NLL foreground" else 2
+                told = f"{np.mean(away):+.{digits}f}" if own else "not run"
+                if len(own) > 1:
+                    told += f" ({', '.join(f'{value:+.{digits}f}' for value in away)})"
+                default = DICE_WEIGHT_OF.get(loss.lower(), DICE_WEIGHT) == weight
+                cells.append(f"**{told}**" if default and own else told)
+            lines.append(f"| {weight:g} | {column} | {' | '.join(cells)} |")
+    return lines
 
 
 REGIONS = ("volume", "reference_foreground", "foreground")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
+PAIRED = ("DSC", "NLL foreground", "ECE foreground", "ECE volume")
 MARKS = ("<!-- tables of scripts/experiment_hippocampus.py -->", "<!-- end of tables -->")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("-o", dest="work", type=Path, required=True)
+    parser.add_argument("dataset", type=Path, nargs="?")
+    parser.add_argument("-o", dest="work", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (CPU: one thread each)")
     parser.add_argument("--only", default="*", help="rows TRAINER__CONFIGURATION to run, a shell pattern")
     parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bench, rows = Bench(args.dataset, args.work, device, args.jobs), runs()
+    if (args.dataset is None) != (args.work is None) or not (args.work or args.table):
+        parser.error("DATASET_FOLDER and -o WORK go together; only --table can do without them")
+    rows = runs()
+    if args.work:
+        bench = Bench(args.dataset, args.work, "cuda" if torch.cuda.is_available() else "cpu", args.jobs)
     if args.table:
-        head = f"{date.today()}; {bench.machine.read_text().strip()}; {EPOCHS} x {STEPS} steps, patch {PATCH}, batch 2"
-        before, _, rest = args.table.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        write_whole(args.table, f"{before}{MARKS[0]}\n{head}\n\n{tables(bench, rows)}\n{MARKS[1]}{after}")
+        for row in rows if args.work else []:
+            if bench.is_scored(row):
+                keep(bench, row)
+        kept = read_rows(KEPT)
+        how = f"; {EPOCHS} x {STEPS} steps, patch {PATCH}, batch 2"
+        write_between(args.table, MARKS, f"{measured(kept, how)}\n\n{tables(kept)}")
         return 0
     if not shutil.which("nnUNetv2_train", path=str(Path(sys.executable).parent)):
         sys.exit("nnUNetv2_train is not beside this Python; pip install nnunet-calib here")

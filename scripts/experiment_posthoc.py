@@ -5,26 +5,26 @@
 WORK is that of ``scripts/experiment_hippocampus.py``: its networks and their predictions of the test cases are used,
 and nothing of it is changed; all that is new goes to ``WORK/posthoc``. That experiment validated a few cases of fold 0
 only, to save time, but trained on none of them: all are predicted here and fitted on. Unattended and resumable.
-``--table`` writes the tables of what is finished into a document.
+Finished rows are kept in ``docs/results/posthoc.json``, and those of a new WORK added to the old; ``--table`` writes
+the tables of all that is kept into a document, and without DATASET_FOLDER and WORK adds nothing.
 """
 
 import argparse
 import contextlib
 import fnmatch
 import json
-import platform
 import sys
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 from experiment_hippocampus import PREDICT, Bench, Run, runs
+from experiment_hippocampus import keep as keep_network
+from kept import FOLDER, day, machines, measured, number, put, read_rows, run_of, write_between, write_rows
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_calib.cli.main import main as nnunet_calib
-from nnunet_calib.data.files import write_whole
 from nnunet_calib.posthoc import CALIBRATORS
 
 ROWS = ("StockTrainer__full", "MbLSTrainer__switch_dice0p6", "MEEPTrainer__switch_dice0p6")
@@ -34,6 +34,7 @@ TEMPERATURE = (
     "*Trainer__switch_dice0p6",
     "*Trainer__switch_dice1",
 )
+KEPT = FOLDER / "posthoc.json"
 RAW, AUTO = "none", "auto"
 ON = " on "  # method, then the region it is fitted to if that is not the volume
 FOREGROUND = f"temperature{ON}foreground"
@@ -123,6 +124,40 @@ class Afterwards:
         before, after = self.bench.work / "predictions" / row.name, self.places(row, method)[1]
         return sum(int(np.count_nonzero(labels(file) != labels(before / file.name))) for file in after.glob("*.nii.gz"))
 
+    def keep(self, row: Run, method: str, file: Path = KEPT) -> None:
+        """Keep what is finished of a method and a network, under the name that the network's own row is kept by."""
+        fitted, summary = self.fitted(row, method), self.summary(row, method)
+        made = self.places(row, method)[0] / "calibrator.json" if method == AUTO else None
+        made = made or self.places(row, method)[2] / "summary.json"
+        if not made.exists():
+            return
+        kept = {
+            "network": keep_network(self.bench, row),
+            "method": method,
+            "loss": row.trainer.removesuffix("Trainer"),
+            "route": row.route,
+            "date": day(made),
+            "machine": self.bench.machine.read_text().strip(),
+        }
+        if method == AUTO:
+            kept["choice"] = fitted["choice"]
+        else:
+            kept["temperature"] = [number(value) for value in np.atleast_1d(fitted.get("temperature", []))]
+            kept["changed"] = None if method == RAW else self.changed(row, method)
+            kept["means"] = means(summary or {})
+        rows = read_rows(file)
+        put(rows, kept, ("network", "method"))
+        write_rows(file, rows)
+
+
+def means(summary: dict) -> dict[str, float | str]:
+    """What the tables show."""
+    scored = {"DSC": number(summary["foreground_mean"]["Dice"])}
+    for region in REGIONS:
+        for measure in MEASURES:
+            scored[f"{measure} {region}"] = number(summary["calibration_mean"][region][measure])
+    return scored
+
 
 def labels(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
@@ -134,6 +169,7 @@ def run_all(afterwards: Afterwards, work: list[tuple[Run, str]]) -> int:
     for row, method in work:
         try:
             afterwards.finish(row, method)
+            afterwards.keep(row, method)
             print(f"done   {row.name} {method}", flush=True)
         except RuntimeError as error:
             failed += 1
@@ -141,63 +177,60 @@ def run_all(afterwards: Afterwards, work: list[tuple[Run, str]]) -> int:
     return failed
 
 
-def method_table(afterwards: Afterwards, row: Run) -> list[str]:
+def tables(rows: list[dict]) -> str:
+    """Markdown: all methods of the networks that have some, then every network with a temperature."""
+    networks: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        networks.setdefault(row["network"], {})[row["method"]] = row
+    letters = machines(rows)
+    chosen = [network for name, network in networks.items() if name.partition("_run")[0] in ROWS or len(network) > 2]
+    parts = [method_table(network, letters) for network in chosen if RAW in network]
+    parts.append(temperature_table([network for network in networks.values() if {RAW, "temperature"} <= set(network)]))
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def method_table(network: dict[str, dict], letters: dict[str, str]) -> list[str]:
     """Markdown: one network, every method and region."""
     columns = [f"{measure} {region}" for region in REGIONS for measure in MEASURES]
     lines = [
-        f"**{title(row)}**",
+        f"**{network[RAW]['loss']}, {network[RAW]['route']}, run {run_of(network[RAW]['network'])}**",
         "",
-        f"| method | temperature | voxels changed | DSC | {' | '.join(columns)} |",
-        "|---" * (4 + len(columns)) + "|",
+        f"| method | on | temperature | voxels changed | DSC | {' | '.join(columns)} |",
+        "|---" * (5 + len(columns)) + "|",
     ]
     for method in (RAW, *CALIBRATORS, FOREGROUND):
-        if (summary := afterwards.summary(row, method)) is None:
-            continue
-        changed = "" if method == RAW else str(afterwards.changed(row, method))
-        dice = f"{float(summary['foreground_mean']['Dice']):.3f}"
-        cells = [temperature(afterwards.fitted(row, method)), changed, dice]
-        cells += [f"{float(summary['calibration_mean'][part][name]):.4f}" for part in REGIONS for name in MEASURES]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    if choice := afterwards.fitted(row, AUTO).get("choice"):
-        lines += ["", f"`auto`: {choice}."]
+        if row := network.get(method):
+            changed = "" if row["changed"] is None else str(row["changed"])
+            cells = [letters[row["machine"]], temperature(row), changed, f"{row['means']['DSC']:.3f}"]
+            cells += [f"{float(row['means'][column]):.4f}" for column in columns]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    if auto := network.get(AUTO):
+        lines += ["", f"`auto`: {auto['choice']}."]
     return lines
 
 
-def temperature_table(afterwards: Afterwards, rows: list[Run]) -> list[str]:
-    """Markdown: every network that has a temperature, before and after."""
-    head = [f"{name} {region}" for region in SHOWN for name in ("ECE", "NLL")]
-    columns = [*head, *(f"{name} with T" for name in head)]
-    lines = [f"| loss | route | T | DSC | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
-    for row in rows:
-        before, after = (afterwards.summary(row, method) for method in (RAW, "temperature"))
-        if before is None or after is None:
-            continue
-        cells = [temperature(afterwards.fitted(row, "temperature")), f"{float(before['foreground_mean']['Dice']):.3f}"]
-        for summary in (before, after):
-            mean = summary["calibration_mean"]
-            cells += [f"{float(mean[region][name]):.4f}" for region in SHOWN for name in ("ECE", "NLL")]
-        lines.append(f"| {row.trainer.removesuffix('Trainer')} | {row.route} | {' | '.join(cells)} |")
+def temperature_table(networks: list[dict[str, dict]]) -> list[str]:
+    """Markdown: networks before and after one temperature."""
+    columns = [f"{measure} {region}" for region in SHOWN for measure in ("ECE", "NLL")]
+    heads = [*columns, *(f"{column} with T" for column in columns)]
+    lines = [f"| loss | route | run | T | DSC | {' | '.join(heads)} |", "|---" * (5 + len(heads)) + "|"]
+    for network in networks:
+        before, after = network[RAW], network["temperature"]
+        cells = [str(run_of(before["network"])), temperature(after), f"{before['means']['DSC']:.3f}"]
+        cells += [f"{float(row['means'][column]):.4f}" for row in (before, after) for column in columns]
+        lines.append(f"| {before['loss']} | {before['route']} | {' | '.join(cells)} |")
     return lines
 
 
-def temperature(fitted: dict) -> str:
+def temperature(row: dict) -> str:
     """The temperatures of a calibrator; empty if it has none."""
-    return ", ".join(f"{value:.2f}" for value in np.atleast_1d(fitted.get("temperature", [])))
-
-
-def title(row: Run) -> str:
-    return f"{row.trainer.removesuffix('Trainer')}, {row.route}"
-
-
-def tables(afterwards: Afterwards, chosen: list[Run], rows: list[Run]) -> str:
-    parts = ["\n".join(method_table(afterwards, row)) for row in chosen if afterwards.summary(row, RAW)]
-    return "\n\n".join([*parts, "\n".join(temperature_table(afterwards, rows))])
+    return ", ".join(f"{value:.2f}" for value in row["temperature"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("-o", dest="work", type=Path, required=True, help="folder of the finished experiment")
+    parser.add_argument("dataset", type=Path, nargs="?")
+    parser.add_argument("-o", dest="work", type=Path, help="folder of the finished experiment")
     parser.add_argument("--rows", nargs="+", default=ROWS, help="TRAINER__CONFIGURATION that get every method")
     parser.add_argument(
         "--temperature", nargs="*", default=TEMPERATURE, help="shell patterns of rows that get a temperature only"
@@ -205,24 +238,28 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=CALIBRATORS, default=list(CALIBRATORS))
     parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
     args = parser.parse_args()
-    bench = Bench(args.dataset, args.work.resolve(), "cuda" if torch.cuda.is_available() else "cpu", jobs=2)
-    afterwards = Afterwards(bench)
-    predicted = [row for row in runs() if (bench.work / "predictions" / row.name / "done").exists()]
-    by_name = {row.name: row for row in predicted}
-    if unknown := [name for name in args.rows if name not in by_name]:
-        sys.exit(f"{unknown[0]} has no predictions in {args.work}; it has {', '.join(by_name)}")
-    chosen = [by_name[name] for name in args.rows]
+    if (args.dataset is None) != (args.work is None) or not (args.work or args.table):
+        parser.error("DATASET_FOLDER and -o WORK go together; only --table can do without them")
+    finished: list[Run] = []
+    if args.work:
+        bench = Bench(args.dataset, args.work.resolve(), "cuda" if torch.cuda.is_available() else "cpu", jobs=2)
+        afterwards = Afterwards(bench)
+        finished = [row for row in runs() if bench.is_scored(row)]
     if args.table:
-        head = f"{date.today()}; {bench.machine.read_text().strip()}, Python {platform.python_version()}"
-        before, _, rest = args.table.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        text = f"{MARKS[0]}\n{head}\n\n{tables(afterwards, chosen, predicted)}\n{MARKS[1]}"
-        write_whole(args.table, before + text + after)
+        for row in finished:
+            for method in (RAW, *CALIBRATORS, FOREGROUND, AUTO):
+                afterwards.keep(row, method)
+        rows = read_rows(KEPT)
+        write_between(args.table, MARKS, f"{measured(rows)}\n\n{tables(rows)}")
         return 0
+    by_name = {row.name: row for row in finished}
+    if unknown := [name for name in args.rows if name not in by_name]:
+        sys.exit(f"{unknown[0]} is not finished in {args.work}; there is {', '.join(by_name)}")
+    chosen = [by_name[name] for name in args.rows]
     afterwards.prepare()
     slow = [method for method in args.methods if CALIBRATORS[method].margin]
     fast = [method for method in args.methods if method not in slow]
-    others = [row for row in predicted if any(fnmatch.fnmatch(row.name, pattern) for pattern in args.temperature)]
+    others = [row for row in finished if any(fnmatch.fnmatch(row.name, pattern) for pattern in args.temperature)]
     work = [(row, method) for row in chosen for method in (RAW, *fast, FOREGROUND, AUTO)]
     work += [(row, method) for row in others if row not in chosen for method in (RAW, "temperature")]
     work += [(row, method) for method in slow for row in chosen]

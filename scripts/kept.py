@@ -1,0 +1,68 @@
+"""Finished rows of the experiments, kept in committed JSON files: the folders they were made in get lost.
+
+A file holds ``rows``, a line each, in the order in which they came. Tables are written from it.
+"""
+
+import json
+import math
+from datetime import date
+from pathlib import Path
+
+from nnunet_calib.data.files import write_whole
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+
+def read_rows(file: Path) -> list[dict]:
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    write_whole(file, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def put(rows: list[dict], row: dict, identity: tuple[str, ...]) -> None:
+    """Put a row in the place of the one with the same values of these keys, or at the end."""
+    same = [i for i, other in enumerate(rows) if all(other[key] == row[key] for key in identity)]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
+
+
+def number(value: float | str, digits: int = 6) -> float | str:
+    """As JSON has it, rounded; what is no finite number as a word."""
+    value = float(value)
+    return round(value, digits) if math.isfinite(value) else str(value)
+
+
+def run_of(name: str) -> int:
+    """Which run of its route a row is."""
+    return int(name.partition("_run")[2] or 1)
+
+
+def day(file: Path) -> str:
+    """When a file was written."""
+    return date.fromtimestamp(file.stat().st_mtime).isoformat()
+
+
+def machines(rows: list[dict]) -> dict[str, str]:
+    """A letter for each machine."""
+    return {machine: chr(ord("a") + i) for i, machine in enumerate(dict.fromkeys(row["machine"] for row in rows))}
+
+
+def measured(rows: list[dict], how: str = "") -> str:
+    """When and where, a line for each machine: its letter, the dates and what it is."""
+    lines = []
+    for machine, letter in machines(rows).items():
+        days = sorted({row["date"] for row in rows if row["machine"] == machine})
+        lines.append(f"- {letter}: {' to '.join(dict.fromkeys((days[0], days[-1])))}; {machine}{how}")
+    return "\n".join(lines)
+
+
+def write_between(document: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between the marks of a document."""
+    before, _, rest = document.read_text().partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    write_whole(document, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
