@@ -27,7 +27,7 @@ def test_no_case_supports_itself():
 
 
 def test_one_case_is_too_few_for_the_papers_protocol():
-    with pytest.raises(UsageError, match="two cases or more"):
+    with pytest.raises(UsageError, match="needs two cases, not 1"):
         paper_episodes(["a"])
 
 
