@@ -32,8 +32,8 @@ def novel_scores(
         counted: bool (*S), the voxels that are scored; all if None. Others are outside the structure in both maps.
 
     Returns:
-        ``Dice``, ``HD95`` (mm) and, for the two classes (novel, all else), ``ECE``, ``Brier`` (sum over both, in [0, 2])
-        and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and segmentation); with the
+        ``Dice``, ``HD95`` (mm) and, for the two classes (novel, all else), ``ECE``, ``Brier`` (sum over both, in
+        [0, 2]) and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and segmentation); with the
         definitions and empty cases of `nnunet_calib.metrics`.
     """
     segmentation = probability > 0.5 if segmentation is None else segmentation
@@ -71,8 +71,8 @@ def summarise(records: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> li
         groups: keys whose values tell the groups apart.
 
     Returns:
-        For each group its keys, ``pairs``, the mean of every number (NaN left out, infinite kept), ``Dice_worst_tenth``,
-        ``HD95_median`` and ``missed``: pairs without any overlap.
+        For each group its keys, ``pairs``, the mean of every number (NaN left out, infinite kept),
+        ``Dice_worst_tenth``, ``HD95_median`` and ``missed``: pairs without any overlap.
     """
     rows: dict[tuple, list[Mapping[str, Any]]] = {}
     for record in records:
