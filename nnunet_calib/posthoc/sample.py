@@ -20,6 +20,7 @@ from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.images import LabelImage, check_same_geometry, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile
+from nnunet_calib.data.strata import draw
 from nnunet_calib.metrics import BOUNDARY_MM, bin_index, near_surface
 from nnunet_calib.posthoc.base import log_probabilities
 
@@ -171,34 +172,6 @@ def class_index(labels: np.ndarray, dataset: Dataset) -> np.ndarray:
     return table[:, labels] if dataset.has_regions else table.argmax(axis=0)[labels]
 
 
-def draw(
-    stratum: np.ndarray, valid: np.ndarray | None, voxels: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the same number of voxels from each stratum, without replacement; small strata are taken whole.
-
-    Args:
-        stratum: small non-negative integers, any shape.
-        valid: bool of that shape, voxels that may be drawn; all if None.
-        voxels: to draw in total, about; all if there are fewer.
-        rng: decides which.
-
-    Returns:
-        Indices into the flat array, int64 ascending, and weights float64: of a stratum, its voxels by those drawn.
-    """
-    flat = stratum.reshape(-1)
-    inside = None if valid is None else valid.reshape(-1)
-    sizes = np.bincount(flat if inside is None else flat[inside])
-    shares = _equal_shares(sizes, voxels)
-    drawn, weights = [], []
-    for s in np.flatnonzero(shares):
-        members = np.flatnonzero(flat == s) if inside is None else np.flatnonzero((flat == s) & inside)
-        drawn.append(rng.choice(members, shares[s], replace=False, shuffle=False))
-        weights.append(np.full(shares[s], sizes[s] / shares[s]))
-    index = np.concatenate(drawn)
-    order = np.argsort(index)
-    return index[order], np.concatenate(weights)[order]
-
-
 def confidence_shares(probabilities: np.ndarray, *, multilabel: bool) -> np.ndarray:
     """Shares of voxels by confidence: the largest probability; region models: max(p, 1 - p) of every region.
 
@@ -229,16 +202,6 @@ def confidences_of(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWr
     shown = _predicted_foreground(prediction.labels, rng)
     seen = np.stack([channel.reshape(-1)[shown] for channel in stored.channels()])
     return confidence_shares(seen, multilabel=dataset.has_regions)
-
-
-def _equal_shares(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Integers up to ``sizes`` that add up to ``total`` or all there is: equal, but for those that cannot be."""
-    shares = np.zeros_like(sizes)
-    left = min(total, int(sizes.sum()))
-    for done, s in enumerate(order := np.argsort(sizes, kind="stable")):
-        shares[s] = min(int(sizes[s]), -(-left // (len(order) - done)))
-        left -= int(shares[s])
-    return shares
 
 
 def _nearness(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:

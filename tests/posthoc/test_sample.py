@@ -7,8 +7,9 @@ from nnunet_calib.data.cases import pair_cases
 from nnunet_calib.data.dataset import read_dataset
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.images import choose_reader
+from nnunet_calib.data.strata import draw
 from nnunet_calib.metrics import BOUNDARY_MM, near_surface
-from nnunet_calib.posthoc.sample import draw, sample_case
+from nnunet_calib.posthoc.sample import sample_case
 
 from ..folders import Folders, write_labels
 from .folders import SHAPE, predictions, region_predictions, too_sure

@@ -1,0 +1,10 @@
+"""Heads: what turns the features of a voxel into the log odds of a novel structure. One file each, one interface."""
+
+from nnunet_calib.fewshot.heads.base import Head
+from nnunet_calib.fewshot.heads.linear import LinearHead
+from nnunet_calib.fewshot.heads.prototype import PrototypeHead
+
+HEADS: dict[str, type[Head]] = {head.key: head for head in (LinearHead, PrototypeHead)}
+"""Key to class, the default first; the keys are the names used in commands, files and tables."""
+
+__all__ = ["HEADS", "Head", "LinearHead", "PrototypeHead"]

@@ -1,0 +1,151 @@
+"""Linear head: logistic regression on features and position, a head for each chunk shrunk to the one for all.
+
+    s(v) = sum_i a_i(v) [w_i . f(v) + g_i(u(v)) + b_i],    g_i(u) = q_i . (u, u^2)
+    theta   = argmin  NLL(theta)                 + 1/2 ridge |theta|^2             all voxels
+    theta_i = argmin  NLL of the voxels of chunk i + 1/2 chunk_ridge |theta_i - theta|^2
+
+theta = (w, q, b), in coordinates where each term has mean 0 and variance 1 over the fit. Chunks where no support has
+the structure keep theta, and the log odds of its absence (``base.absence``). The NLL is weighted so that every support
+counts the same and the structure has at least a given share; the natural shares are put back into b.
+
+With one chunk it is the linear probe of few-shot fine-tuning; Silva-Rodriguez et al., Towards foundation models and
+few-shot parameter-efficient fine-tuning for volumetric organ segmentation, MedIA 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nnunet_calib.fewshot.heads.base import (
+    Head,
+    absence,
+    balanced,
+    check_sample,
+    chunks_with,
+    log_odds,
+    natural_share,
+)
+from nnunet_calib.fewshot.logistic import fit_logistic
+
+RIDGE = 1e-4
+CHUNK_RIDGE = 1e-3
+FOREGROUND = 0.1
+"""Smallest share of the structure in the fit: natural shares of small organs end in an empty prediction."""
+
+_POSITION_TERMS = 6
+_INTERCEPT_RIDGE = 1e-8  # only to keep the minimum unique
+
+
+class LinearHead(Head):
+    """One linear head for each chunk where a support has the structure, and one for all other chunks.
+
+    Args:
+        projections: float32 (R, F), w of each.
+        position_terms: float32 (R, 6), q of each; 0 without position.
+        bias: float32 (R,).
+        row: int64 (n,), which of the R each chunk uses.
+        offset: float32 (n,), log odds of absence.
+    """
+
+    key = "linear"
+
+    def __init__(self, projections: Tensor, position_terms: Tensor, bias: Tensor, row: Tensor, offset: Tensor):
+        heads, chunks = len(projections), len(row)
+        if (position_terms.shape, bias.shape, offset.shape) != ((heads, _POSITION_TERMS), (heads,), (chunks,)):
+            raise ValueError("parts of a linear head that do not fit")
+        if not 0 <= int(row.min()) <= int(row.max()) < heads:
+            raise ValueError("chunks that use heads that are not there")
+        self.projections, self.position_terms, self.bias = projections.float(), position_terms.float(), bias.float()
+        self.row, self.offset = row.long(), offset.float()
+
+    @classmethod
+    def fit(
+        cls,
+        features: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        position: Tensor,
+        chunk: Tensor,
+        support: Tensor,
+        *,
+        ridge: float = RIDGE,
+        chunk_ridge: float = CHUNK_RIDGE,
+        foreground: float = FOREGROUND,
+        with_position: bool = True,
+    ) -> LinearHead:
+        """As ``Head.fit``.
+
+        Args:
+            features: as there.
+            target: as there.
+            weight: as there.
+            position: as there.
+            chunk: as there.
+            support: as there.
+            ridge: of the head for all chunks.
+            chunk_ridge: of what a chunk's head differs from it.
+            foreground: smallest share of the structure in the fit.
+            with_position: use u and u^2.
+        """
+        check_sample(features, target, weight, position, chunk, support)
+        w = balanced(target, weight, support, foreground)
+        terms = position_terms(position) if with_position else features.new_zeros(len(features), _POSITION_TERMS)
+        x = torch.cat([features.float(), terms.to(features.device)], dim=1)
+        mean, spread = _moments(x, w)
+        x = torch.cat([(x - mean) / spread, x.new_ones(len(x), 1)], dim=1)
+
+        penalty = torch.full((x.shape[1],), ridge, dtype=torch.float64, device=x.device)
+        penalty[-1] = _INTERCEPT_RIDGE
+        shared = fit_logistic(x, target, w, penalty)
+        counts = chunks_with(target, chunk, support)
+        own = counts.nonzero()[:, 0].tolist() if chunk.shape[1] > 1 else []
+        heads = [] if len(own) == chunk.shape[1] else [shared]
+        member = chunk.argmax(dim=1)
+        for i in own:
+            inside = (member == i).nonzero()[:, 0]
+            heads.append(
+                fit_logistic(x[inside], target[inside], w[inside], torch.full_like(penalty, chunk_ridge), shared)
+            )
+        row = torch.zeros(chunk.shape[1], dtype=torch.long)
+        row[own] = torch.arange(len(heads) - len(own), len(heads))
+
+        theta = torch.stack(heads)
+        slopes = theta[:, :-1] / spread.double()
+        bias = theta[:, -1] - slopes @ mean.double()
+        bias += log_odds(natural_share(target, weight)) - log_odds(float(w[target].sum()))
+        cut = features.shape[1]
+        offset = absence(counts, len(support.unique()))
+        return cls(slopes[:, :cut], slopes[:, cut:], bias, row.to(x.device), offset.to(x.device))
+
+    def logit(self, projected: Tensor, position: Tensor, chunk: Tensor) -> Tensor:
+        """As ``Head.logit``."""
+        of_heads = projected + position_terms(position).to(projected) @ self.position_terms.T + self.bias
+        return (chunk.to(projected) * (of_heads[:, self.row] + self.offset)).sum(dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        """As ``Head.state``."""
+        names = ("projections", "position_terms", "bias", "row", "offset")
+        return {name: getattr(self, name).cpu().contiguous() for name in names}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> LinearHead:
+        """As ``Head.from_state``."""
+        return cls(*(state[name] for name in ("projections", "position_terms", "bias", "row", "offset")))
+
+
+def position_terms(position: Tensor) -> Tensor:
+    """(u, u^2), (N, 6); beyond the extent of the task they stay as at its end, for a parabola would run away."""
+    u = position.clamp(0, 1)
+    return torch.cat([u, u**2], dim=1)
+
+
+def _moments(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean and standard deviation (D,) of the columns; 1 for a column that does not vary."""
+    share = w.to(x.dtype)
+    mean = share @ x
+    variance = (share @ (x - mean) ** 2).clamp_min(0)
+    constant = variance <= 1e-10 * (1 + mean**2)
+    return mean, torch.where(constant, torch.ones_like(variance), variance).sqrt()
