@@ -33,8 +33,8 @@ def novel_scores(
 
     Returns:
         ``Dice``, ``HD95`` (mm) and, for the two classes (novel, all else), ``ECE``, ``Brier`` (sum over both, in
-        [0, 2]) and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and segmentation); with the
-        definitions and empty cases of `nnunet_calib.metrics`.
+        [0, 2]) and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and
+        segmentation); with the definitions and empty cases of `nnunet_calib.metrics`.
     """
     segmentation = probability > 0.5 if segmentation is None else segmentation
     counted = np.ones(reference.shape, dtype=bool) if counted is None else counted
