@@ -2,7 +2,7 @@
 
 import itertools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,12 @@ def evaluate_case(
     statistics: dict[str, metrics.CalibrationStatistics] = {}
     notes: list[str] = []
     stored = None if files.probabilities is None else ProbabilityFile(files.probabilities)
+    passes: Sequence[Iterator[np.ndarray]] = ()
     if stored is not None:
-        statistics, notes = _calibration(stored, dataset, reference, prediction, valid, protocol, calibration)
+        stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
+        passes = _passes(stored, calibration, 2 if protocol.nacl else 1)
+        statistics, decided = _statistics(passes[0], dataset, reference, prediction, valid, protocol)
+        notes = _notes(decided, prediction.labels, stored, calibration is not None)
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
         "case": files.name,
@@ -78,9 +82,11 @@ def evaluate_case(
         "notes": notes,
     }
     if protocol.nacl:
-        channels = None if stored is None else _channels(stored, calibration)
         record["nacl"] = nacl_scores(
-            _without_ignored(reference.labels, valid), _without_ignored(prediction.labels, valid), dataset, channels
+            _without_ignored(reference.labels, valid),
+            _without_ignored(prediction.labels, valid),
+            dataset,
+            passes[1] if passes else None,
         )
     return CaseResult(record, statistics)
 
@@ -134,18 +140,22 @@ def _backend(protocol: Protocol) -> str:
     return "auto" if protocol.device == "cpu" else "torch"
 
 
-def _calibration(
-    stored: ProbabilityFile,
+def _passes(stored: ProbabilityFile, calibration: Calibration | None, number: int) -> Sequence[Iterator[np.ndarray]]:
+    """The channels, so many times over: read anew each time, but calibrated only once."""
+    if calibration is None:
+        return [stored.channels() for _ in range(number)]
+    return itertools.tee(calibration(stored), number)
+
+
+def _statistics(
+    channels: Iterator[np.ndarray],
     dataset: Dataset,
     reference: LabelImage,
     prediction: LabelImage,
     valid: np.ndarray | None,
     protocol: Protocol,
-    calibration: Calibration | None,
-) -> tuple[dict[str, metrics.CalibrationStatistics], list[str]]:
-    """Calibration statistics by region, and what a reader of the record should know about the probabilities."""
-    stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
-    channels = _channels(stored, calibration)
+) -> tuple[dict[str, metrics.CalibrationStatistics], np.ndarray]:
+    """Calibration statistics by region, and the segmentation that the probabilities decide for."""
     if dataset.region_order is not None:
         decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
         channels = _deciding(channels, dataset.region_order, decided)
@@ -163,15 +173,13 @@ def _calibration(
     )
     if top is not None:
         decided = np.array(dataset.labels, dtype=np.uint16)[top]
-    notes = [
-        _disagreement(decided, prediction.labels, stored, calibration is not None),
-        _TAILS if stored.dtype == np.float16 else None,
-    ]
-    return statistics, [note for note in notes if note]
+    return statistics, decided
 
 
-def _channels(stored: ProbabilityFile, calibration: Calibration | None) -> Iterator[np.ndarray]:
-    return stored.channels() if calibration is None else calibration(stored)
+def _notes(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile, calibrated: bool) -> list[str]:
+    """What a reader of the record should know about the probabilities."""
+    notes = [_disagreement(decided, predicted, stored, calibrated), _TAILS if stored.dtype == np.float16 else None]
+    return [note for note in notes if note]
 
 
 def _regions(

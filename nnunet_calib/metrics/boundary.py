@@ -1,6 +1,6 @@
 """The surface of a structure as a mask, and what lies near the surfaces of a label map."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -13,7 +13,15 @@ _ROUNDING = 1e-6  # mm; file headers keep the spacing in float32, which must not
 
 def surface(mask: np.ndarray) -> np.ndarray:
     """Surface voxels of a bool mask (same shape): inside, with a face neighbour outside or beyond the image edge."""
-    return mask & _has_different_neighbour(mask)
+    return mask & differs_from_neighbour(mask, edges=range(mask.ndim))
+
+
+def surface_of_any(labels: np.ndarray) -> np.ndarray:
+    """Surface voxels of all structures of a label map (0 is background), bool of its shape.
+
+    Along an axis of one voxel a structure has no extent, so no surface either.
+    """
+    return (labels != 0) & differs_from_neighbour(labels, edges=extended_axes(labels.shape))
 
 
 def near_surface(labels: np.ndarray, spacing: Sequence[float], within: float) -> np.ndarray:
@@ -39,20 +47,22 @@ def near_surface(labels: np.ndarray, spacing: Sequence[float], within: float) ->
     crop = labels[box]
     axes = extended_axes(labels.shape)
     flat = crop.reshape([crop.shape[axis] for axis in axes])
-    away = ~((flat != 0) & _has_different_neighbour(flat))
+    away = ~((flat != 0) & differs_from_neighbour(flat, edges=range(flat.ndim)))
     distance = ndimage.distance_transform_edt(away, sampling=[spacing[axis] for axis in axes])
     near[box] = distance.reshape(crop.shape) <= within + _ROUNDING
     return near
 
 
-def _has_different_neighbour(labels: np.ndarray) -> np.ndarray:
-    """True where a face neighbour holds another value; at the image edge, always."""
+def differs_from_neighbour(labels: np.ndarray, edges: Iterable[int] = ()) -> np.ndarray:
+    """True where a face neighbour holds another value, and at the image edge of some axes; bool of that shape."""
     different = np.zeros(labels.shape, dtype=bool)
     for axis in range(labels.ndim):
         view, out = np.moveaxis(labels, axis, 0), np.moveaxis(different, axis, 0)
         step = view[1:] != view[:-1]
         out[1:] |= step
         out[:-1] |= step
+    for axis in edges:
+        out = np.moveaxis(different, axis, 0)
         out[:1] = out[-1:] = True
     return different
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import read_json
-from nnunet_calib.posthoc.base import FILE_NAME, Calibrator, log_probabilities
+from nnunet_calib.posthoc.base import Calibrator, file_of, log_probabilities
 from nnunet_calib.posthoc.classwise import ClasswiseTemperature
 from nnunet_calib.posthoc.dirichlet import DirichletCalibration
 from nnunet_calib.posthoc.ensemble import EnsembleTemperature
@@ -40,7 +40,7 @@ def load_calibrator(path: str | Path) -> Calibrator:
     Raises:
         InputError: the file cannot be read or is not a calibrator.
     """
-    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    file = file_of(path)
     method = read_json(file).get("method")
     if method not in CALIBRATORS:
         raise InputError(f"{file}: not a calibrator of this package (method {method!r}); fit it again")

@@ -20,10 +20,10 @@ from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, re
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader, read_labels
+from nnunet_calib.data.model import check_same_model, identify
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_npz
 from nnunet_calib.posthoc import load_calibrator
-from nnunet_calib.posthoc.base import FILE_NAME, Calibrator
-from nnunet_calib.data.model import check_same_model, identify
+from nnunet_calib.posthoc.base import Calibrator, file_of
 from nnunet_calib.posthoc.sample import decide, open_probabilities
 
 _SLAB = 1 << 18  # probabilities calibrated at once: all that is made of them stays in the processor's cache
@@ -107,8 +107,7 @@ def open_calibration(
     Raises:
         InputError: files that cannot be used, a calibrator of other classes or of another model.
     """
-    file, found = Path(calibrator_file), Path(dataset_json)
-    file = file / FILE_NAME if file.is_dir() else file
+    file, found = file_of(calibrator_file), Path(dataset_json)
     calibrator, dataset = load_calibrator(file), read_dataset(found, Path(plans) if plans else None)
     if calibrator.multilabel != dataset.has_regions or calibrator.channels != len(dataset.channels):
         raise InputError(f"{file}: fitted to {calibrator.channels} {_kind(calibrator.multilabel)}, but {found} has "

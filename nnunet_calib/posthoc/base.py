@@ -51,6 +51,16 @@ def log_probabilities(
     return logits
 
 
+def probabilities(log_probabilities: np.ndarray, *, multilabel: bool = False) -> np.ndarray:
+    """The way back from ``log_probabilities``: softmax over the first axis; ``multilabel``: sigmoid."""
+    return np.exp(-np.logaddexp(0, -log_probabilities)) if multilabel else softmax(log_probabilities)
+
+
+def file_of(path: str | Path) -> Path:
+    """The file of a calibrator: the path itself, or ``calibrator.json`` in that folder."""
+    return Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+
+
 def log_softmax(z: np.ndarray) -> np.ndarray:
     """Log of the softmax over the first axis."""
     shifted = z - z.max(axis=0)
@@ -62,6 +72,23 @@ def softmax(z: np.ndarray) -> np.ndarray:
     p = np.exp(z - z.max(axis=0))
     p /= p.sum(axis=0)
     return p
+
+
+def voxel_weights(shape: tuple[int, ...], valid: np.ndarray | None, weights: np.ndarray | None) -> np.ndarray:
+    """What each voxel counts, float64 of that shape, 0 where it is not valid.
+
+    Raises:
+        ValueError: other shapes, impossible weights, or no voxel that counts.
+    """
+    w = np.ones(shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    if w.shape != shape or (valid is not None and np.shape(valid) != shape):
+        raise ValueError(f"valid and weights must have the shape {shape} of the voxels")
+    if not (np.isfinite(w).all() and (w >= 0).all()):
+        raise ValueError("weights must be finite and not negative")
+    w = w if valid is None else np.where(valid, w, 0)
+    if not w.any():
+        raise ValueError("no voxel to fit on")
+    return w
 
 
 class Calibrator(ABC):
@@ -153,7 +180,7 @@ class Calibrator(ABC):
         Returns:
             The file.
         """
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        file = file_of(path)
         write_whole(file, json.dumps(self.state() | dict(record or {}), indent=1) + "\n")
         return file
 
@@ -179,7 +206,7 @@ class Calibrator(ABC):
         Raises:
             InputError: the file cannot be read, or is not one of this method.
         """
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        file = file_of(path)
         content = read_json(file)
         try:
             if content["method"] != cls.key or content["format"] != _FORMAT:
@@ -225,14 +252,8 @@ class Calibrator(ABC):
         shape = z.shape[1:]
         if target.shape != (z.shape if self.multilabel else shape):
             raise ValueError(f"target {target.shape} does not fit log_probabilities {z.shape}")
-        w = np.ones(shape) if weights is None else np.asarray(weights, dtype=np.float64)
-        if w.shape != shape or (valid is not None and np.shape(valid) != shape):
-            raise ValueError(f"valid and weights must have the shape {shape} of the voxels")
-        if not (np.isfinite(w).all() and (w >= 0).all()):
-            raise ValueError("weights must be finite and not negative")
-        counts = (w > 0) if valid is None else (w > 0) & np.asarray(valid, dtype=bool)
-        if not counts.any():
-            raise ValueError("no voxel to fit on")
+        w = voxel_weights(shape, valid, weights)
+        counts = w > 0
         z, w = z[:, counts].astype(np.float64), w[counts]
         if not np.isfinite(z).all():
             raise ValueError("log_probabilities must be finite; clip probabilities first (log_probabilities does)")

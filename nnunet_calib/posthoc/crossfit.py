@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
 from nnunet_calib.metrics.intervals import Bootstrap
 from nnunet_calib.posthoc import CALIBRATORS
-from nnunet_calib.posthoc.base import Calibrator, log_probabilities, softmax
+from nnunet_calib.posthoc.base import Calibrator, log_probabilities, probabilities
 from nnunet_calib.posthoc.sample import REGIONS, CaseSample
 
 NONE = "none"
@@ -83,7 +83,7 @@ def cross_fit(
             z = samples[i].log_probabilities(multilabel=multilabel)
             for name, calibrator in fitted.items():
                 if calibrator is None:
-                    p = _uncalibrated(z, multilabel)
+                    p = probabilities(z, multilabel=multilabel)
                 else:
                     p = apply_around(calibrator, samples[i]) if calibrator.margin else calibrator.apply(z)
                 for r, part in enumerate(REGIONS):
@@ -120,10 +120,6 @@ def choose(table: Mapping[str, Mapping[str, Mapping[str, Any]]], region: str) ->
     if table[chosen][region]["gain"][NONE]["low"] <= 0:
         reason += "; with other cases it could be no gain at all"
     return chosen, reason
-
-
-def _uncalibrated(z: np.ndarray, multilabel: bool) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -z)) if multilabel else softmax(z)
 
 
 def _estimates(p: np.ndarray, sample: CaseSample, inside: np.ndarray, multilabel: bool) -> list[float]:

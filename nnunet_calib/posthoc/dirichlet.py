@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
-from nnunet_calib.posthoc.likelihood import curvature, minimise, note_absent, present_classes, residual_and_nll
-
-_RIDGE = 1e-6  # on the diagonal: it stays finite where no prediction errs
+from nnunet_calib.posthoc.likelihood import RIDGE, fit_linear, note_absent, present_classes
 
 
 class DirichletCalibration(VoxelwiseCalibrator):
@@ -44,28 +42,16 @@ class DirichletCalibration(VoxelwiseCalibrator):
 
     def _estimate(self, z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, Any]:
         classes = len(z)
+        theta = np.eye(classes, classes + 1)
         z, y, there = present_classes(z, y)
         note_absent(self, there)
         k = len(z)
-        identity = np.hstack([np.eye(k), np.zeros((k, 1))])
         penalty = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
         penalty[:, k] = self.intercept / k
-        np.fill_diagonal(penalty, _RIDGE)
-
-        features = np.vstack([z, np.ones_like(z[:1])])
-
-        def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            away = theta - identity
-            residual, nll = residual_and_nll(theta @ features, y, w)
-            return nll + float((penalty * np.square(away)).sum()), residual @ features.T + 2 * penalty * away
-
-        fitted = identity
-        if k > 1:
-            fitted = minimise(objective, identity, curvature(softmax(z), features, w, np.maximum(penalty, _RIDGE)))
-        matrix, offset = np.eye(classes), np.zeros(classes)
-        matrix[np.ix_(there, there)] = fitted[:, :k]
-        offset[there] = fitted[:, k] - fitted[:, k].mean()  # their common part changes no probability
-        return {"matrix": matrix.tolist(), "offset": offset.tolist()}
+        np.fill_diagonal(penalty, RIDGE)
+        place = np.ix_(there, [*there, classes])
+        theta[place] = fit_linear(np.vstack([z, np.ones_like(z[:1])]), theta[place], penalty, y, w)
+        return {"matrix": theta[:, :-1].tolist(), "offset": theta[:, -1].tolist()}
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         matrix, offset = (np.asarray(parameters[name], dtype=np.float64) for name in self._names())

@@ -1,16 +1,58 @@
-"""What the methods with many parameters share: the NLL's gradient, its minimum, and classes without a voxel."""
+"""What the methods with many parameters share: logits that are linear in them, and classes without a voxel.
+
+    p_r = softmax over r of theta_r . x_r,    minimising NLL + sum penalty (theta - start)^2
+
+The NLL is convex in theta. One column of theta, the last, is an offset; the common part of the offsets changes no
+probability.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import minimize
 
-from nnunet_calib.posthoc.base import Calibrator, log_softmax
+from nnunet_calib.posthoc.base import Calibrator, log_softmax, softmax
+
+RIDGE = 1e-6
+"""Penalty that only decides where the data do not: classes that never err stay finite."""
 
 _MAX_STEPS = 1000
 
 
-def residual_and_nll(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
+def fit_linear(
+    features: np.ndarray, start: np.ndarray, penalty: np.ndarray, y: np.ndarray, w: np.ndarray
+) -> np.ndarray:
+    """Theta of smallest NLL and penalty.
+
+    Args:
+        features: x (K, N), the same for each class, or (R, K, N); the last of K is 1.
+        start: (R, K), theta that leaves probabilities as they are.
+        penalty: (R, K), not negative.
+        y: classes (N,).
+        w: weights (N,) of sum 1.
+
+    Returns:
+        (R, K), the offsets, its last column, without their mean; the start for one class alone.
+    """
+    if len(start) == 1:
+        return start
+    own = features.ndim == 3
+
+    def logits(theta: np.ndarray) -> np.ndarray:
+        return np.matmul(theta[:, None], features)[:, 0] if own else theta @ features
+
+    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        away = theta - start
+        residual, nll = _residual_and_nll(logits(theta), y, w)
+        gradient = np.matmul(features, residual[..., None])[..., 0] if own else residual @ features.T
+        return nll + float((penalty * np.square(away)).sum()), gradient + 2 * penalty * away
+
+    theta = _minimise(objective, start, _curvature(softmax(logits(start)), features, w, np.maximum(penalty, RIDGE)))
+    theta[:, -1] -= theta[:, -1].mean()
+    return theta
+
+
+def _residual_and_nll(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
     """Gradient w (p - onehot(y)) of the weighted NLL of logits (C, N) by the logits, and the NLL."""
     voxels = np.arange(y.size)
     log_p = log_softmax(z)
@@ -21,7 +63,7 @@ def residual_and_nll(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.nd
     return p, nll
 
 
-def minimise(
+def _minimise(
     objective: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, curvature: np.ndarray
 ) -> np.ndarray:
     """Where a convex function is smallest.
@@ -45,7 +87,7 @@ def minimise(
     return np.einsum("rk,rkj->rj", found.reshape(start.shape), unit)
 
 
-def curvature(p: np.ndarray, features: np.ndarray, w: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+def _curvature(p: np.ndarray, features: np.ndarray, w: np.ndarray, penalty: np.ndarray) -> np.ndarray:
     """Second derivatives of NLL + penalty * theta^2 by theta_r, for logits theta_r . features.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_calib.posthoc.base import Calibrator, softmax
+from nnunet_calib.posthoc.base import Calibrator, probabilities, voxel_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,8 +90,7 @@ class LocalTemperature(Calibrator):
         z, target = np.asarray(log_probabilities), np.asarray(target)
         self._voxels(z, target, valid, weights)  # for its checks
         inputs = self._inputs(z, image)
-        w = np.ones(z.shape[1:]) if weights is None else np.asarray(weights, dtype=np.float64)
-        w = w if valid is None else np.where(valid, w, 0)
+        w = voxel_weights(z.shape[1:], valid, weights)
         patches, seen = (_patches_first(torch.from_numpy(np.asarray(a, dtype=np.float32))) for a in (z, inputs))
         truth = torch.from_numpy(target.astype(np.float32 if self.multilabel else np.int64))
         truth = _patches_first(truth if self.multilabel else truth[None])
@@ -122,7 +121,7 @@ class LocalTemperature(Calibrator):
             ValueError: not fitted, or fitted to another number of channels.
         """
         z = np.asarray(log_probabilities, dtype=np.float64) / self.temperature_map(log_probabilities, image)
-        return np.exp(-np.logaddexp(0, -z)) if self.multilabel else softmax(z)
+        return probabilities(z, multilabel=self.multilabel)
 
     def _check_works(self) -> None:
         self.image_channels = int(self.parameters[0]["image_channels"])

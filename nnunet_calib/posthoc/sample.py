@@ -22,6 +22,7 @@ from nnunet_calib.data.images import LabelImage, check_same_geometry, read_label
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.data.strata import draw
 from nnunet_calib.metrics import BOUNDARY_MM, bin_index, near_surface
+from nnunet_calib.metrics.boundary import differs_from_neighbour, surface_of_any
 from nnunet_calib.posthoc.base import log_probabilities
 
 VOXELS = 10_000
@@ -206,8 +207,8 @@ def confidences_of(files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWr
 
 def _nearness(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """uint16: 0 at a border of either label map or where they differ, 1 near such a voxel, 2 elsewhere."""
-    border = _changes(reference)
-    border |= _changes(prediction)
+    border = differs_from_neighbour(reference)
+    border |= differs_from_neighbour(prediction)
     border |= reference != prediction
     near = border.copy()
     for _ in range(_NEAR):
@@ -221,28 +222,6 @@ def _nearness(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     stratum[near] = 1
     stratum[border] = 0
     return stratum
-
-
-def _changes(labels: np.ndarray) -> np.ndarray:
-    """True where a face neighbour has another label."""
-    changes = np.zeros(labels.shape, dtype=bool)
-    for axis in range(labels.ndim):
-        view, out = np.moveaxis(labels, axis, 0), np.moveaxis(changes, axis, 0)
-        step = view[1:] != view[:-1]
-        out[1:] |= step
-        out[:-1] |= step
-    return changes
-
-
-def _surface(labels: np.ndarray) -> np.ndarray:
-    """Surface voxels of the foreground, bool; beyond the edge of the image is outside."""
-    at_surface = _changes(labels)
-    for axis, length in enumerate(labels.shape):
-        if length > 1:
-            edge = np.moveaxis(at_surface, axis, 0)
-            edge[0] = edge[-1] = True
-    at_surface &= labels != 0
-    return at_surface
 
 
 def _close_to(labels: np.ndarray, coordinates: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
@@ -259,7 +238,7 @@ def _close_to(labels: np.ndarray, coordinates: np.ndarray, spacing: Sequence[flo
     offsets = np.indices([2 * r + 1 for r in reach]).reshape(3, -1) - np.array(reach)[:, None]
     distance = np.sqrt(np.square(offsets * np.asarray(spacing)[:, None]).sum(axis=0))
     offsets = offsets[:, distance <= BOUNDARY_MM + _ROUNDING]
-    padded = np.pad(_surface(labels), [(r, r + _PATCH) for r in reach])
+    padded = np.pad(surface_of_any(labels), [(r, r + _PATCH) for r in reach])
     strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
     centres, flat = strides @ (coordinates + np.array(reach)[:, None]), padded.reshape(-1)
     close = np.zeros(centres.size, dtype=bool)

@@ -21,7 +21,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader
 from nnunet_calib.posthoc import load_calibrator
-from nnunet_calib.posthoc.base import FILE_NAME
+from nnunet_calib.posthoc.base import file_of
 from nnunet_calib.posthoc.sample import CONFIDENCE_BINS, confidences_of
 
 USUAL_LIMIT = 0.25
@@ -88,8 +88,7 @@ def check_folder(
         UsageError: folders that make no sense.
         InputError: files that cannot be used, or a calibrator whose file does not know its cases' confidences.
     """
-    file, predictions = Path(calibrator_file), Path(predictions)
-    file = file / FILE_NAME if file.is_dir() else file
+    file, predictions = file_of(calibrator_file), Path(predictions)
     if not predictions.is_dir():
         raise UsageError(f"{predictions} is not a folder")
     calibrator = load_calibrator(file)

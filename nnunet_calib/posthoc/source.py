@@ -11,8 +11,8 @@ from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, re
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader
-from nnunet_calib.data.plans import preprocessed_folder
 from nnunet_calib.data.model import fold_folders, identify
+from nnunet_calib.data.plans import preprocessed_folder
 
 
 @dataclass(frozen=True)

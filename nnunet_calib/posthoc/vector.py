@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
-from nnunet_calib.posthoc.likelihood import curvature, minimise, note_absent, present_classes, residual_and_nll
-
-_RIDGE = 1e-6
+from nnunet_calib.posthoc.likelihood import RIDGE, fit_linear, note_absent, present_classes
 
 
 class VectorScaling(VoxelwiseCalibrator):
@@ -31,26 +29,12 @@ class VectorScaling(VoxelwiseCalibrator):
         return ("slope", "offset")
 
     def _estimate(self, z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, Any]:
-        classes = len(z)
+        theta = np.tile([1.0, 0.0], (len(z), 1))
         z, y, there = present_classes(z, y)
         note_absent(self, there)
         features = np.stack([z, np.ones_like(z)], axis=1)
-        identity = np.array([[1.0, 0.0]] * len(z))
-
-        def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            away = theta - identity
-            residual, nll = residual_and_nll(theta[:, :1] * z + theta[:, 1:], y, w)
-            gradient = np.einsum("cn,ckn->ck", residual, features)
-            return nll + _RIDGE * float(np.square(away).sum()), gradient + 2 * _RIDGE * away
-
-        fitted = identity
-        if len(z) > 1:
-            start = curvature(softmax(z), features, w, np.full(identity.shape, _RIDGE))
-            fitted = minimise(objective, identity, start)
-        slope, offset = np.ones(classes), np.zeros(classes)
-        slope[there] = fitted[:, 0]
-        offset[there] = fitted[:, 1] - fitted[:, 1].mean()  # their common part changes no probability
-        return {"slope": slope.tolist(), "offset": offset.tolist()}
+        theta[there] = fit_linear(features, theta[there], np.full((len(z), 2), RIDGE), y, w)
+        return {"slope": theta[:, 0].tolist(), "offset": theta[:, 1].tolist()}
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         slope, offset = (np.asarray(parameters[name], dtype=np.float64)[:, None] for name in self._names())

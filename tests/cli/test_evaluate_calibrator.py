@@ -7,7 +7,7 @@ import pytest
 
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
-from nnunet_calib.posthoc import VectorScaling
+from nnunet_calib.posthoc import VectorScaling, apply
 
 from ..folders import assert_same
 from ..posthoc.folders import predictions, region_predictions
@@ -54,6 +54,22 @@ def test_the_numbers_are_those_of_the_calibrated_files(tmp_path, kind, capsys):
         assert_same(ours[name], theirs[name], rel=1e-6)
     assert ours["protocol"]["calibrator"]["method"] == "temperature"
     assert theirs["protocol"]["calibrator"] is None
+
+
+def test_the_nacl_protocol_scores_calibrated_probabilities_without_calibrating_twice(tmp_path, monkeypatch):
+    made = predictions(tmp_path, 1)
+    file = calibrator(made, temperature=2.0)
+    assert main(["calibrate", "apply", str(file), "-i", str(made.prediction), "-o", str(tmp_path / "calibrated")]) == 0
+    words = ["evaluate", str(made.reference), str(tmp_path / "calibrated"), "-o", str(tmp_path / "theirs")]
+    assert main([*words, "-np", "1", "--protocol", "nacl"]) == 0
+    theirs = json.loads((tmp_path / "theirs" / "summary.json").read_text())["metric_per_case"][0]
+    times = []
+    once = apply.calibrate_file
+    monkeypatch.setattr(apply, "calibrate_file", lambda *given: times.append(1) or once(*given))
+    assert main([*made.words, "-np", "1", "--protocol", "nacl", "--calibrator", str(file)]) == 0
+    ours = made.summary()["metric_per_case"][0]
+    assert_same(ours["nacl"], theirs["nacl"], rel=1e-6)
+    assert len(times) == 1
 
 
 def test_another_calibrator_scores_every_case_again(tmp_path, capsys):
