@@ -10,16 +10,31 @@ Barfoot et al., Average calibration error: a differentiable loss for improved re
 2024; Average calibration losses for reliable uncertainty in medical image segmentation, 2025 (the soft form).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import pad
 
-from nnunet_calib.losses.base import CalibrationLoss, at_target, count, flag, masked_mean, number
+from nnunet_calib.losses.base import CalibrationLoss, count, flag, number
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term
 
 # The authors' upper end, so that rounding leaves no probability outside.
 _UPPER = 1 + torch.finfo(torch.float32).eps
 _LEAST_SOFT_WEIGHT = 0.01
+# Neighbours are mostly of one bin: summed in turn into this many copies, no addition waits for the one before.
+_COPIES = 8
+
+
+class Error(NamedTuple):
+    """The calibration error, and what its slope d/dp is made of in each interval of p; A classes, J intervals."""
+
+    mean: Tensor
+    """Over images and classes."""
+    slope: Tensor
+    """(B, A, J)"""
+    rise: Tensor | None
+    """(B, A, J), of soft bins: what the slope changes by from the lower bin to the upper."""
 
 
 class ACELoss(CalibrationLoss):
@@ -58,48 +73,124 @@ class ACELoss(CalibrationLoss):
         self.ignore_absent_classes = flag("ignore_absent_classes", ignore_absent_classes)
         self.include_background = flag("include_background", include_background)
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        log_p = log_softmax(z, dim=1)
-        # Bin numbers and shares are computed again in the backward pass: kept, they would be several times the logits.
-        error = checkpoint(self._mean_error, log_p, target, valid, use_reentrant=False, preserve_rng_state=False)
-        return {"cross_entropy": masked_mean(-at_target(log_p, target), valid), "calibration_error": error}
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "calibration_error": self.weight}
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return parts["cross_entropy"] + self.weight * parts["calibration_error"]
+    @property
+    def _rate(self) -> float:
+        """Bins in a unit of probability."""
+        return self.bins / _UPPER
 
-    def _mean_error(self, log_p: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-        first = 0 if self.include_background else 1
-        p = log_p[:, first:].exp().flatten(2)
-        classes = torch.arange(first, log_p.shape[1], device=p.device).view(1, -1, 1)
-        member = target.flatten(2) == classes
-        counted = torch.ones_like(p[:, :1]) if valid is None else valid.flatten(2).to(p.dtype)
+    def _terms(self, v: Voxels, shared: Error) -> dict[str, Term]:
+        def slope() -> Tensor:
+            p, gap = self._columns(v)
+            j, share = self._interval(p)
+            each = shared.slope[v.images].gather(2, j.long())
+            if share is not None and shared.rise is not None:
+                each.addcmul_(shared.rise[v.images].gather(2, j.long()), share.add_(gap, alpha=self._rate))
+            if isinstance(v, Regions):  # d/dp of the second class, less that of the first
+                outside, inside = each.split(v.z.shape[1], dim=1) if self.include_background else (0, each)
+                return v.through_softmax((inside - outside) / 2)
+            return v.through_softmax(each if self.include_background else pad(each, (0, 0, 1, 0)))
 
-        gap, weight = self._sums(p, (p - member.to(p.dtype)) * counted, counted)
+        error = shared.mean.expand(v.target.shape)
+        return {"cross_entropy": cross_entropy_term(v), "calibration_error": Term(error, slope)}
+
+    def _shared(self, batch: Batch) -> Error:
+        weight, gap, present = self._sums(batch)
         least = _LEAST_SOFT_WEIGHT if self.soft else 1.0
         filled = weight >= least
-        error = torch.where(filled, gap.abs(), 0) / weight.clamp(min=least)
-        error = error.sum(dim=2) / filled.sum(dim=2).clamp(min=1)
+        regions = batch.target.shape[1]
+        images = filled.unflatten(1, (-1, regions)).any(dim=3).any(dim=1).sum().clamp(min=1)
+        # What a bin's error counts for in the mean.
+        share = 1 / (filled.sum(dim=2, keepdim=True).clamp(min=1) * images * (weight.shape[1] // regions))
         if self.ignore_absent_classes:
-            error = error * (member & (counted > 0)).any(dim=2)
-        images = filled.flatten(1).any(dim=1).sum().clamp(min=1)
-        return error.sum() / (images * error.shape[1])
-
-    def _sums(self, p: Tensor, gap: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of ``gap`` and ``counted`` in each bin, (B, C, bins), for (B, C, N) ``p`` and ``gap``."""
+            share = share * present
+        share = share * filled / weight.clamp(min=least)
+        error = share * gap.abs()
+        # Values and slopes are means over voxels for the base class.
+        slope, fall = share * gap.sign() * batch.voxel_count(), error / weight.clamp(min=least) * batch.voxel_count()
         if not self.soft:
-            edges = torch.linspace(0, _UPPER, self.bins + 1, dtype=p.dtype, device=p.device)
-            k = torch.bucketize(p.detach(), edges[1:])
-            # In float32 a count would stop at 2^24.
-            return self._scatter(k, gap), self._scatter(k, counted.long().expand_as(p)).to(p.dtype)
-        position = (p * (self.bins / _UPPER) - 0.5).clamp(0, self.bins - 1)  # in units of bins, from the first centre
-        k = position.detach().long()
-        share = position - k
-        above = (k + 1).clamp(max=self.bins - 1)
-        return (
-            self._scatter(k, (1 - share) * gap) + self._scatter(above, share * gap),
-            self._scatter(k, (1 - share) * counted) + self._scatter(above, share * counted),
-        )
+            return Error(error.sum().to(batch.dtype), slope.to(batch.dtype), None)
+        lower, upper = _ends_twice(slope)
+        lower_fall, upper_fall = _ends_twice(fall)
+        first = lower - self._rate * (upper_fall - lower_fall)
+        return Error(error.sum().to(batch.dtype), first.to(batch.dtype), (upper - lower).to(batch.dtype))
 
-    def _scatter(self, k: Tensor, values: Tensor) -> Tensor:
-        """Sums of (B, C, N) ``values`` by their bin ``k``."""
-        return values.new_zeros((*values.shape[:2], self.bins)).scatter_add(2, k, values)
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Voxels and their gaps p - [y = c] in each bin, (B, A, bins), and which classes are there, (B, A, 1)."""
+        regions = batch.target.shape[1]
+        classes = 2 * regions if self.multilabel else batch.logits.shape[1]
+        columns = classes if self.include_background else classes - regions
+        shape = (len(batch.logits), columns, self.bins + self.soft)
+        # Voxels and gaps, of soft bins those of the lower bin before those of the upper.
+        sums = batch.logits.new_zeros((4 if self.soft else 2, *shape), dtype=batch.exact)
+        members = batch.logits.new_zeros((*shape[:2], 1), dtype=batch.exact)
+        for v in batch:
+            counted = torch.ones_like(v.z[:, :1]) if v.valid is None else v.valid.to(v.z.dtype)
+            p, gap = self._columns(v)
+            j, share = self._interval(p)
+            if v.valid is not None:
+                gap = gap * counted
+            values = [counted.expand_as(gap), gap]
+            if share is not None:
+                values = [side * value for value in values for side in (1 - share, share)]
+            into = _spread(j, shape[2])
+            for total, value in zip(sums, values, strict=True):
+                total[v.images] += _scatter(into, value, shape[2])
+            members[v.images] += self._members(v, counted, classes)[:, classes - columns :]
+        if not self.soft:
+            return sums[0], sums[1], members > 0
+        return _into_bins(*sums[:2]), _into_bins(*sums[2:]), members > 0
+
+    def _columns(self, v: Voxels) -> tuple[Tensor, Tensor]:
+        """Probabilities p and gaps p - [y = c], (b, A, n); of regions all outsides come before all insides."""
+        p, gap = v.p, v.minus_onehot(v.p)
+        if isinstance(v, Regions) and self.include_background:
+            return torch.cat([(-v.z).sigmoid(), p], dim=1), torch.cat([-gap, gap], dim=1)
+        if isinstance(v, Regions) or self.include_background:
+            return p, gap
+        return p[:, 1:], gap[:, 1:]
+
+    @staticmethod
+    def _members(v: Voxels, counted: Tensor, classes: int) -> Tensor:
+        """Voxels of each class, (b, A, 1), the background included."""
+        if isinstance(v, Regions):
+            return torch.cat([(1 - v.target) * counted, v.target * counted], dim=1).sum(dim=2, keepdim=True)
+        return _scatter(_spread(v.target.int(), classes), counted, classes).transpose(1, 2)
+
+    def _interval(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Number of the bin, int32; of soft bins that of the interval between centres, and the upper bin's share."""
+        if not self.soft:
+            return (p * self._rate).int(), None
+        position = (p * self._rate).add_(0.5)
+        j = position.int()
+        return j, position.sub_(j)
+
+
+def _spread(j: Tensor, intervals: int) -> Tensor:
+    """Numbers ``j`` in the first of `_COPIES` tables of ``intervals`` to those in all of them in turn, int64."""
+    copy = torch.arange(j.shape[2], dtype=j.dtype, device=j.device).remainder_(_COPIES)
+    return (j + intervals * copy).long()
+
+
+def _scatter(into: Tensor, values: Tensor, intervals: int) -> Tensor:
+    """Sums of (b, A, n) ``values`` by interval, (b, A, intervals), for the places ``into`` that `_spread` gives."""
+    sums = values.new_zeros((*values.shape[:2], _COPIES * intervals)).scatter_add_(2, into, values)
+    return sums.unflatten(2, (_COPIES, intervals)).sum(dim=2)
+
+
+def _into_bins(lower: Tensor, upper: Tensor) -> Tensor:
+    """Sums of the K bins, (B, A, K), from the shares of both neighbours of K + 1 intervals.
+
+    Beyond the outer centres there is but one neighbour.
+    """
+    bins = lower[:, :, 1:] + upper[:, :, :-1]
+    bins[:, :, 0] += lower[:, :, 0]
+    bins[:, :, -1] += upper[:, :, -1]
+    return bins
+
+
+def _ends_twice(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (B, A, K) of the bins to those of the lower and of the upper neighbour of the K + 1 intervals."""
+    return torch.cat([values[:, :, :1], values], dim=2), torch.cat([values, values[:, :, -1:]], dim=2)

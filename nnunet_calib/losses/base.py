@@ -1,20 +1,25 @@
-"""What all calibration losses share: float32, the voxels that count, sigmoid regions as two-class problems."""
+"""What all calibration losses share: the voxels that count, value and gradient in one pass, slab by slab."""
 
 import sys
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+
+from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, masked_sum
 
 
-class CalibrationLoss(nn.Module):
+class CalibrationLoss(nn.Module, ABC):
     """Base class of the losses: ``forward(logits, target, valid=None) -> scalar``.
 
-    A subclass writes `_parts`, the terms of its formula by name, and where the loss is not their plain sum, `_total`;
-    or it is a `nnunet_calib.losses.voxelwise.VoxelwiseLoss`.
+    A loss is a weighted sum of means over voxels. A subclass writes `_terms`, each term with its slope in closed form,
+    and `_weights`; what a voxel's term needs to know of the whole batch it finds in `_shared`. The batch is read slab
+    by slab: small enough for a CPU's cache, a few kernels on a GPU. Value and gradient are computed together, so that
+    the backward pass only scales the gradient, the one tensor of the logits' size that is kept, and nothing else of
+    that size is ever in memory.
 
     Computation is in float32 (float64 for float64 logits) with autocast off. Voxels outside ``valid`` change nothing,
     whatever they hold (NaN too), and get a gradient of exactly zero; no valid voxel gives 0 with a graph.
@@ -22,8 +27,11 @@ class CalibrationLoss(nn.Module):
 
     Args:
         multilabel: logits are sigmoid regions. Each region is the two-class problem with logits (0, z), for which
-            softmax is the sigmoid, and the loss is the label form on those ``B * R`` problems.
+            softmax is the sigmoid, and the loss is the label form on those ``B * R`` problems, in z alone.
     """
+
+    in_rows = False
+    """Slabs are rows of the first spatial axis (for losses that look at neighbours), otherwise any run of voxels."""
 
     def __init__(self, *, multilabel: bool = False):
         super().__init__()
@@ -43,24 +51,13 @@ class CalibrationLoss(nn.Module):
         Raises:
             ValueError: a shape or dtype is not the one above.
         """
-        with full_precision(logits.device):
-            return self._total(self.parts(logits, target, valid))
+        return self._means(logits, target, valid, (self._weights(),))[0]
 
     def parts(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Terms of the formula by name, without their weights; arguments and errors as in `forward`."""
-        with full_precision(logits.device):
-            return self._parts(*self._prepare(logits, target, valid))
-
-    def _prepare(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Arguments of `forward` as `_parts` gets them."""
-        check_shapes(logits, target, valid, self.multilabel)
-        z = logits if logits.dtype == torch.float64 else logits.float()
-        if self.multilabel:
-            z, target, valid = _two_class_problems(z, target, valid)
-        if valid is not None:
-            z = torch.where(valid, z, 0)
-            target = torch.where(valid, target, 0)
-        return z, target.long(), valid
+        names = tuple(self._weights())
+        means = self._means(logits, target, valid, tuple({name: 1.0} for name in names))
+        return dict(zip(names, means.unbind(), strict=True))
 
     def observe(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> None:
         """Take note of a validation batch, where a loss has weights that follow the validation data.
@@ -73,55 +70,82 @@ class CalibrationLoss(nn.Module):
         """Set these weights from what was observed since the last call; every process of a group must call it."""
         return None
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        """Terms for logits z (B, C, *S), int64 target (B, 1, *S); both 0 where not valid."""
-        raise NotImplementedError
+    @abstractmethod
+    def _weights(self) -> dict[str, float]:
+        """Weight of each term in the loss."""
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return torch.stack(tuple(parts.values())).sum()
+    @abstractmethod
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        """The terms of the formula in a slab."""
 
+    def _shared(self, batch: Batch) -> Any:
+        """What the terms of every slab need to know of the whole batch."""
+        return None
 
-def at_target(values: Tensor, target: Tensor) -> Tensor:
-    """``values`` of the target class, (B, C, *S) and (B, 1, *S) to (B, 1, *S)."""
-    return values.gather(1, target)
+    def _batch(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> Batch:
+        """The arguments of `forward`, checked."""
+        check_shapes(logits, target, valid, self.multilabel)
+        return Batch(logits, target, valid, self.multilabel, self.in_rows)
 
-
-def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of (B, 1, *S) ``values`` over the valid voxels; 0 with a graph if there is none."""
-    return masked_sum(values, valid) / voxel_count(values, valid)
-
-
-def voxel_count(values: Tensor, valid: Tensor | None) -> Tensor | int:
-    """Number of valid voxels of (B, C, *S) ``values``, at least 1."""
-    return values[:, 0].numel() if valid is None else valid.sum().clamp(min=1)
-
-
-def masked_sum(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Sum of (B, 1, *S) ``values`` over the valid voxels."""
-    return values.sum() if valid is None else torch.where(valid, values, 0).sum()
+    def _means(
+        self, logits: Tensor, target: Tensor, valid: Tensor | None, rows: tuple[dict[str, float], ...]
+    ) -> Tensor:
+        batch = self._batch(logits, target, valid)
+        learning = torch.is_grad_enabled() and logits.requires_grad
+        with full_precision(logits.device):
+            return _WeightedMeans.apply(logits, self, batch, rows, learning)
 
 
-def cross_entropy(z: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over the valid voxels of -log p_y."""
-    return masked_mean(-at_target(log_softmax(z, dim=1), target), valid)
+class _WeightedMeans(torch.autograd.Function):
+    """One weighted sum of the terms' means for each of ``rows``, (K,); the logits' gradients are computed with them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        loss: CalibrationLoss,
+        batch: Batch,
+        rows: tuple[dict[str, float], ...],
+        learning: bool,
+    ) -> Tensor:
+        shared = loss._shared(batch)
+        gradients = [torch.empty_like(batch.logits, dtype=batch.dtype) for _ in rows] if learning else []
+        sums = []
+        for v in batch:
+            terms = loss._terms(v, shared)
+            values = {name: masked_sum(term.values, v.valid) for name, term in terms.items()}
+            sums.append(torch.stack([_weighted_value(values, row) for row in rows]))
+            for row, gradient in zip(rows, gradients, strict=False):
+                gradient[v.images, :, v.rows] = _weighted_slope(terms, row, v.valid)
+        count = batch.voxel_count()
+        ctx.save_for_backward(count, *gradients)
+        ctx.logits = logits.shape, logits.dtype
+        return torch.stack(sums).sum(dim=0) / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
+        count, *gradients = ctx.saved_tensors
+        shape, dtype = ctx.logits
+        first, *others = (scales / count).unbind()
+        total = gradients[0] * first
+        for gradient, scale in zip(gradients[1:], others, strict=True):
+            total.addcmul_(gradient, scale)
+        return total.view(shape).to(dtype), None, None, None, None
 
 
-def sum_over_classes(term: Callable[[int, Tensor], Tensor], values: Tensor) -> Tensor:
-    """``sum_c term(c, values_c)`` with values_c (B, 1, *S), one class in memory at a time.
-
-    The intermediates of a class are computed again in the backward pass instead of being kept: what would be one or
-    more tensors of the logits' size is one of a single class.
-    """
-    terms = [
-        checkpoint(term, c, channel.unsqueeze(1), use_reentrant=False, preserve_rng_state=False)
-        for c, channel in enumerate(values.unbind(1))
-    ]
-    return torch.stack(terms).sum(dim=0)
+def _weighted_value(values: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    return torch.stack([weight * values[name] for name, weight in weights.items()]).sum()
 
 
-def equal(values: Tensor, candidates: Tensor) -> Tensor:
-    """1 where equal, else 0, in the type of ``values``: several times as fast on CPU as a result in bool."""
-    return torch.eq(values, candidates, out=values.new_empty(0))
+def _weighted_slope(terms: dict[str, Term], weights: dict[str, float], valid: Tensor | None) -> Tensor:
+    (name, weight), *others = weights.items()
+    total = terms[name].slope()
+    if weight != 1:
+        total.mul_(weight)
+    for name, weight in others:
+        total.add_(terms[name].slope(), alpha=weight)
+    return total if valid is None else total.mul_(valid.to(total.dtype))
 
 
 def number(name: str, value: float, minimum: float = 0.0, maximum: float = float("inf")) -> float:
@@ -174,14 +198,6 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     """Context without autocast on ``device``."""
     # Autocast would run relu, abs and subtraction in half precision; there is none to switch off on mps.
     return nullcontext() if device.type == "mps" else torch.autocast(device.type, enabled=False)
-
-
-def _two_class_problems(z: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    regions, space = z.shape[1], z.shape[2:]
-    z = z.reshape(-1, 1, *space)
-    if valid is not None:
-        valid = valid.expand(-1, regions, *space).reshape(-1, 1, *space)
-    return torch.cat([torch.zeros_like(z), z], dim=1), target.reshape(-1, 1, *space), valid
 
 
 def check_shapes(logits: Tensor, target: Tensor, valid: Tensor | None, multilabel: bool) -> None:

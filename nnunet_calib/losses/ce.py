@@ -5,10 +5,11 @@ L = mean over voxels of -log p_y
 
 from typing import Any
 
-from nnunet_calib.losses.voxelwise import Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.base import CalibrationLoss
+from nnunet_calib.losses.voxelwise import Term, Voxels, cross_entropy_term
 
 
-class CrossEntropyLoss(VoxelwiseLoss):
+class CrossEntropyLoss(CalibrationLoss):
     """Cross-entropy over the valid voxels."""
 
     def _weights(self) -> dict[str, float]:

@@ -9,23 +9,16 @@ label and another class; E, whose sum runs over i = j too, keeps the other class
 """
 
 import math
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import log_softmax, softplus
 
-from nnunet_calib.losses.base import (
-    CalibrationLoss,
-    at_target,
-    masked_mean,
-    masked_sum,
-    number,
-    sum_over_classes,
-    voxel_count,
-)
+from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, at_target, cross_entropy_term
+
+# A product of more numbers from [1/2, 1] could leave float32.
+_FACTORS = 64
 
 
 class CPCLoss(CalibrationLoss):
@@ -45,63 +38,63 @@ class CPCLoss(CalibrationLoss):
         self.discrimination_weight = number("discrimination_weight", discrimination_weight)
         self.exclusion_weight = number("exclusion_weight", exclusion_weight)
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        # Differences of log p are those of the logits, and log p is kept for the cross-entropy anyway.
-        log_p = log_softmax(z, dim=1)
-        log_p_y = at_target(log_p, target)
-
-        def against_label(c: int, log_p_c: Tensor) -> Tensor:
-            return masked_sum(torch.where(target == c, 0, softplus(log_p_c - log_p_y)), valid)
-
-        others = max(z.shape[1] - 1, 1)
+    def _weights(self) -> dict[str, float]:
         return {
-            "cross_entropy": masked_mean(-log_p_y, valid),
-            "discrimination": sum_over_classes(against_label, log_p) / (voxel_count(target, valid) * others),
-            "exclusion": _exclusion(log_p, target, valid),
+            "cross_entropy": 1.0,
+            "discrimination": self.discrimination_weight,
+            "exclusion": self.exclusion_weight,
         }
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return (
-            parts["cross_entropy"]
-            + self.discrimination_weight * parts["discrimination"]
-            + self.exclusion_weight * parts["exclusion"]
-        )
+    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
+        return {
+            "cross_entropy": cross_entropy_term(v),
+            "discrimination": _discrimination_term(v),
+            "exclusion": _exclusion_term(v),
+        }
 
 
-def _exclusion(z: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-    others = z.shape[1] - 1
-    if others < 2:
-        return z.new_zeros(())
-    pairs = _PairsOfOthers.apply(z, target, valid) / (voxel_count(target, valid) * others * (others - 1))
+def _discrimination_term(v: Voxels) -> Term:
+    if isinstance(v, Regions):  # the pair of the label and the other class is all there is
+        return cross_entropy_term(v)
+    d = v.z - at_target(v.z, v.target)
+    s = d.sigmoid()
+    others = max(v.classes - 1, 1)
+    # The label against itself has added log 2.
+    values = (d.relu_().sum(dim=1, keepdim=True) + _log_of_rest(s) - math.log(2)) / others
+
+    def slope() -> Tensor:  # s_c, and of the label minus their sum
+        return s.scatter_add(1, v.target, -s.sum(dim=1, keepdim=True)).div_(others)
+
+    return Term(values, slope)
+
+
+def _exclusion_term(v: Voxels) -> Term:
+    """Pairs i < j of the other classes: log(1 + e^d) - d / 2 with the slopes s - 1/2 and 1/2 - s, s = sigmoid(d)."""
+    others = v.classes - 1
+    if isinstance(v, Regions) or others < 2:
+        return Term(torch.zeros_like(v.log_p_y), lambda: torch.zeros_like(v.z))
+    # The last class takes the label's place, and its slopes take the way back.
+    z = v.z.scatter(1, v.target, v.z[:, -1:])
+    total, pull = torch.zeros_like(v.log_p_y), torch.zeros_like(z)
+    for i in range(others - 1):
+        d = z[:, i : i + 1] - z[:, i + 1 : others]
+        s = d.sigmoid()
+        pull[:, i : i + 1] += s.sum(dim=1, keepdim=True) - (others - 1 - i) / 2
+        pull[:, i + 1 : others] -= s
+        pull[:, i + 1 : others] += 0.5
+        total += (d.abs_().sum(dim=1, keepdim=True) / 2).add_(_log_of_rest(s))
+    pull[:, -1:] = at_target(pull, v.target)
+    pull.scatter_(1, v.target, 0.0)
+    pairs = others * (others - 1)
     equal = math.log(2) / 2 / (others - 1)  # the terms i = j
-    return pairs + (equal if valid is None else equal * valid.any().to(z.dtype))
+    return Term(total / pairs + equal, lambda: pull / pairs)
 
 
-class _PairsOfOthers(torch.autograd.Function):
-    """Sum over valid voxels and pairs i < j without the label of 1/2 log(1 + e^d) + 1/2 log(1 + e^-d), d = z_i - z_j.
+def _log_of_rest(s: Tensor) -> Tensor:
+    """Sum over classes of log(1 + e^-|d|) = -log max(s, 1 - s) for s = sigmoid(d), (b, c, *s) to (b, 1, *s).
 
-    The gradient, 1/2 tanh(d / 2) for z_i and its negative for z_j, is summed in the same pass over the pairs, so that
-    one tensor of the logits' size is kept where autograd would keep several for each of the C (C - 1) / 2 pairs.
+    One logarithm for many classes: log1p, and softplus with it, would take most of the time.
     """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-        gradient = torch.zeros_like(z)
-        total = z.new_zeros(())
-        for i, j in combinations(range(z.shape[1]), 2):
-            among = (target != i) & (target != j)
-            if valid is not None:
-                among &= valid
-            d = z[:, i : i + 1] - z[:, j : j + 1]
-            total += torch.where(among, softplus(d) - d / 2, 0).sum()
-            slope = torch.where(among, torch.tanh(d / 2) / 2, 0)
-            gradient[:, i : i + 1] += slope
-            gradient[:, j : j + 1] -= slope
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale, None, None
+    larger = (s - 0.5).abs_().add_(0.5)
+    logs = [part.prod(dim=1, keepdim=True).log_() for part in larger.split(_FACTORS, dim=1)]
+    return -torch.stack(logs).sum(dim=0)

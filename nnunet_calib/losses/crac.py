@@ -19,22 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from nnunet_calib.losses.base import (
-    CalibrationLoss,
-    choice,
-    count,
-    cross_entropy,
-    full_precision,
-    masked_sum,
-    number,
-    sum_over_classes,
-    voxel_count,
-)
+from nnunet_calib.losses.base import CalibrationLoss, choice, count, full_precision, number
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, masked_sum
 
 _FIRST_MULTIPLIER = 1e-6
 _LARGEST_MULTIPLIER = 1e6
 _FALL = 0.9
+# Below it lies every share of a window that holds a voxel of another label, above it what rounding leaves of 1.
+_ONE_LABEL = 1 - 1e-5
 _STATE = ("multipliers", "rho", "previous", "updates")
 
 
@@ -57,6 +50,8 @@ class CRaCLoss(CalibrationLoss):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    in_rows = True
 
     # None before the first logits, whose classes and device they have.
     multipliers: Tensor
@@ -99,14 +94,15 @@ class CRaCLoss(CalibrationLoss):
     def observe(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> None:
         """Add the violations in a validation batch to those of the epoch; arguments and errors as in `forward`."""
         with torch.no_grad(), full_precision(logits.device):
-            z, target, valid = self._prepare(logits, target, valid)
-            self._start(z)
-            constraint = _Constraint(target, valid, self.neighbourhood, self.margin, z.dtype)
-            for c, z_c in enumerate(z.split(1, dim=1)):
-                h = constraint.violation(c, z_c)
-                for region, members in enumerate((constraint.boundary, ~constraint.boundary)):
-                    self._violations[region, c] += masked_sum(torch.where(members, h, 0), valid)
-            self._voxels += target.numel() if valid is None else valid.sum()
+            batch = self._batch(logits, target, valid)
+            shared = self._shared(batch)
+            for v in batch:
+                boundary, distances = self._distances(v, shared)
+                for region, members in enumerate((boundary, 1 - boundary)):
+                    for classes, d in distances:
+                        for c, h in zip(classes, (d.abs() * members).split(_channels(v), dim=1), strict=True):
+                            self._violations[region, c] += masked_sum(h, v.valid)
+            self._voxels += batch.valid_voxels()
 
     def update(self) -> None:
         """Set the multipliers and penalty weights from the batches observed since the last call, of all processes.
@@ -129,26 +125,48 @@ class CRaCLoss(CalibrationLoss):
         self._violations = torch.zeros_like(self._violations)
         self._voxels = torch.zeros_like(self._voxels)
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        self._start(z)
-        constraint = _Constraint(target, valid, self.neighbourhood, self.margin, z.dtype)
-        multipliers, rho = self.multipliers.to(z.dtype), self.rho.to(z.dtype)
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "penalty": 1.0}
 
-        def penalty(c: int, z_c: Tensor) -> Tensor:
-            h = constraint.violation(c, z_c)
-            slope = torch.where(constraint.boundary, multipliers[0, c], multipliers[1, c])
-            curvature = torch.where(constraint.boundary, rho[0, c], rho[1, c])
-            return masked_sum((slope + curvature / 2 * h) * h, valid)
+    def _shared(self, batch: Batch) -> SoftTarget:
+        self._start(batch)
+        return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
 
-        return {
-            "cross_entropy": cross_entropy(z, target, valid),
+    def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
+        boundary, distances = self._distances(v, shared)
+        costs = []
+        for classes, d in distances:
             # Over 2 C constraints, as the authors have them: one of the two regions is empty in each voxel.
-            "penalty": sum_over_classes(penalty, z) / (voxel_count(target, valid) * 2 * z.shape[1]),
-        }
+            multipliers, rho = (
+                _by_region(state[:, classes.start : classes.stop].to(d.dtype) / (2 * v.classes), boundary)
+                for state in (self.multipliers, self.rho)
+            )
+            pull = d.sign().mul_(multipliers)
+            slope = torch.addcmul(pull, rho, d)
+            costs.append((pull + slope).mul_(d).div_(2).unflatten(1, (-1, _channels(v))).sum(dim=1))
+        return {"cross_entropy": cross_entropy_term(v), "penalty": Term(sum(costs[1:], costs[0]), lambda: slope)}
 
-    def _start(self, z: Tensor) -> None:
-        """Set up the state for logits ``z``, the first ones; later ones must have as many classes."""
-        shape = (2, z.shape[1])
+    def _distances(self, v: Voxels, shared: SoftTarget) -> tuple[Tensor, list[tuple[range, Tensor]]]:
+        """1 at the boundary and 0 inside, (b, 1, *s); and z_c less its target for some classes at a time, (b, c, *s).
+
+        In sigmoid regions, whose logits are (0, z), it is one class at a time, all (b, R, *s), that of z the last.
+        """
+        if isinstance(v, Regions):
+            q = shared.rows(v.images, v.rows, range(1, 2))
+            boundary = _boundary(torch.maximum(q, 1 - q))
+        else:
+            q = shared.rows(v.images, v.rows, range(v.classes))
+            boundary = _boundary(q.amax(dim=1, keepdim=True))
+        scale = self.margin + (1 - self.margin) * boundary  # inside, q is the label's one-hot vector
+        d = torch.addcmul(v.z, q, scale, value=-1)
+        if isinstance(v, Regions):
+            return boundary, [(range(1), (q - 1) * scale), (range(1, 2), d)]
+        return boundary, [(range(v.classes), d)]
+
+    def _start(self, batch: Batch) -> None:
+        """Set up the state for the classes of the first batch; later ones must have as many."""
+        z = batch.logits
+        shape = (2, 2 if self.multilabel else z.shape[1])
         if self.multipliers is None:
             self.multipliers = z.new_full(shape, _FIRST_MULTIPLIER, dtype=torch.float32)
             self.rho = z.new_full(shape, self.rho_first, dtype=torch.float32)
@@ -157,9 +175,7 @@ class CRaCLoss(CalibrationLoss):
         if self.multipliers.shape != shape:
             raise ValueError(f"the multipliers are those of {self.multipliers.shape[1]} classes, not of {shape[1]}")
         if self._voxels is None:
-            # There is no double precision on mps.
-            exact = torch.float32 if z.device.type == "mps" else torch.float64
-            self._violations = z.new_zeros(shape, dtype=exact)
+            self._violations = z.new_zeros(shape, dtype=batch.exact)
             self._voxels = z.new_zeros((), dtype=torch.int64)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -170,37 +186,17 @@ class CRaCLoss(CalibrationLoss):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Constraint:
-    """Targets of the logits in one batch."""
-
-    def __init__(self, target: Tensor, valid: Tensor | None, window: Neighbourhood, margin: float, dtype: torch.dtype):
-        self.boundary = _boundary(target, valid, window)
-        self._q = SoftTarget(target, valid, window, dtype)
-        # Inside, q is the label's one-hot vector.
-        self._scale = torch.where(self.boundary, 1.0, margin).to(dtype)
-
-    def violation(self, c: int, z_c: Tensor) -> Tensor:
-        """The h of class c, (B, 1, *S)."""
-        return (self._scale * self._q.channel(c) - z_c).abs()
+def _channels(v: Voxels) -> int:
+    """Channels of a class in a slab."""
+    return v.z.shape[1] if isinstance(v, Regions) else 1
 
 
-def _boundary(target: Tensor, valid: Tensor | None, window: Neighbourhood) -> Tensor:
-    """Voxels whose window holds more than one label, bool (B, 1, *S); without meaning where not valid."""
-    labels = target.to(torch.int32)
-    return _window_max(labels, valid, window) != -_window_max(-labels, valid, window)
+def _boundary(largest_share: Tensor) -> Tensor:
+    """1 where the window holds more than one label, else 0, from the share of its most frequent one."""
+    return torch.lt(largest_share, _ONE_LABEL, out=largest_share.new_empty(0))
 
 
-def _window_max(labels: Tensor, valid: Tensor | None, window: Neighbourhood) -> Tensor:
-    """Largest label among the valid voxels of the window around each voxel."""
-    smallest = torch.iinfo(labels.dtype).min
-    outside = 0 if window.border == "background" else smallest
-    if valid is not None:
-        labels = torch.where(valid, labels, smallest)
-    for axis, taps in enumerate(window.taps(labels.ndim - 2), start=2):
-        size, shape = labels.shape[axis], list(labels.shape)
-        shape[axis] = len(taps) // 2
-        beyond = labels.new_full(shape, outside)
-        padded = torch.cat([beyond, labels, beyond], dim=axis)
-        for i in range(len(taps)):
-            labels = torch.maximum(labels, padded.narrow(axis, i, size))
-    return labels
+def _by_region(state: Tensor, boundary: Tensor) -> Tensor:
+    """Values (2, c) of boundary and inside in each voxel."""
+    at_boundary, inside = state.view(2, -1, *[1] * (boundary.ndim - 2))
+    return ((at_boundary - inside) * boundary).add_(inside)

@@ -5,10 +5,12 @@
 Liang et al., Improved trainable calibration method for neural networks on medical imaging classification, BMVC 2020.
 """
 
+import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
-from nnunet_calib.losses.base import CalibrationLoss, at_target, masked_mean, number
+from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.meep import wrong_voxels
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal, masked_sum
 
 
 class DCALoss(CalibrationLoss):
@@ -29,14 +31,34 @@ class DCALoss(CalibrationLoss):
         super().__init__(multilabel=multilabel)
         self.weight = number("weight", weight)
 
-    def _parts(self, z: Tensor, target: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        log_p = log_softmax(z, dim=1)
-        confidence, prediction = log_p.max(dim=1, keepdim=True)
-        accuracy = masked_mean((prediction == target).to(z.dtype), valid)
+    def _weights(self) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "difference": self.weight}
+
+    def _shared(self, batch: Batch) -> Tensor:
+        """Mean confidence less accuracy."""
+        wrong, doubt = zip(
+            *((wrong_voxels(v).sum(), masked_sum(1 - _log_confidence(v).exp(), v.valid)) for v in batch), strict=True
+        )
+        return (torch.stack(wrong).sum() - torch.stack(doubt).sum()) / batch.voxel_count()
+
+    def _terms(self, v: Voxels, shared: Tensor) -> dict[str, Term]:
+        sign, confidence = shared.sign(), _log_confidence(v).exp()
+
+        def slope() -> Tensor:
+            if isinstance(v, Regions):
+                return v.z.sign().mul_(confidence).mul_(1 - confidence).mul_(sign)
+            most_likely = equal(v.z, v.z.amax(dim=1, keepdim=True))
+            share = confidence * sign
+            return most_likely.mul_(share / most_likely.sum(dim=1, keepdim=True)).addcmul_(v.p, share, value=-1)
+
         return {
-            "cross_entropy": masked_mean(-at_target(log_p, target), valid),
-            "difference": (accuracy - masked_mean(confidence.exp(), valid)).abs(),
+            "cross_entropy": cross_entropy_term(v),
+            "difference": Term(shared.abs().expand_as(confidence), slope),
         }
 
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        return parts["cross_entropy"] + self.weight * parts["difference"]
+
+def _log_confidence(v: Voxels) -> Tensor:
+    """Logarithm of max_c p_c, (b, 1, *s), in sigmoid regions (b, R, *s)."""
+    if isinstance(v, Regions):
+        return -v.soft_cross_entropy((v.z > 0).to(v.z.dtype))
+    return v.log_p.amax(dim=1, keepdim=True)

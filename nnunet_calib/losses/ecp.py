@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nnunet_calib.losses.base import flag, number
-from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.base import CalibrationLoss, flag, number
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, cross_entropy_term
 
 
-class ECPLoss(VoxelwiseLoss):
+class ECPLoss(CalibrationLoss):
     """Cross-entropy minus the weighted entropy of the prediction.
 
     Args:

@@ -8,11 +8,11 @@ Szegedy et al., Rethinking the Inception architecture, CVPR 2016. Equal to
 
 from typing import Any
 
-from nnunet_calib.losses.base import number
-from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, cross_entropy_term
 
 
-class LabelSmoothingLoss(VoxelwiseLoss):
+class LabelSmoothingLoss(CalibrationLoss):
     """Cross-entropy with the share ``alpha`` of each label spread evenly over all classes.
 
     Args:

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_calib.losses.base import choice, equal, number
-from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.base import CalibrationLoss, choice, number
+from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, cross_entropy_term, equal
 
 
-class MbLSLoss(VoxelwiseLoss):
+class MbLSLoss(CalibrationLoss):
     """Cross-entropy plus a penalty on logit distances beyond a margin.
 
     Args:

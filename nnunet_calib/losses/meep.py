@@ -13,15 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nnunet_calib.losses.base import choice, equal, flag, number
+from nnunet_calib.losses.base import CalibrationLoss, choice, flag, number
 from nnunet_calib.losses.ecp import entropy_term
 from nnunet_calib.losses.ls import uniform_term
-from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal
 
 _KERAS_EPSILON = 1e-7
 
 
-class MEEPLoss(VoxelwiseLoss):
+class MEEPLoss(CalibrationLoss):
     """Cross-entropy minus a measure of doubt on the wrong voxels; the measure is 0 where none is wrong.
 
     The wrong voxels are pooled over the batch (over regions too), in multi-GPU training over the rank's own batch.
@@ -50,7 +50,7 @@ class MEEPLoss(VoxelwiseLoss):
 
     def _shared(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
         """What a wrong voxel weighs, voxels over wrong voxels, and the masks of the wrong ones, slab by slab."""
-        wrong = [_wrong(v) for v in batch]
+        wrong = [wrong_voxels(v) for v in batch]
         number_wrong = torch.stack([mask.sum() for mask in wrong]).sum().clamp(min=1)
         return batch.voxel_count() / number_wrong, iter(wrong)
 
@@ -67,7 +67,7 @@ class MEEPLoss(VoxelwiseLoss):
         }
 
 
-def _wrong(v: Voxels) -> Tensor:
+def wrong_voxels(v: Voxels) -> Tensor:
     """Valid voxels whose most likely class, the first of several, is not the label."""
     if isinstance(v, Regions):  # logits (0, z)
         wrong = (v.z > 0) != (v.target > 0)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nnunet_calib.losses.base import choice, number
+from nnunet_calib.losses.base import CalibrationLoss, choice, number
 from nnunet_calib.losses.neighbours import BORDERS, PRIORS, Neighbourhood, SoftTarget
-from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, VoxelwiseLoss, cross_entropy_term
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term
 
 
-class NACLLoss(VoxelwiseLoss):
+class NACLLoss(CalibrationLoss):
     """Cross-entropy plus the distance of the logits from the classes' shares in the neighbourhood.
 
     Args:

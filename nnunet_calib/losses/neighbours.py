@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nnunet_calib.losses.base import equal
+from nnunet_calib.losses.voxelwise import equal
 
 BORDERS = ("replicate", "background", "zero")
 PRIORS = ("mean", "gaussian")

@@ -7,12 +7,12 @@ Islam and Glocker, Spatially varying label smoothing, IPMI 2021. For a kernel of
 
 from collections.abc import Sequence
 
-from nnunet_calib.losses.base import number
+from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
-from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, VoxelwiseLoss
+from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels
 
 
-class SVLSLoss(VoxelwiseLoss):
+class SVLSLoss(CalibrationLoss):
     """Cross-entropy with targets that are soft at the borders of structures.
 
     Args:

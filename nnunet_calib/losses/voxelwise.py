@@ -1,16 +1,12 @@
-"""Losses that are means over voxels: value and gradient in one pass over the logits, slab by slab."""
+"""A batch slab by slab, what a loss reads off a slab, and its terms."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax, logsigmoid
-
-from nnunet_calib.losses.base import CalibrationLoss, at_target, check_shapes, full_precision, masked_sum
 
 # Elements of a slab: on CPU a core's cache, on GPU few kernels to start and little memory.
 _SLAB_ON_CPU = 2**17
@@ -20,7 +16,7 @@ _SLAB_ON_GPU = 2**24
 class Term(NamedTuple):
     """Values of a term in each voxel, (b, 1, *s), and the function that makes their slope d/dz, (b, C, *s).
 
-    In sigmoid regions both are (b, R, *s).
+    In sigmoid regions both are (b, R, *s). The slope is asked for once at most, and the caller may write into it.
     """
 
     values: Tensor
@@ -116,7 +112,7 @@ def cross_entropy_term(v: Voxels) -> Term:
 
 
 class Batch:
-    """The arguments of a voxelwise loss, cut into slabs; iterating gives `Voxels`, or `Regions` with ``multilabel``.
+    """The arguments of a loss, cut into slabs; iterating gives `Voxels`, or `Regions` with ``multilabel``.
 
     Args:
         logits, target, valid: those of `CalibrationLoss.forward`.
@@ -126,6 +122,8 @@ class Batch:
 
     def __init__(self, logits: Tensor, target: Tensor, valid: Tensor | None, multilabel: bool, in_rows: bool):
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        # There is no double precision on mps.
+        self.exact = torch.float32 if logits.device.type == "mps" else torch.float64
         self._kind = Regions if multilabel else Voxels
         if not in_rows:
             logits, target = logits.flatten(2), target.flatten(2)
@@ -133,10 +131,14 @@ class Batch:
         self.logits, self.target, self.valid = logits.detach(), target, valid
 
     def voxel_count(self) -> Tensor:
-        """Number of valid voxels, of all regions, at least 1."""
+        """Number of valid voxels, of all regions, at least 1, in the loss' precision."""
+        return self.valid_voxels().clamp(min=1).to(self.dtype)
+
+    def valid_voxels(self) -> Tensor:
+        """Number of valid voxels, of all regions, int64."""
         if self.valid is None:
-            return torch.full((), self.target.numel(), dtype=self.dtype, device=self.target.device)
-        return (self.valid.sum() * self.target.shape[1]).clamp(min=1).to(self.dtype)
+            return torch.full((), self.target.numel(), device=self.target.device)
+        return self.valid.sum() * self.target.shape[1]
 
     def __iter__(self) -> Iterator[Voxels]:
         batch, channels, length = self.logits.shape[:3]
@@ -156,96 +158,16 @@ class Batch:
         return self._kind(z.to(self.dtype).contiguous(), target, valid, images, rows)
 
 
-class VoxelwiseLoss(CalibrationLoss, ABC):
-    """Base class of the losses that are a weighted sum of means over voxels, with slopes in closed form.
-
-    A subclass writes `_terms`, each term with its slope, and `_weights`. The batch is read once, slab by slab: small
-    enough for a CPU's cache, a few kernels on a GPU. Value and gradient are computed together, so that the backward
-    pass only scales the gradient, the one tensor of the logits' size that is kept, and nothing else of that size is
-    ever in memory. Sigmoid regions have the two-class formula in z alone.
-    """
-
-    in_rows = False
-    """Slabs are rows of the first spatial axis (for losses that look at neighbours), otherwise any run of voxels."""
-
-    def forward(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-        """See `CalibrationLoss.forward`."""
-        return self._means(logits, target, valid, (self._weights(),))[0]
-
-    def parts(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """See `CalibrationLoss.parts`."""
-        names = tuple(self._weights())
-        means = self._means(logits, target, valid, tuple({name: 1.0} for name in names))
-        return dict(zip(names, means.unbind(), strict=True))
-
-    @abstractmethod
-    def _weights(self) -> dict[str, float]:
-        """Weight of each term in the loss."""
-
-    @abstractmethod
-    def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
-        """The terms of the formula in a slab."""
-
-    def _shared(self, batch: Batch) -> Any:
-        """What the terms of every slab need to know of the whole batch."""
-        return None
-
-    def _means(
-        self, logits: Tensor, target: Tensor, valid: Tensor | None, rows: tuple[dict[str, float], ...]
-    ) -> Tensor:
-        check_shapes(logits, target, valid, self.multilabel)
-        learning = torch.is_grad_enabled() and logits.requires_grad
-        with full_precision(logits.device):
-            return _WeightedMeans.apply(logits, self, target, valid, rows, learning)
+def at_target(values: Tensor, target: Tensor) -> Tensor:
+    """``values`` of the target class, (B, C, *S) and (B, 1, *S) to (B, 1, *S)."""
+    return values.gather(1, target)
 
 
-class _WeightedMeans(torch.autograd.Function):
-    """One weighted sum of the terms' means for each of ``rows``, (K,); the logits' gradients are computed with them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        loss: VoxelwiseLoss,
-        target: Tensor,
-        valid: Tensor | None,
-        rows: tuple[dict[str, float], ...],
-        learning: bool,
-    ) -> Tensor:
-        batch = Batch(logits, target, valid, loss.multilabel, loss.in_rows)
-        shared = loss._shared(batch)
-        gradients = [torch.empty_like(batch.logits, dtype=batch.dtype) for _ in rows] if learning else []
-        sums = []
-        for v in batch:
-            terms = loss._terms(v, shared)
-            values = {name: masked_sum(term.values, v.valid) for name, term in terms.items()}
-            sums.append(torch.stack([_weighted_value(values, row) for row in rows]))
-            for row, gradient in zip(rows, gradients, strict=False):
-                gradient[v.images, :, v.rows] = _weighted_slope(terms, row, v.valid)
-        count = batch.voxel_count()
-        ctx.save_for_backward(count, *gradients)
-        ctx.logits = logits.shape, logits.dtype
-        return torch.stack(sums).sum(dim=0) / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
-        count, *gradients = ctx.saved_tensors
-        shape, dtype = ctx.logits
-        first, *others = (scales / count).unbind()
-        total = gradients[0] * first
-        for gradient, scale in zip(gradients[1:], others, strict=True):
-            total.addcmul_(gradient, scale)
-        return total.view(shape).to(dtype), None, None, None, None, None
+def masked_sum(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Sum of (B, 1, *S) ``values`` over the valid voxels."""
+    return values.sum() if valid is None else torch.where(valid, values, 0).sum()
 
 
-def _weighted_value(values: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    return torch.stack([weight * values[name] for name, weight in weights.items()]).sum()
-
-
-def _weighted_slope(terms: dict[str, Term], weights: dict[str, float], valid: Tensor | None) -> Tensor:
-    (name, weight), *others = weights.items()
-    total = terms[name].slope().mul_(weight)
-    for name, weight in others:
-        total.add_(terms[name].slope(), alpha=weight)
-    return total if valid is None else total.mul_(valid.to(total.dtype))
+def equal(values: Tensor, candidates: Tensor) -> Tensor:
+    """1 where equal, else 0, in the type of ``values``: several times as fast on CPU as a result in bool."""
+    return torch.eq(values, candidates, out=values.new_empty(0))

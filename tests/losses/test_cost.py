@@ -1,26 +1,22 @@
-"""What the voxelwise losses keep and hold in memory, and that cutting the batch into slabs changes no number."""
+"""What the losses keep and hold in memory, and that cutting the batch into slabs changes no number."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunet_calib.losses import LOSSES, voxelwise
+from nnunet_calib.losses import voxelwise
 
 from .cases import DEFAULTS, FORMS, OPTIONS, Problem, anisotropic, name, problem
 
 
-def voxelwise_of(cases):
-    return [case for case in cases if issubclass(LOSSES[case[0]], voxelwise.VoxelwiseLoss)]
-
-
-every_loss = pytest.mark.parametrize("case", voxelwise_of(DEFAULTS), ids=name)
-every_option = pytest.mark.parametrize("case", voxelwise_of(OPTIONS), ids=name)
+every_loss = pytest.mark.parametrize("case", DEFAULTS, ids=name)
+every_option = pytest.mark.parametrize("case", OPTIONS, ids=name)
 forms = pytest.mark.parametrize("form", FORMS)
 masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 
 
-@pytest.mark.parametrize("case", voxelwise_of([*OPTIONS, *anisotropic(3)]), ids=name)
+@pytest.mark.parametrize("case", [*OPTIONS, *anisotropic(3)], ids=name)
 @forms
 @masks
 def test_slabs_change_nothing(case, form, masked, monkeypatch):

@@ -231,7 +231,7 @@ def test_crac_is_the_authors_but_for_their_boundary(vector, monkeypatch):
     # Theirs: the window's labels sum to other than 9 times their mean, which only rounding makes true.
     window = torch.nn.functional.unfold(problem.target.float(), 3, padding=1)
     rounded = (window.mean(dim=1, keepdim=True) - window).sum(dim=1).reshape(problem.target.shape) != 0
-    monkeypatch.setattr("nnunet_calib.losses.crac._boundary", lambda *_: rounded)
+    monkeypatch.setattr("nnunet_calib.losses.crac._boundary", lambda *_: rounded.float())
     penalty = loss.parts(logits, problem.target)["penalty"]
     assert penalty.item() == pytest.approx(vector["value"], **ROUNDED)
     assert gradient_norm(penalty, logits) == pytest.approx(vector["grad_l2"], **ROUNDED)
