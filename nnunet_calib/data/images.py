@@ -99,19 +99,19 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
     if not all(0 < step < np.inf for step in spacing):
         raise InputError(f"{path}: the spacing {_numbers(spacing)} is not positive")
     labels = _as_integers(volume[0], path, allowed)
-    return LabelImage(path, labels, spacing, _geometry(properties), _affine(properties, spacing))
+    return LabelImage(path, labels, spacing, geometry_of(properties), affine_of(properties, spacing))
 
 
-def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
-    """Refuse a prediction that does not lie where its reference lies.
+def check_same_geometry(reference: LabelImage, prediction: LabelImage, role: str = "reference") -> None:
+    """Refuse a prediction that does not lie where its reference lies, or whatever ``role`` calls that.
 
     Raises:
         InputError: shape, spacing, origin or direction differ beyond rounding.
     """
     if reference.labels.shape != prediction.labels.shape:
-        raise _differ("shape", prediction, prediction.labels.shape, reference, reference.labels.shape)
+        raise _differ("shape", prediction, prediction.labels.shape, reference, reference.labels.shape, role)
     if not np.allclose(prediction.spacing, reference.spacing, rtol=_SPACING_TOLERANCE, atol=0):
-        raise _differ("spacing", prediction, prediction.spacing, reference, reference.spacing)
+        raise _differ("spacing", prediction, prediction.spacing, reference, reference.spacing, role)
     for name in reference.geometry.keys() & prediction.geometry.keys():
         ours, theirs = prediction.geometry[name], reference.geometry[name]
         if name == "direction":
@@ -119,7 +119,7 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage) -> None:
         else:
             tolerance = _ORIGIN_TOLERANCE * min(reference.spacing)
         if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=tolerance):
-            raise _differ(name, prediction, ours.ravel(), reference, theirs.ravel())
+            raise _differ(name, prediction, ours.ravel(), reference, theirs.ravel(), role)
 
 
 def _check_whole(path: Path, header: nibabel.Nifti1Header | None, volume: np.ndarray | None) -> None:
@@ -198,7 +198,8 @@ def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.n
     return labels
 
 
-def _geometry(properties: dict[str, Any]) -> dict[str, np.ndarray]:
+def geometry_of(properties: dict[str, Any]) -> dict[str, np.ndarray]:
+    """``origin`` and ``direction`` from what nnU-Net's readers say of a file; empty if they say nothing."""
     if "sitk_stuff" in properties:
         origin, direction = (np.asarray(properties["sitk_stuff"][name]) for name in ("origin", "direction"))
         return {"origin": origin, "direction": direction.reshape(origin.size, -1)}
@@ -208,21 +209,32 @@ def _geometry(properties: dict[str, Any]) -> dict[str, np.ndarray]:
     return {}
 
 
-def _affine(properties: dict[str, Any], spacing: tuple[float, ...]) -> np.ndarray | None:
+def affine_of(properties: dict[str, Any], spacing: Sequence[float]) -> np.ndarray | None:
+    """From voxel (x, y, z) of the array that nnU-Net's reader gives to mm (right, anterior, superior), 4 x 4.
+
+    None if the file does not say. ``spacing`` is in the order of the array's axes.
+    """
     if "nibabel_stuff" in properties:
         stuff = properties["nibabel_stuff"]
         return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
     if "sitk_stuff" not in properties or len(properties["sitk_stuff"]["origin"]) != 3:
         return None
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(properties["sitk_stuff"]["direction"], (3, 3)) * spacing[::-1]
+    affine[:3, :3] = np.reshape(properties["sitk_stuff"]["direction"], (3, 3)) * np.array(spacing[::-1])
     affine[:3, 3] = properties["sitk_stuff"]["origin"]
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts towards left and posterior
 
 
-def _differ(what: str, prediction: LabelImage, ours: Iterable[float], reference: LabelImage, theirs: Iterable[float]):
+def _differ(
+    what: str,
+    prediction: LabelImage,
+    ours: Iterable[float],
+    reference: LabelImage,
+    theirs: Iterable[float],
+    role: str,
+) -> InputError:
     return InputError(
-        f"{prediction.path}: {what} {_numbers(ours)} differs from {_numbers(theirs)} of its reference {reference.path}"
+        f"{prediction.path}: {what} {_numbers(ours)} differs from {_numbers(theirs)} of its {role} {reference.path}"
     )
 
 

@@ -1,0 +1,257 @@
+"""nnU-Net's own prediction, with features read on the way.
+
+The logits are nnU-Net's, to the bit: nothing of how it computes, averages or exports them is changed. Features come
+from the first, unmirrored forward pass of every window (mirrored views would blur left and right) and are averaged
+over windows with nnU-Net's own Gaussian weights. Only projections of all voxels are kept, and features of a few.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from torch import Tensor
+
+from nnunet_calib.fewshot.features import DecoderFeatures
+from nnunet_calib.fewshot.model import BaseModel
+
+HALF_ABOVE = 2 << 30
+"""Bytes of projections above which they are accumulated in half precision, as nnU-Net accumulates its logits."""
+
+Reduce = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Prediction:
+    """What one pass over a volume gives.
+
+    Attributes:
+        base: nnU-Net's logits, averaged over folds: (C, *S), on the CPU, of the type nnU-Net gives them.
+        projected: of each fold float (R, *S), or what ``reduce`` made of them; empty if no projections were asked for.
+        sampled: of each fold float32 (N, F) on the CPU; empty if no voxels were asked for.
+    """
+
+    base: Tensor
+    projected: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
+
+
+class FeaturePredictor(nnUNetPredictor):
+    """nnU-Net's predictor of a base model.
+
+    Args:
+        model: all its folds are used.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        step_size: of the sliding window, in patches.
+        mirroring: nnU-Net's test-time augmentation, of the base logits.
+        progress: show nnU-Net's progress bars.
+        everything_on_device: keep results on the device while there is room.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        device: torch.device | str = "cpu",
+        *,
+        step_size: float = 0.5,
+        mirroring: bool = True,
+        progress: bool = False,
+        everything_on_device: bool = True,
+    ):
+        device = torch.device(device)
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells on the CPU that this is not CUDA
+            super().__init__(
+                tile_step_size=step_size,
+                use_mirroring=mirroring,
+                perform_everything_on_device=everything_on_device,
+                device=device,
+                allow_tqdm=progress,
+            )
+        self.manual_initialization(
+            model.network,
+            model.plans_manager,
+            model.configuration_manager,
+            model.weights,
+            model.dataset.content,
+            model.trainer_name,
+            model.mirroring_axes,
+        )
+        # Of a compiled network the stages cannot be seen.
+        self.network = getattr(self.network, "_orig_mod", self.network)
+        self.features = DecoderFeatures(self.network)
+        self._request: _Request | None = None
+        self._window: _Window | None = None
+
+    @property
+    def folds(self) -> int:
+        """How many networks predict."""
+        return len(self.list_of_parameters)
+
+    def predict(
+        self,
+        data: Tensor,
+        projections: Sequence[Tensor] | None = None,
+        voxels: Tensor | None = None,
+        reduce: Reduce | None = None,
+    ) -> Prediction:
+        """Predict a preprocessed volume.
+
+        Args:
+            data: float32 (channels, *S), S of three axes, as nnU-Net's preprocessor leaves it.
+            projections: W of each fold, float (R, F).
+            voxels: int64 (N, 3), indices into S of voxels whose features are wanted.
+            reduce: called after each fold with its number, its logits (C, *S) and its projections (R, *S), on any
+                device; what it returns is kept instead of the projections, whose memory is used again.
+
+        Returns:
+            Logits as ``nnUNetv2_predict`` computes them, and what was asked for.
+        """
+        if projections is not None and len(projections) != self.folds:
+            raise ValueError(f"{len(projections)} projections for {self.folds} folds")
+        self._request = _Request(projections, voxels, reduce, tuple(data.shape[1:]))
+        try:
+            base = self.predict_logits_from_preprocessed_data(data)
+        finally:
+            request, self._request, self._window = self._request, None, None
+        return Prediction(base, request.projected, request.sampled)
+
+    @torch.inference_mode()
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """One fold: nnU-Net's logits; the features of its windows go to the request."""
+        base = super().predict_sliding_window_return_logits(input_image)
+        if self._request is not None and self._window is not None:
+            self._request.finish(base, self._window)
+        return base
+
+    def _internal_predict_sliding_window_return_logits(self, data: Tensor, slicers: list, do_on_device: bool = True):
+        # A second call for the same fold, when nnU-Net ran out of the device's memory, starts again.
+        self._window = None
+        if self._request is not None and self._request.wants_features:
+            results = self.device if do_on_device else torch.device("cpu")
+            patch = tuple(self.configuration_manager.patch_size)
+            gaussian = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=results)
+            # The windows come in this order: nnU-Net takes them from a queue that one thread fills.
+            self._window = _Window(self.features, self._request, slicers, data.shape[1:], patch, gaussian.float())
+        return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        if self._window is None:
+            return super()._internal_maybe_mirror_and_predict(x)
+        with self.features.first_forward() as stages:
+            prediction = super()._internal_maybe_mirror_and_predict(x)
+        self._window.add(stages)
+        return prediction
+
+
+class _Request:
+    """What is wanted of one volume, and what came of it, fold by fold."""
+
+    def __init__(
+        self,
+        projections: Sequence[Tensor] | None,
+        voxels: Tensor | None,
+        reduce: Reduce | None,
+        shape: tuple[int, ...],
+    ):
+        self.projections, self.voxels, self.reduce, self.shape = projections, voxels, reduce, shape
+        self.projected: list[Tensor] = []
+        self.sampled: list[Tensor] = []
+        self.fold = 0
+
+    @property
+    def wants_features(self) -> bool:
+        return self.projections is not None or self.voxels is not None
+
+    def finish(self, base: Tensor, window: "_Window") -> None:
+        """Take a fold's results; they are ordinary tensors, which can be part of a gradient's computation."""
+        with torch.inference_mode(False), torch.no_grad():
+            if window.projected is not None:
+                projected = window.mean_projections()
+                kept = projected if self.reduce is None else self.reduce(self.fold, base, projected)
+                self.projected.append(kept.cpu())
+            if window.sampled is not None:
+                self.sampled.append(window.mean_samples().cpu())
+        self.fold += 1
+
+
+class _Window:
+    """Means over the windows of one fold, weighted by the Gaussian.
+
+    Weights are divided by their sum, which the places of the windows tell, before and not after: near the volume's
+    corners the Gaussian is so small that half precision would lose what it is multiplied with.
+    """
+
+    def __init__(
+        self,
+        features: DecoderFeatures,
+        request: _Request,
+        slicers: list,
+        padded: Sequence[int],
+        patch: tuple[int, ...],
+        gaussian: Tensor,
+    ):
+        self.features, self.patch, self.gaussian = features, patch, gaussian
+        places = [place[1:] for place in slicers]
+        self.places = iter(places)
+        empty = torch.empty((1, *request.shape), dtype=torch.uint8)
+        _, inside = pad_nd_image(empty, patch, "constant", {"value": 0}, True, None)
+        self.inside = inside[1:]
+        self.projected: Tensor | None = None
+        self.sampled: Tensor | None = None
+        device = gaussian.device
+        with torch.inference_mode(False):
+            if request.projections is not None:
+                self.weight = request.projections[request.fold].detach().float()
+                size = len(self.weight) * math.prod(padded) * gaussian.element_size()
+                kind = torch.float32 if size <= HALF_ABOVE else torch.float16
+                self.projected = torch.zeros((len(self.weight), *padded), dtype=kind, device=device)
+                self.total = torch.zeros(tuple(padded), device=device)
+                for place in places:
+                    self.total[place] += gaussian
+            if request.voxels is not None:
+                offset = torch.tensor([part.start for part in self.inside])
+                self.voxels = (request.voxels + offset).to(device)
+                self.sampled = torch.zeros((len(self.voxels), features.size), device=device)
+                self.sample_total = torch.zeros(len(self.voxels), device=device)
+
+    def add(self, stages: Sequence[Tensor]) -> None:
+        """Add the stages of the next window."""
+        place = next(self.places)
+        if self.projected is not None:
+            weight = self.weight.to(stages[0].device)
+            part = self.features.project(stages, weight, self.patch)[0].to(self.gaussian.device)
+            self.projected[(slice(None), *place)] += part.mul_(self.gaussian / self.total[place])
+        if self.sampled is not None:
+            chosen, local = self._within(place)
+            if len(chosen):
+                here = local.to(stages[0].device)
+                part = self.features.at(stages, here, self.patch).to(self.gaussian.device)
+                importance = self.gaussian[tuple(local.unbind(1))]
+                self.sampled.index_add_(0, chosen, part * importance[:, None])
+                self.sample_total.index_add_(0, chosen, importance)
+
+    def mean_projections(self) -> Tensor:
+        assert self.projected is not None
+        return self.projected[(slice(None), *self.inside)]
+
+    def mean_samples(self) -> Tensor:
+        assert self.sampled is not None
+        return self.sampled.div_(self.sample_total[:, None])
+
+    def _within(self, place: Sequence[slice | int]) -> tuple[Tensor, Tensor]:
+        """Which sampled voxels lie in a window, and where in it; a number in ``place`` is a slice of a 2d model."""
+        inside = torch.ones(len(self.voxels), dtype=torch.bool, device=self.voxels.device)
+        local = []
+        for part, index in zip(place, self.voxels.unbind(1), strict=True):
+            if isinstance(part, slice):
+                inside &= (index >= part.start) & (index < part.stop)
+                local.append(index - part.start)
+            else:
+                inside &= index == part
+        chosen = inside.nonzero()[:, 0]
+        return chosen, torch.stack(local, dim=1)[chosen]

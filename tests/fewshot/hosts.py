@@ -1,0 +1,109 @@
+"""Model folders as ``nnUNetv2_train`` leaves them, with random weights: a network of a few hundred, no training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from scipy import ndimage
+
+from nnunet_calib.fewshot.model import BaseModel
+
+from ..training.toy import architecture, dataset_json, plans
+
+PATCH = 16
+KINDS = ("plain", "residual")
+
+
+def residual(axes: int) -> dict[str, Any]:
+    made = architecture(axes)
+    made["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    made["arch_kwargs"]["n_blocks_per_stage"] = made["arch_kwargs"].pop("n_conv_per_stage")
+    return made
+
+
+def write_model(
+    root: Path,
+    *,
+    axes: int = 3,
+    kind: str = "plain",
+    folds: tuple[str, ...] = ("0",),
+    labels: str = "labels",
+    mirroring: tuple[int, ...] | None = (0, 1),
+    spacing: float = 1.0,
+    transpose: tuple[int, int, int] = (0, 1, 2),
+    reader: str = "SimpleITKIO",
+    **configuration: Any,
+) -> Path:
+    """A trained model's folder; ``kind`` is ``plain`` or ``residual``, ``labels`` as in ``toy.dataset_json``."""
+    base: dict[str, Any] = {"spacing": [spacing] * axes}
+    if kind == "residual":
+        base["architecture"] = residual(axes)
+    content = plans(axes, base, **configuration)
+    content.pop("continue_training")
+    backward = [transpose.index(axis) for axis in range(3)]
+    content |= {"transpose_forward": list(transpose), "transpose_backward": backward, "image_reader_writer": reader}
+    content["foreground_intensity_properties_per_channel"] = {"0": {}}
+    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+    for name, change in (("data", {}), ("seg", {"is_seg": True, "order": 1}), ("probabilities", {"order": 1})):
+        content["configurations"]["base"] |= {
+            f"resampling_fn_{name}": "resample_data_or_seg_to_shape",
+            f"resampling_fn_{name}_kwargs": resampling | change,
+        }
+    dataset = dataset_json(labels)
+    folder = root / content["dataset_name"] / "nnUNetTrainer__nnUNetPlans__base"
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    network = content["configurations"]["base"]["architecture"]
+    heads = 3 if labels.startswith("labels") else 2
+    for number, fold in enumerate(folds):
+        torch.manual_seed(number)
+        built = get_network_from_plans(
+            network["network_class_name"], network["arch_kwargs"], network["_kw_requires_import"], 1, heads
+        )
+        # Other norms than all ones, and logits of some size.
+        for parameter in built.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        built.decoder.seg_layers[-1].weight.data *= 8
+        (folder / f"fold_{fold}").mkdir()
+        checkpoint = {
+            "network_weights": built.state_dict(),
+            "trainer_name": "nnUNetTrainer",
+            "init_args": {"plans": content, "configuration": "base", "fold": fold, "dataset_json": dataset},
+            "inference_allowed_mirroring_axes": mirroring,
+            "_best_ema": np.float64(0.5),
+        }
+        torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder
+
+
+def model(root: Path, **options: Any) -> BaseModel:
+    return BaseModel(write_model(root, **options))
+
+
+def phantom(seed: int, shape=(20, 26, 24)) -> tuple[np.ndarray, np.ndarray]:
+    """An image float32 (z, y, x) of a bright ball low on the left and two landmarks, and the ball's mask."""
+    rng = np.random.default_rng(seed)
+    grid = np.indices(shape).astype(float)
+    size = np.array(shape, dtype=float)
+
+    def ball(place, radius):
+        centre = np.multiply(place, size) + rng.uniform(-1, 1, 3)
+        return ((grid - centre[:, None, None, None]) ** 2).sum(axis=0) < radius**2
+
+    structure, first, second = ball((0.35, 0.45, 0.3), 4), ball((0.65, 0.5, 0.65), 5), ball((0.4, 0.7, 0.7), 3.5)
+    image = 1.0 + 3.0 * structure + 1.5 * first + 6 * second + rng.normal(0, 0.3, shape)
+    return ndimage.gaussian_filter(image, 0.5).astype(np.float32), structure
+
+
+def write_image(path: Path, array: np.ndarray, orientation: str = "LPS", spacing=(1.0, 1.0, 1.0)) -> None:
+    """Write an array (z, y, x) whose axes lie as LPS, the default of ITK, stored in another orientation."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing([float(step) for step in spacing][::-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path), True)
