@@ -1,97 +1,159 @@
 """What calibration costs on large volumes: fitting 20 of 14 x 100 x 512 x 512, applying a temperature to one.
 
-    python scripts/benchmark_calibrate.py -o WORK [--volumes 20] [-np 2] [--each] [--float16]
+    python scripts/benchmark_calibrate.py -o WORK [--only fit|apply] [--volumes 20] [-np 2] [--rounds 5] [--table FILE]
 
-One volume is made, in the compact format, and linked under many names: it lies in the system's file cache. The
-voxels that are drawn differ with the name. Every command runs in a process of its own; seconds include its start.
-CPU seconds, of all its processes, say more on a busy machine. Memory is the largest sum over all its processes, looked
-at five times a second, what they share counted once (PSS).
+One volume is made, in the compact format, and linked under many names: it lies in the system's file cache. The voxels
+that are drawn differ with the name. Every fit runs in a process of its own, and its seconds include the start. Memory
+is the largest sum over all its processes, looked at five times a second, what they share counted once (PSS).
+
+Applying is measured inside one process, starts left out, against what nobody can do without: reading the probabilities
+and writing the calibrated ones. The three are done in turn; shown are medians of the rounds. CPU seconds say more than
+seconds on a busy machine. Results are kept in WORK; ``--table`` writes them into a document.
 """
 
 import argparse
 import json
 import os
+import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import psutil
 import SimpleITK as sitk
+import torch
+from kept import write_between
 from scipy import ndimage
 
+from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
+from nnunet_calib.posthoc import TemperatureScaling
+from nnunet_calib.posthoc.apply import apply_folder
 
 CLASSES, SHAPE = 14, (100, 512, 512)
 SPACING = (0.8, 0.8, 3.0)  # mm, x y z
 METHODS = ("temperature", "vector", "ensemble", "dirichlet")
 TOO_SURE = 2.0
+KINDS = ("float32", "float16")
+MARKS = (
+    "<!-- tables of scripts/benchmark_calibrate.py -->",
+    "<!-- end of tables of scripts/benchmark_calibrate.py -->",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", dest="work", type=Path, required=True)
+    parser.add_argument("--only", choices=("fit", "apply"), help="default: both")
     parser.add_argument("--volumes", type=int, default=20)
     parser.add_argument("-np", type=int, default=2, help="processes of a fit (default: 2)")
-    parser.add_argument("--each", action="store_true", help="fit every method alone too")
-    parser.add_argument("--float16", action="store_true", help="store 16 bits a value instead of 32")
-    parser.add_argument("--plain", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5, help="of applying (default: 5)")
+    parser.add_argument("--table", type=Path, help="measure nothing: write what is kept between the marks of this file")
     args = parser.parse_args()
-    if args.plain:
-        read_and_write(*args.plain)
+    if args.table:
+        write_between(args.table, MARKS, tables(read_results(args.work)))
         return
-    kind = np.dtype("float16" if args.float16 else "float32")
-    made = make_case(args.work / f"made_{kind.name}", kind)
-    reference, prediction, one = link_cases(made, args.work, args.volumes)
-    size = next(prediction.glob("*.nncp")).stat().st_size / 1e9
-    print(
-        f"{date.today()}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.volumes} volumes {CLASSES} x "
-        f"{SHAPE}, {kind.name}, {size:.2f} GB a file\n\n"
-        "| command | seconds | CPU seconds | memory GB |\n|---|---|---|---|",
-        flush=True,
-    )
-    ours = [sys.executable, "-m", "nnunet_calib.cli.main", "calibrate"]
-    for methods in [METHODS, *([[method] for method in METHODS] if args.each else [])]:
-        fit = ["fit", prediction, "--reference", reference, "--method", *methods, "-np", args.np]
-        measured([*ours, *fit, "-o", args.work / "calibrator"], f"fit {', '.join(methods)}; -np {args.np}")
-    measured([*ours, "fit", one, "--reference", reference, "--method", "temperature", "-o", args.work / "one"])
-    plain = measured(
-        [sys.executable, __file__, "-o", args.work, "--plain", one, args.work / "copied"], "read and write"
-    )
-    applied = measured([*ours, "apply", args.work / "one", "-i", one, "-o", args.work / "calibrated"], "apply")
-    print(f"\napply temperature / read and write: {applied / plain:.2f} of CPU seconds")
+    for kind in KINDS:
+        make_case(args.work, kind)
+    if args.only != "apply":
+        reference, prediction = link_cases(args.work, "float32", args.volumes)
+        for methods in (METHODS, *([method] for method in METHODS)):
+            words = ["fit", prediction, "--reference", reference, "--method", *methods, "-np", args.np]
+            found = measured([*words, "-o", args.work / "calibrator"])
+            told = f"{', '.join(methods)}; {args.volumes} volumes, -np {args.np}"
+            keep(args.work, f"fit {told}", found)
+    if args.only != "fit":
+        for kind in KINDS:
+            _, prediction = link_cases(args.work, kind, 1)
+            keep(args.work, f"apply {kind}", applied(args.work, prediction, args.rounds))
 
 
-def make_case(folder: Path, kind: np.dtype) -> Path:
+def read_results(work: Path) -> dict[str, dict]:
+    file = work / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep(work: Path, name: str, found: dict) -> None:
+    """Keep a result, with the day and the machine."""
+    machine = f"{os.cpu_count()} cores of {platform.machine()}, numpy {np.__version__}, torch {torch.__version__}"
+    found |= {"date": date.today().isoformat(), "machine": f"{machine}, blosc2 {blosc2.__version__}"}
+    found["load"] = round(os.getloadavg()[1], 1)
+    print(name, json.dumps(found), flush=True)
+    write_whole(work / "results.json", json.dumps(read_results(work) | {name: found}, indent=1))
+
+
+def tables(results: dict[str, dict]) -> str:
+    """Markdown: where, fits, applying."""
+    where = dict.fromkeys(f"{found['date']}; {found['machine']}" for found in results.values())
+    loads = sorted(found["load"] for found in results.values())
+    head = f"{'; '.join(where)}; load over five minutes {loads[0]} to {loads[-1]}"
+    fits = ["| fit | seconds | CPU seconds | memory GB |", "|---|---|---|---|"]
+    shown = ["read", "write", "apply"]
+    ratios = [
+        f"| stored | file GB | {' | '.join(f'{name}, CPU s' for name in shown)} | apply / (read + write), CPU | "
+        f"{' | '.join(f'{name}, s' for name in shown)} | apply / (read + write), seconds |",
+        "|---" * 10 + "|",
+    ]
+    for name, found in results.items():
+        what, _, told = name.partition(" ")
+        if what == "fit":
+            fits.append(f"| {told} | {found['seconds']:.0f} | {found['cpu']:.0f} | {found['gigabytes']:.2f} |")
+        else:
+            cells = [told, f"{found['gigabytes']:.2f}"]
+            for clock in ("cpu", "seconds"):
+                cells += [f"{found[clock][one]:.2f}" for one in (*shown, "ratio")]
+            ratios.append(f"| {' | '.join(cells)} |")
+    return "\n\n".join([head, "\n".join(fits), "\n".join(ratios)])
+
+
+def make_case(work: Path, kind: str) -> Path:
     """Folder of a reference, a prediction and probabilities that are too sure by ``TOO_SURE``."""
+    folder = work / f"made_{kind}"
     if (folder / "done").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    if kind == KINDS[0]:
+        reference, p = drawn()
+        for name, labels in (("reference", reference), ("prediction", p.argmax(axis=0).astype(np.uint8))):
+            image = sitk.GetImageFromArray(labels)
+            image.SetSpacing(SPACING)
+            sitk.WriteImage(image, str(folder / f"{name}.nii.gz"), useCompression=True)
+        write_compact(folder / "probabilities.nncp", p, p.shape, kind)
+    else:
+        exact = make_case(work, KINDS[0])
+        for name in ("reference", "prediction"):
+            shutil.copyfile(exact / f"{name}.nii.gz", folder / f"{name}.nii.gz")
+        stored = ProbabilityFile(exact / "probabilities.nncp")
+        write_compact(folder / "probabilities.nncp", stored.channels(), stored.shape, kind)
+    (folder / "done").touch()
+    return folder
+
+
+def drawn() -> tuple[np.ndarray, np.ndarray]:
+    """A reference uint8 (z, y, x) and probabilities float32 (C, z, y, x)."""
     rng = np.random.default_rng(0)
     best = np.full(SHAPE, -np.inf, dtype=np.float32)
     reference, p = np.zeros(SHAPE, dtype=np.uint8), np.empty((CLASSES, *SHAPE), dtype=np.float32)
     for c in range(CLASSES):
         p[c] = smooth(rng) + rng.standard_normal(SHAPE, dtype=np.float32) * np.float32(0.2)
         p[c] += 6 if c == 0 else 0
-        drawn = p[c] + rng.gumbel(size=SHAPE[1:]).astype(np.float32)  # one draw for all slices is quick
-        reference[drawn > best] = c
-        best = np.maximum(best, drawn)
+        truth = p[c] + rng.gumbel(size=SHAPE[1:]).astype(np.float32)  # one draw for all slices is quick
+        reference[truth > best] = c
+        best = np.maximum(best, truth)
     for z in range(SHAPE[0]):
         slab = p[:, z] * np.float32(TOO_SURE)
         slab = np.exp(slab - slab.max(axis=0))
         p[:, z] = slab / slab.sum(axis=0)
-    for name, labels in (("reference", reference), ("prediction", p.argmax(axis=0).astype(np.uint8))):
-        image = sitk.GetImageFromArray(labels)
-        image.SetSpacing(SPACING)
-        sitk.WriteImage(image, str(folder / f"{name}.nii.gz"), useCompression=True)
-    write_compact(folder / "probabilities.nncp", p.astype(kind), p.shape, kind)
-    (folder / "done").touch()
-    return folder
+    return reference, p
 
 
 def smooth(rng: np.random.Generator) -> np.ndarray:
@@ -101,39 +163,75 @@ def smooth(rng: np.random.Generator) -> np.ndarray:
     return ndimage.zoom(coarse, factors, order=1)
 
 
-def link_cases(made: Path, work: Path, volumes: int) -> tuple[Path, Path, Path]:
-    """References, predictions, and a folder with one prediction."""
-    reference, prediction, one = (work / name for name in ("references", "predictions", "one_prediction"))
-    for folder in (reference, prediction, one):
+def link_cases(work: Path, kind: str, volumes: int) -> tuple[Path, Path]:
+    """Folders of references and predictions."""
+    made, reference, prediction = work / f"made_{kind}", work / "references", work / "predictions"
+    for folder in (reference, prediction):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     labels = {"background": 0} | {f"organ {c}": c for c in range(1, CLASSES)}
-    for folder in (prediction, one):
-        (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
-    for number in range(volumes):
-        name = f"case_{number:03d}"
+    (prediction / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    for name in (f"case_{number:03d}" for number in range(volumes)):
         os.link(made / "reference.nii.gz", reference / f"{name}.nii.gz")
-        for folder in (prediction, one) if number == 0 else (prediction,):
-            os.link(made / "prediction.nii.gz", folder / f"{name}.nii.gz")
-            os.link(made / "probabilities.nncp", folder / f"{name}.nncp")
-    return reference, prediction, one
+        os.link(made / "prediction.nii.gz", prediction / f"{name}.nii.gz")
+        os.link(made / "probabilities.nncp", prediction / f"{name}.nncp")
+    return reference, prediction
 
 
-def measured(words: list, name: str | None = None) -> float:
-    """Run a command, print what it took as a row if it has a name; CPU seconds."""
+def applied(work: Path, prediction: Path, rounds: int) -> dict:
+    """Medians of reading, writing and applying, and of the ratio."""
+    calibrator = TemperatureScaling()
+    calibrator.channels, calibrator.parameters = CLASSES, [{"temperature": TOO_SURE}]
+    calibrator.save(work / "temperature.json")
+    output, copied = work / "calibrated", work / "copied.nncp"
+    (source,) = prediction.glob("*.nncp")
+
+    def apply() -> None:
+        apply_folder(work / "temperature.json", prediction, output)
+
+    def read() -> None:
+        for channel in ProbabilityFile(source).channels():
+            del channel
+
+    apply()
+    stored = ProbabilityFile(output / source.name)
+    calibrated = list(stored.channels())
+
+    def write() -> None:
+        write_compact(copied, calibrated, stored.shape, stored.dtype)
+
+    times = [{step.__name__: timed(step) for step in (read, write, apply)} for _ in range(rounds)]
+    found: dict = {"rounds": rounds, "gigabytes": source.stat().st_size / 1e9}
+    for i, clock in enumerate(("seconds", "cpu")):
+        each = [{name: both[i] for name, both in one.items()} | {"ratio": 0.0} for one in times]
+        for one in each:
+            one["ratio"] = one["apply"] / (one["read"] + one["write"])
+        found[clock] = {name: round(statistics.median(one[name] for one in each), 4) for name in each[0]}
+    copied.unlink()
+    return found
+
+
+def timed(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds and CPU seconds."""
+    begin, used = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - begin, time.process_time() - used
+
+
+def measured(words: list) -> dict:
+    """Seconds, CPU seconds and memory of ``nnunet-calib calibrate``."""
     begin, used, most = time.perf_counter(), cpu_seconds(), 0
     told = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe nobody reads would fill up
-    process = psutil.Popen([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=told)
+    command = [sys.executable, "-m", "nnunet_calib.cli.main", "calibrate", *map(str, words)]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
     while process.poll() is None:
         most = max(most, memory(process))
         time.sleep(0.2)
-    seconds, used = time.perf_counter() - begin, cpu_seconds() - used
+    found = {"seconds": time.perf_counter() - begin, "cpu": cpu_seconds() - used, "gigabytes": most / 1e9}
     if process.returncode:
         told.seek(0)
-        sys.exit(f"{name or words} failed: {told.read().decode()[-2000:]}")
-    if name:
-        print(f"| {name} | {seconds:.1f} | {used:.1f} | {most / 1e9:.2f} |", flush=True)
-    return used
+        sys.exit(f"{command} failed: {told.read().decode()[-2000:]}")
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def cpu_seconds() -> float:
@@ -158,19 +256,6 @@ def children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.Error:
         return []
-
-
-def read_and_write(source: Path, target: Path) -> None:
-    """What ``calibrate apply`` reads and writes, and nothing else."""
-    import nnunet_calib.posthoc.apply  # noqa: F401 - the same start
-
-    target.mkdir(exist_ok=True)
-    for file in source.glob("*.nncp"):
-        stored = ProbabilityFile(file)
-        write_compact(target / file.name, stored.channels(), stored.shape, stored.dtype)
-        label_map = file.with_suffix(".nii.gz")
-        sitk.ReadImage(str(label_map))
-        shutil.copyfile(label_map, target / label_map.name)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from nnunet_calib.data.cases import CaseFiles, pair_cases
@@ -26,7 +28,8 @@ from nnunet_calib.posthoc import load_calibrator
 from nnunet_calib.posthoc.base import Calibrator, file_of
 from nnunet_calib.posthoc.sample import decide, open_probabilities
 
-_SLAB = 1 << 18  # probabilities calibrated at once: all that is made of them stays in the processor's cache
+_SLAB = 1 << 17  # probabilities calibrated at once: all that is made of them stays in the processor's cache
+_ROW = 1 << 15  # voxels at once, at most: what torch does to more it spreads over threads, which wait for each other
 _TILE = 64  # voxels along each side, for methods that look around
 _COMPACT = ".nncp"
 
@@ -220,10 +223,10 @@ def calibrate_file(
     for place, before, part in _calibrated_parts(calibrator, source):
         if calibrator.keeps_labels and not _kept(before, part, dataset.has_regions):
             raise InputError(f"{stored.path}: the calibrator changed labels that it must keep; fit it again")
-        if decided is not None and not calibrator.keeps_labels:
-            after = decide(part.astype(stored.dtype), dataset)
-            np.copyto(decided[place], after, where=after != decide(before, dataset), casting="unsafe")
         _put(part, volume, place)
+        if decided is not None and not calibrator.keeps_labels:
+            after = decide(_picked(volume, place, part.dtype), dataset)
+            np.copyto(decided[place], after, where=after != decide(before, dataset), casting="unsafe")
     return channels
 
 
@@ -247,19 +250,35 @@ def _calibrated_parts(
     stored = channels[0].dtype
     working = np.promote_types(stored, np.float32)
     for outer, inner, target in _tiles(len(channels), channels[0].shape, calibrator.margin):
-        part = np.stack([channel[outer] for channel in channels], dtype=working)
+        part = _picked(channels, outer, working)
         within = (slice(None), *inner)
         yield target, part[within], calibrator.calibrate(part, stored)[within]
 
 
+def _picked(channels: Sequence[np.ndarray], place: tuple[slice, ...], dtype: DTypeLike) -> np.ndarray:
+    """A part of all channels (C, ...)."""
+    part = np.empty((len(channels), *channels[0][place].shape), dtype=dtype)
+    for values, channel in zip(part, channels, strict=True):
+        _convert(channel[place], values)
+    return part
+
+
 def _put(part: np.ndarray, channels: Sequence[np.ndarray], place: tuple[slice, ...]) -> None:
     for channel, values in zip(channels, part, strict=True):
-        channel[place] = values
+        _convert(values, channel[place])
+
+
+def _convert(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy into an array of perhaps another type; numpy converts half precision one value at a time, torch many."""
+    if np.float16 in (source.dtype, target.dtype) and source.flags.writeable:  # torch takes no other
+        torch.from_numpy(target).copy_(torch.from_numpy(source))
+    else:
+        np.copyto(target, source, casting="same_kind")
 
 
 def _tiles(channels: int, shape: tuple[int, ...], margin: int) -> Iterator[tuple[tuple[slice, ...], ...]]:
     """Boxes that cover a volume: with their margin, the box within that, and where it lies in the volume."""
-    size = (_TILE,) * 3 if margin else (max(1, _SLAB // channels),)
+    size = (_TILE,) * 3 if margin else (min(_ROW, max(1, _SLAB // channels)),)
     for corner in itertools.product(*(range(0, length, step) for length, step in zip(shape, size, strict=True))):
         sides = [(a, min(a + step, length), length) for a, step, length in zip(corner, size, shape, strict=True)]
         yield (

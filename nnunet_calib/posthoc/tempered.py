@@ -43,7 +43,7 @@ class TemperedCalibrator(VoxelwiseCalibrator):
             return super().calibrate(probabilities, dtype)
         self._check_fitted(probabilities)
         p = probabilities.reshape(len(probabilities), -1).astype(np.float32, copy=False)
-        inside = np.maximum(p, np.float32(smallest_probability(stored)))
+        inside = np.maximum(p, np.float32(smallest_probability(stored)))  # ours to overwrite
         if not self.multilabel:
             calibrated = _mixed(inside, *self._mixture(self.parameters[0]))
         else:
@@ -57,15 +57,21 @@ class TemperedCalibrator(VoxelwiseCalibrator):
 
 
 def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) -> np.ndarray:
-    """``TemperedCalibrator._calibrate`` of probabilities float32 (C, N) above 0 that need not add up to 1."""
+    """``TemperedCalibrator._calibrate`` of probabilities float32 (C, N) above 0 that need not add up to 1.
+
+    They are overwritten: to set memory aside for each step would take longer than the steps.
+    """
     powers = 1 / np.asarray(temperature, dtype=np.float64)
-    relative = p if powers.ndim == 0 and powers <= 1 else p / p.max(axis=0)
-    soft = np.log(relative)
-    soft *= _of_voxels(powers, relative)
+    raw = None if weights == ALONE else p * _share(weights[1], p)
+    if powers.ndim or powers > 1:
+        p /= p.max(axis=0)
+    own = _of_voxels(powers, p)
+    soft = np.log(p, out=p)
+    soft *= own
     np.exp(soft, out=soft)
     soft *= _share(weights[0], soft)
-    if weights != ALONE:
-        soft += p * _share(weights[1], p)
+    if raw is not None:
+        soft += raw
         soft += np.float32(weights[2] / len(p))
     return np.minimum(soft, 1, out=soft)  # rounded
 

@@ -59,8 +59,23 @@ def test_a_saturated_voxel_has_the_floor_of_its_type():
         assert calibrated[1, 0] == pytest.approx(root / (1 + root), rel=1e-4)
 
 
-def test_slabs_of_a_case_change_no_number():
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_slabs_of_a_case_change_no_number(kind, writeable):
     rng = np.random.default_rng(0)
-    p = rng.dirichlet(np.ones(5), size=(9, 90, 110)).transpose(3, 0, 1, 2).astype(np.float32)
+    p = rng.dirichlet(np.ones(5), size=(9, 90, 110)).transpose(3, 0, 1, 2).astype(kind)
+    p.flags.writeable = writeable
     for calibrator in every(5, 1.67, False):
-        assert np.array_equal(calibrate_case(calibrator, p), calibrator.calibrate(p))
+        whole = calibrator.calibrate(p)
+        assert np.array_equal(calibrate_case(calibrator, p), whole.astype(kind))
+        assert calibrate_case(calibrator, p).dtype == kind
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_probabilities_that_are_given_are_not_touched(multilabel):
+    p = probabilities(3, 1, multilabel, np.float32)
+    before = p.copy()
+    for temperature in (0.5, 2.0):
+        for calibrator in every(3, temperature, multilabel):
+            calibrator.calibrate(p)
+            assert np.array_equal(p, before)
