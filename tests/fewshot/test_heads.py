@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from nnunet_calib.fewshot.chunks import Chunks
-from nnunet_calib.fewshot.heads import HEADS, LinearHead, PrototypeHead
+from nnunet_calib.fewshot.heads import HEADS, LinearHead, LocalPrototypeHead, PrototypeHead
 from nnunet_calib.fewshot.heads.base import balanced
+from nnunet_calib.fewshot.heads.prototype import masked_averages
 from nnunet_calib.fewshot.logistic import fit_logistic
 
 every_head = pytest.mark.parametrize("key", HEADS)
@@ -66,8 +67,9 @@ def test_chunks_follow_features_that_change_along_the_axis(key):
 def test_a_chunk_without_the_structure_borrows_and_is_only_softly_absent(key):
     parts = list(sample(chunks=4, supports=3))
     parts[1] = parts[1] & (parts[4].argmax(dim=1) != 2)
-    head = HEADS[key].fit(*parts)
-    shared = HEADS[key].fit(*parts[:4], torch.ones(len(parts[0]), 1), parts[5])
+    settings = {"cells": 2, "most": 1000} if key == "local_prototypes" else {}
+    head = HEADS[key].fit(*parts, **settings)
+    shared = HEADS[key].fit(*parts[:4], torch.ones(len(parts[0]), 1), parts[5], **settings)
     f, _, _, position, _, _ = parts
     here = torch.zeros(len(f), 4)
     here[:, 2] = 1
@@ -193,3 +195,79 @@ def test_much_shrinkage_makes_all_chunks_alike():
     alone = LinearHead.fit(*parts[:4], torch.ones(len(parts[0]), 1), parts[5])
     for row in head.projections:
         torch.testing.assert_close(row, alone.projections[0], atol=1e-2, rtol=1e-2)
+
+
+def test_local_prototypes_are_alpnets():
+    """On a grid: cells filled by more than 0.95 of a class, the masked average beside those of the structure, and
+    the class score sum_i softmax_i(20 cos) 20 cos, loops over the pooled cells as in the paper."""
+    g = torch.Generator().manual_seed(5)
+    side, window = 8, 2
+    grid = torch.stack(torch.meshgrid(*[torch.arange(side)] * 3, indexing="ij"), dim=-1).reshape(-1, 3)
+    position = (grid + 0.5) / side
+    target = ((grid >= 2) & (grid < 7)).all(dim=1)
+    f = torch.nn.functional.normalize(torch.randn(side**3, 6, generator=g) + target[:, None], dim=1)
+    ones, support = torch.ones(side**3), torch.zeros(side**3, dtype=torch.long)
+    parts = f, target, ones, position, torch.ones(side**3, 1), support
+    head = LocalPrototypeHead.fit(*parts, cells=side // window, most=1000)
+
+    volume, mask = f.view(side, side, side, 6), target.view(side, side, side).float()
+    local = {True: [(f * target[:, None]).sum(0) / target.sum()], False: []}
+    for z in range(0, side, window):
+        for y in range(0, side, window):
+            for x in range(0, side, window):
+                box = (slice(z, z + window), slice(y, y + window), slice(x, x + window))
+                mean, share = volume[box].reshape(-1, 6).mean(0), mask[box].mean()
+                if share > 0.95:
+                    local[True].append(mean)
+                if 1 - share > 0.95:
+                    local[False].append(mean)
+    assert len(local[True]) == 9
+    score = {}
+    for c, prototypes in local.items():
+        s = torch.stack([20 * torch.cosine_similarity(f, p[None], dim=1) for p in prototypes], dim=1)
+        score[c] = (s.softmax(dim=1) * s).sum(dim=1)
+    torch.testing.assert_close(head(f, position, parts[4]), score[True] - score[False], atol=1e-3, rtol=1e-4)
+
+
+def test_a_structure_that_fills_no_cell_has_its_masked_average_alone():
+    parts = sample(chunks=1)
+    head = LocalPrototypeHead.fit(*parts, cells=2)
+    assert head.novel.sum() == 1
+    pair = PrototypeHead.fit(*parts)
+    f, target, weight, _, _, support = parts
+    average = masked_averages(f, target, weight.double(), support, torch.zeros_like(support), 1)[0, 1]
+    cosine = torch.cosine_similarity(f, average[None], dim=1)
+    torch.testing.assert_close(f @ head.projections[head.novel][0], 20 * cosine, atol=1e-3, rtol=1e-3)
+    assert pair.projections.shape == (1, f.shape[1])
+
+
+@pytest.mark.parametrize("most", [4, 32])
+def test_prototypes_are_no_more_than_asked_for(most):
+    head = LocalPrototypeHead.fit(*sample(chunks=2, noise=0.1, share=0.5), most=most)
+    assert len(head.projections) <= most
+    assert accuracy(head, noise=0.1, chunks=Chunks(2, "hard")) > 0.95
+
+
+@pytest.mark.parametrize("supports", [1, 3])
+def test_prototype_alignment_lowers_its_objective_and_keeps_what_works(supports):
+    parts = sample(chunks=1, supports=supports, noise=0.4)
+    f, target, weight, position, chunk, support = parts
+    plain, aligned = PrototypeHead.fit(*parts), PrototypeHead.fit(*parts, aligned=True)
+    w = balanced(target, weight, support, 0.5)
+
+    def loss(head):
+        """CE of the supports, and of each by prototypes from the head's own segmentation of the one before."""
+        s = head(f, position, chunk)
+        nll = w @ torch.nn.functional.softplus(torch.where(target, -s, s)).double()
+        for q in range(supports):
+            query, other = support == q, support == (q + 1) % supports
+            prototypes = []
+            for p in (1 - s[query].sigmoid(), s[query].sigmoid()):
+                mask = (w[query] * p).float()
+                prototypes.append((mask[:, None] * f[query]).sum(0) / mask.sum())
+            b, a = (20 * torch.cosine_similarity(f[other], p[None], dim=1) for p in prototypes)
+            nll += w[other] @ torch.nn.functional.softplus(torch.where(target[other], b - a, a - b)).double()
+        return float(nll)
+
+    assert loss(aligned) < loss(plain) - 0.01
+    assert accuracy(aligned, chunks=Chunks(1), noise=0.4) > accuracy(plain, chunks=Chunks(1), noise=0.4) - 0.02

@@ -2,9 +2,10 @@
 
 from nnunet_calib.fewshot.heads.base import Head
 from nnunet_calib.fewshot.heads.linear import LinearHead
+from nnunet_calib.fewshot.heads.local_prototypes import LocalPrototypeHead
 from nnunet_calib.fewshot.heads.prototype import PrototypeHead
 
-HEADS: dict[str, type[Head]] = {head.key: head for head in (LinearHead, PrototypeHead)}
+HEADS: dict[str, type[Head]] = {head.key: head for head in (LinearHead, LocalPrototypeHead, PrototypeHead)}
 """Key to class, the default first; the keys are the names used in commands, files and tables."""
 
-__all__ = ["HEADS", "Head", "LinearHead", "PrototypeHead"]
+__all__ = ["HEADS", "Head", "LinearHead", "LocalPrototypeHead", "PrototypeHead"]

@@ -1,0 +1,120 @@
+"""Honest probabilities: every support predicted by the others, and two numbers fitted to that.
+
+    p = 1 / (1 + exp(-(slope s + bias)))
+
+slope and bias minimise the NLL of logits from left-out supports, with every support counting the same; slope = 1 / T of
+temperature scaling (Guo et al., ICML 2017), and with the bias it is Platt's scaling. A head is always too sure on what
+it was fitted to, so with one support nothing honest can be fitted: its probabilities stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_calib.fewshot.heads.base import Head
+from nnunet_calib.fewshot.logistic import fit_logistic
+
+_RIDGE = 1e-6  # towards slope 1 and bias 0, for supports that are told apart without error
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A map from log odds to calibrated probabilities.
+
+    Attributes:
+        slope: above 0; below 1 the head was too sure.
+        bias: added to the log odds.
+    """
+
+    slope: float = 1.0
+    bias: float = 0.0
+
+    def __post_init__(self):
+        if not (0 < self.slope < np.inf and np.isfinite(self.bias)):
+            raise ValueError(f"a slope above 0 and a finite bias, not {self.slope} and {self.bias}")
+
+    def probability(self, logit: Tensor) -> Tensor:
+        """Probabilities of log odds, of the same shape and type."""
+        return torch.sigmoid(self.slope * logit + self.bias)
+
+    @property
+    def threshold(self) -> float:
+        """The probability of log odds 0: where the volume prior draws the line between structure and background.
+
+        It is below one half where a head that finds the right volume does not find the right voxels: labels are cut
+        here, for at one half of an honest probability most of such a structure would be missing.
+        """
+        return float(torch.sigmoid(torch.tensor(self.bias, dtype=torch.float64)))
+
+
+def out_of_fold(
+    fit: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Head],
+    features: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    chunk: Tensor,
+    support: Tensor,
+    chunk_of_query: Tensor | None = None,
+) -> Tensor:
+    """Log odds of every voxel by a head that has not seen its volume.
+
+    Args:
+        fit: ``Head.fit`` of a head, its settings bound; the other arguments are its own.
+        features: float (N, F).
+        target: bool (N,).
+        weight: float (N,).
+        position: float (N, 3).
+        chunk: float (N, n).
+        support: integer (N,).
+        chunk_of_query: weights of the chunks as in ``apply``, float (N, n), where they differ.
+
+    Returns:
+        float32 (N,).
+
+    Raises:
+        ValueError: fewer than two supports with the structure: there is nothing to leave out.
+    """
+    if len(support[target].unique()) < 2:
+        raise ValueError("leaving a support out takes two supports with the structure")
+    used = chunk if chunk_of_query is None else chunk_of_query
+    logit = torch.empty(len(features), dtype=torch.float32, device=features.device)
+    for one in support.unique():
+        own, others = support == one, support != one
+        head = fit(*(part[others] for part in (features, target, weight, position, chunk, support)))
+        logit[own] = head(features[own], position[own], used[own])
+    return logit
+
+
+def fit_calibration(
+    logit: Tensor, target: Tensor, weight: Tensor, support: Tensor, *, with_bias: bool = True
+) -> Calibration:
+    """Slope and bias of smallest NLL, every support counting the same.
+
+    Args:
+        logit: float (N,), of left-out supports.
+        target: bool (N,).
+        weight: float (N,), voxels that each stands for; 0 leaves a voxel out.
+        support: integer (N,).
+        with_bias: else the bias is 0, and the labels stay as the volume prior cut them.
+
+    Returns:
+        The calibration; as it is without fit where the logits do not even point the right way.
+    """
+    w = weight.double()
+    per_support = torch.zeros_like(w)
+    there = support[w > 0].unique()
+    for one in there:
+        own = support == one
+        per_support[own] = w[own] / w[own].sum() / len(there)
+    x = torch.stack([logit.double(), torch.ones_like(logit, dtype=torch.float64)], dim=1)
+    if not with_bias:
+        x = x[:, :1]
+    centre = torch.tensor([1.0, 0.0], dtype=torch.float64, device=x.device)[: x.shape[1]]
+    found = fit_logistic(x, target, per_support, torch.full_like(centre, _RIDGE), centre).tolist()
+    return Calibration(*found) if found[0] > 0 else Calibration()
