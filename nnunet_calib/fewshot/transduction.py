@@ -155,7 +155,7 @@ def refine(
     scales = [spread, torch.ones_like(head.position_terms[0]), torch.ones_like(head.bias)]
 
     def changed() -> LinearHead:
-        return LinearHead(*parts, head.row, head.offset)
+        return LinearHead(parts[0], parts[1], parts[2], head.row, head.offset)
 
     def value(pi: float, terms: Objective) -> Tensor:
         now = changed()
@@ -189,7 +189,8 @@ def refine(
             objective.support, objective.prior + 1, objective.entropy, objective.margin, objective.uniform
         )
         _minimise(parts, lambda: value(second, firmer), steps - _BEFORE_UPDATE)
-    return LinearHead(*(part.detach() for part in parts), head.row, head.offset)
+    projections, terms, bias = (part.detach() for part in parts)
+    return LinearHead(projections, terms, bias, head.row, head.offset)
 
 
 def _minimise(parts: list[Tensor], value, steps: int) -> None:
