@@ -63,7 +63,8 @@ class FeatureCache:
         identity = hashlib.sha256(json.dumps(model.fingerprint(), sort_keys=True).encode()).hexdigest()[:12]
         self.folder = folder / identity
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._make, self._predictor = predictor, None
+        self._make = predictor
+        self._predictor: FeaturePredictor | None = None
 
     def predict(self, name: str, image: np.ndarray) -> CachedPrediction:
         """The prediction of a case, from disk or by the network.

@@ -1,4 +1,4 @@
-"""How well a structure is segmented by k volumes: heads x chunks x extents x k, under the papers' protocol and the real.
+"""How well k volumes show a structure: heads x chunks x extents x k, under the papers' protocol and the real one.
 
 Features of every case are computed once (``cache``); all that is tried is fitted to and applied on these. Every pair of
 supports and query is a line of ``pairs.jsonl`` as soon as it is scored, and is not done again.
@@ -8,21 +8,23 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from tqdm import tqdm
 
-from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.images import read_labels
 from nnunet_calib.fewshot.cache import CachedPrediction, FeatureCache
 from nnunet_calib.fewshot.chunks import alpnet_parts, alpnet_support_slices
+from nnunet_calib.fewshot.fit import nested, overlaps, scan_of
 from nnunet_calib.fewshot.merge import merge_labels
 from nnunet_calib.fewshot.method import (
     FittedStructure,
@@ -34,12 +36,13 @@ from nnunet_calib.fewshot.method import (
     fit_structure,
     refine_on_query,
 )
-from nnunet_calib.fewshot.model import BaseModel
+from nnunet_calib.fewshot.model import CHECKPOINT, BaseModel
+from nnunet_calib.fewshot.predictor import FeaturePredictor
 from nnunet_calib.fewshot.protocols import PAPER, PAPER_CHUNKS, REAL, Episode, paper_episodes, real_episodes
 from nnunet_calib.fewshot.sampling import sample_support
-from nnunet_calib.fewshot.scores import NUMBERS, base_dice, mean_dice, novel_scores, summarise
+from nnunet_calib.fewshot.scores import base_dice, mean_dice, novel_scores, summarise
 from nnunet_calib.fewshot.transduction import Objective
-from nnunet_calib.fewshot.volumes import STRUCTURE, Volume, read_volume, to_image_grid
+from nnunet_calib.fewshot.volumes import STRUCTURE, Volume, find_supports, read_volume, to_image_grid, turn_back
 
 ORACLE = "oracle"
 GROUPS = ("structure", "protocol", "head", "chunks", "extent", "mode", "k", "entropy")
@@ -91,12 +94,10 @@ class Case:
     """One case and one structure in it, and what the base model says of it."""
 
     def __init__(self, name: str, files: Files, model: BaseModel, value: int, cache: FeatureCache, voxels: int):
-        self.name, self._files, self._model, self._voxels = name, files, model, voxels
+        self.name, self._files, self._model, self._value, self._voxels = name, files, model, value, voxels
         self.volume: Volume = read_volume(model, name, files.images, label=files.label, value=value)
         self.predicted: CachedPrediction = cache.predict(name, self.volume.image)
-        labels = self.predicted.base.argmax(dim=0).numpy()
-        self.scan = Scan(self.volume.spacing, self.volume.axes, labels)
-        self._value = value
+        self.scan: Scan = scan_of(model, self.volume, self.predicted.base)
 
     @cached_property
     def structure(self) -> np.ndarray:
@@ -163,16 +164,35 @@ class Case:
 
     @cached_property
     def base(self) -> tuple[np.ndarray, np.ndarray]:
-        """The base model's labels and the probability of each (z, y, x), on the image's grid."""
-        logits = to_image_grid(self._model, self.volume, self.predicted.base.numpy(), 0.0)
-        probabilities = torch.from_numpy(logits).softmax(dim=0)
-        confidence, labels = probabilities.max(dim=0)
-        values = np.array(self._model.dataset.labels)[labels.numpy()]
-        return values.astype(np.uint8), confidence.numpy()
+        """The base model's labels (z, y, x) as ``nnUNetv2_predict`` writes them, and its probability of each."""
+        model, logits = self._model, self.predicted.base
+        labels = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits.numpy(), model.plans_manager, model.configuration_manager, model.label_manager,
+            self.volume.properties,
+        )  # fmt: skip
+        confidence = np.asarray(model.label_manager.apply_inference_nonlin(logits)).max(axis=0)
+        return turn_back(self.volume, labels[None])[0], to_image_grid(model, self.volume, confidence[None], 1.0)[0]
 
     def on_image_grid(self, logit: np.ndarray) -> np.ndarray:
         """Log odds (z, y, x) of a map (*S)."""
         return to_image_grid(self._model, self.volume, logit[None], _BOTTOM)[0]
+
+    @cached_property
+    def overlaps(self) -> dict[int, tuple[float, float]]:
+        """As ``fit`` looks at a support: what the base model predicts in the structure."""
+        return overlaps(self.structure, self.scan.base)
+
+    def base_scores(self, probability: np.ndarray, found: NovelMap, inside: Sequence[int]) -> dict[str, float]:
+        """Mean Dice of the base classes before and after the structure is merged in; NaN without their labels."""
+        if self.base_reference is None:
+            return {"base_before": float("nan"), "base_after": float("nan")}
+        structures, value = self._model.dataset.structures, max(self._model.dataset.labels) + 1
+        labels, confidence = self.base
+        novel = np.zeros_like(probability) if found.absent else probability
+        merged = merge_labels(labels, confidence, novel[None], [value], [found.threshold], [inside])
+        merged[merged == value] = 0
+        before, after = (base_dice(self.base_reference, one, structures) for one in (labels, merged))
+        return {"base_before": mean_dice(before), "base_after": mean_dice(after)}
 
     def _support(self, index: np.ndarray, weight: np.ndarray, part: np.ndarray | None) -> Support:
         assert self.volume.structure_mm3 is not None
@@ -282,12 +302,92 @@ def evaluate_structure(
                 if fitted[0] != (trial, episode.supports):
                     fitted = ((trial, episode.supports), _fit(trial, episode, case))
                 assert fitted[1] is not None
-                record = known | _score(trial, episode, fitted[1], case)
+                record = known | _score(model, trial, episode, fitted[1], case)
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
             records.append(record)
             bar.update()
     return records
+
+
+def evaluate_folder(
+    model_folder: str | Path,
+    images: str | Path,
+    labels: str | Path,
+    output: str | Path,
+    *,
+    name: str,
+    value: int,
+    trials: Sequence[Trial],
+    query_images: Path | None = None,
+    query_labels: Path | None = None,
+    base_labels: Path | None = None,
+    folds: Sequence[str | int] | None = None,
+    checkpoint: str = CHECKPOINT,
+    device: str = "cpu",
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    voxels: int = 30_000,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Evaluate one structure on folders in nnU-Net's raw layout.
+
+    Args:
+        model_folder: of the base model.
+        images: of the annotated cases that serve as supports.
+        labels: their label maps.
+        output: folder for ``pairs.jsonl``, ``pairs.csv``, ``summary.json`` and ``features``, which may be deleted.
+            Structures that are written to the same folder share its files.
+        name: of the structure.
+        value: its label value.
+        trials: what is tried.
+        query_images: of other cases to try on; the supports themselves if None.
+        query_labels: their label maps.
+        base_labels: label maps of the queries with the model's own labels.
+        folds: of the base model; all if None.
+        checkpoint: its name in each fold.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        step_size: of the sliding window.
+        mirroring: test-time augmentation of the base classes.
+        voxels: drawn from each support.
+        progress: show bars.
+
+    Returns:
+        The rows of the summary that are of this structure.
+
+    Raises:
+        UsageError: options or folders that make no sense.
+        InputError: files that cannot be used.
+    """
+    if (query_images is None) != (query_labels is None):
+        raise UsageError("queries need both images and labels: their labels are what they are scored with")
+    model = BaseModel(model_folder, folds, checkpoint)
+    if model.previous_stage is not None:
+        raise UsageError(f"{model.folder} continues {model.previous_stage}; evaluate a model that is no cascade")
+    ending = model.dataset.file_ending
+
+    def files(image_folder: Path, label_folder: Path) -> dict[str, Files]:
+        found = {}
+        for case, (channels, label) in find_supports(image_folder, label_folder, ending).items():
+            own = None if base_labels is None else base_labels / (case + ending)
+            found[case] = Files(tuple(channels), label, own if own is not None and own.is_file() else None)
+        return found
+
+    supports = files(Path(images), Path(labels))
+    queries = supports if query_images is None or query_labels is None else files(query_images, query_labels)
+    if shared := sorted(supports.keys() & queries.keys()) if queries is not supports else []:
+        raise UsageError(f"{shared[0]} is both a support and a query; leave the queries out, or rename one")
+
+    def predictor() -> FeaturePredictor:
+        return FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
+
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    cache = FeatureCache(output / "features", model, predictor)
+    evaluate_structure(model, cache, supports, queries, name, value, output, trials, voxels=voxels, progress=progress)
+    about = {"model": model.fingerprint(), "supports": sorted(supports), "queries": sorted(queries), "voxels": voxels}
+    rows = write_results(output, read_pairs(output / "pairs.jsonl"), about)
+    return [row for row in rows if row["structure"] == name]
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:
@@ -320,7 +420,7 @@ def write_results(output: Path, records: Sequence[Mapping[str, Any]], about: Map
     return rows
 
 
-def _fit(trial: Trial, episode: Episode, case) -> FittedStructure:
+def _fit(trial: Trial, episode: Episode, case: Callable[[str], Case]) -> FittedStructure:
     settings = trial.settings
     if trial.protocol == PAPER:
         supports = [case(name).paper_support(settings.axis, settings.chunks) for name in episode.supports]
@@ -329,15 +429,15 @@ def _fit(trial: Trial, episode: Episode, case) -> FittedStructure:
     return fit_structure(supports, settings)
 
 
-def _score(trial: Trial, episode: Episode, fitted: FittedStructure, case) -> dict[str, Any]:
+def _score(
+    model: BaseModel, trial: Trial, episode: Episode, fitted: FittedStructure, case: Callable[[str], Case]
+) -> dict[str, Any]:
     query, settings = case(episode.query), trial.settings
     if trial.protocol == PAPER:
         parts, counted = query.paper_query(settings.axis, settings.chunks)
         expected = query.paper_volume(settings.axis, case(episode.supports[0]), settings.chunks)
         projected = query.predicted.projected(fitted.projections)
-        found = apply_structure(
-            fitted, query.scan, projected, parts=parts, counted=counted, expected_mm3=expected
-        )
+        found = apply_structure(fitted, query.scan, projected, parts=parts, counted=counted, expected_mm3=expected)
         scores = novel_scores(
             found.probability,
             query.structure,
@@ -355,21 +455,8 @@ def _score(trial: Trial, episode: Episode, fitted: FittedStructure, case) -> dic
     probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
     segmentation = (logit > 0) & (not found.absent)
     scores = novel_scores(probability, query.reference, query.image_spacing, segmentation)
-    return scores | _about(found) | _base(query, probability, found)
-
-
-def _base(query: Case, probability: np.ndarray, found: NovelMap) -> dict[str, Any]:
-    """Mean Dice of the base classes before and after the structure is merged in."""
-    if query.base_reference is None:
-        return {"base_before": float("nan"), "base_after": float("nan")}
-    labels, confidence = query.base
-    structures = query._model.dataset.structures
-    value = max(query._model.dataset.labels) + 1
-    novel = np.zeros_like(probability) if found.absent else probability
-    merged = merge_labels(labels, confidence, novel[None], [value], [found.threshold])
-    before = base_dice(query.base_reference, labels, structures)
-    after = base_dice(query.base_reference, np.where(merged == value, 0, merged), structures)
-    return {"base_before": mean_dice(before), "base_after": mean_dice(after)}
+    inside, _ = nested(model, [case(name).overlaps for name in episode.supports], None)
+    return scores | _about(found) | query.base_scores(probability, found, inside)
 
 
 def _about(found: NovelMap) -> dict[str, Any]:

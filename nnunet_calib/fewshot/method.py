@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class Settings:
     margin: float = MARGIN
     objective: Objective | None = None
     calibrate: bool = True
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStru
         (torch.cat([support.features[fold] for support in supports]), target, weight, position, chunk, number)
         for fold in range(len(supports[0].features))
     ]
-    fit = partial(HEADS[settings.head].fit, **settings.options)
+    fit: Callable[..., Head] = partial(HEADS[settings.head].fit, **settings.options)
     prior = _prior(supports)
     found = target.numpy()
     places = Places.of(position.numpy()[found], weight.numpy()[found])
