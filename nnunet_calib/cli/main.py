@@ -10,7 +10,7 @@ from typing import NoReturn
 import nnunet_calib
 from nnunet_calib.data.errors import InputError, UsageError
 
-VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate", "convert", "calibrate")
+VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate", "convert", "calibrate", "fewshot")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -106,7 +106,7 @@ class DecoderFeatures:
             for stage in stages:
                 features = functional.normalize(stage.float(), dim=1, eps=_SMALLEST)
                 if features.shape[2:] == torch.Size(size):
-                    parts.append(features[0][(slice(None), *voxels.unbind(1))].T)
+                    parts.append(features[0].movedim(0, -1)[voxels.unbind(1)])
                     continue
                 sampled = functional.grid_sample(
                     features, grid, mode="bilinear", padding_mode="border", align_corners=False

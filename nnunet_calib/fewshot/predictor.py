@@ -8,7 +8,7 @@ over windows with nnU-Net's own Gaussian weights. Only projections of all voxels
 import contextlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,8 +81,9 @@ class FeaturePredictor(nnUNetPredictor):
             model.trainer_name,
             model.mirroring_axes,
         )
+        self.use_mirroring: bool = mirroring
         # Of a compiled network the stages cannot be seen.
-        self.network = getattr(self.network, "_orig_mod", self.network)
+        self.network: torch.nn.Module = getattr(self.network, "_orig_mod", model.network)
         self.features = DecoderFeatures(self.network)
         self._request: _Request | None = None
         self._window: _Window | None = None
@@ -119,6 +120,24 @@ class FeaturePredictor(nnUNetPredictor):
         finally:
             request, self._request, self._window = self._request, None, None
         return Prediction(base, request.projected, request.sampled)
+
+    def features_at(self, data: Tensor, voxels: Tensor) -> list[Tensor]:
+        """Features float32 (N, F) of each fold at voxels (N, 3); one plain pass, without test-time augmentation."""
+        with self._plain():
+            return self.predict(data, None, voxels).sampled
+
+    def project(self, data: Tensor, projections: Sequence[Tensor]) -> list[Tensor]:
+        """Projections (R, *S) of each fold; one plain pass, without test-time augmentation."""
+        with self._plain():
+            return self.predict(data, projections).projected
+
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[None]:
+        mirroring, self.use_mirroring = self.use_mirroring, False
+        try:
+            yield
+        finally:
+            self.use_mirroring = mirroring
 
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
@@ -225,7 +244,7 @@ class _Window:
         if self.projected is not None:
             weight = self.weight.to(stages[0].device)
             part = self.features.project(stages, weight, self.patch)[0].to(self.gaussian.device)
-            self.projected[(slice(None), *place)] += part.mul_(self.gaussian / self.total[place])
+            self.projected[tuple([slice(None), *place])] += part.mul_(self.gaussian / self.total[place])
         if self.sampled is not None:
             chosen, local = self._within(place)
             if len(chosen):
@@ -237,7 +256,7 @@ class _Window:
 
     def mean_projections(self) -> Tensor:
         assert self.projected is not None
-        return self.projected[(slice(None), *self.inside)]
+        return self.projected[tuple([slice(None), *self.inside])]
 
     def mean_samples(self) -> Tensor:
         assert self.sampled is not None

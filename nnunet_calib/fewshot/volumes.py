@@ -71,7 +71,7 @@ class Volume:
     @property
     def shape(self) -> tuple[int, int, int]:
         """S."""
-        return self.image.shape[1:]  # type: ignore[return-value]
+        return self.image.shape[1:]
 
     @property
     def patient_shape(self) -> tuple[int, int, int]:
@@ -201,7 +201,7 @@ def read_volume(
     channels = len(model.dataset.content.get("channel_names", model.dataset.content.get("modality", ())))
     if len(image) != channels:
         raise InputError(f"{images[0]}: {len(image)} image channels, the model takes {channels}")
-    spacing = tuple(float(step) for step in properties["spacing"])
+    spacing: Any = tuple(float(step) for step in properties["spacing"])
     stored = _orientation(affine_of(properties, spacing))
     target = stored if orientation is None else orientation
     if UNKNOWN in (stored, target) and stored != target:
@@ -237,7 +237,7 @@ def read_volume(
         stored,
         _axes(target),
         properties,
-        file_properties,  # type: ignore[arg-type]
+        file_properties,
     )
     volume = _preprocess(model, volume, segmentations, carried=label is not None)
     if label is None:
@@ -305,11 +305,11 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
     forward = model.plans_manager.transpose_forward
     before = properties["shape_after_cropping_and_before_resampling"]
     steps = [properties["spacing"][axis] for axis in forward]
-    spacing = tuple(step * old / new for step, old, new in zip(steps, before, image.shape[1:], strict=True))
+    spacing: Any = tuple(step * old / new for step, old, new in zip(steps, before, image.shape[1:], strict=True))
     return replace(
         volume,
         image=image,
-        spacing=spacing,  # type: ignore[arg-type]
+        spacing=spacing,
         axes=tuple(volume.axes[axis] for axis in forward),
         properties=properties,
         # nnU-Net marks what lies outside the nonzero mask with -1: not the structure.

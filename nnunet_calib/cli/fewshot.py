@@ -1,0 +1,308 @@
+"""``nnunet-calib fewshot``: a new structure from a few annotated volumes."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from nnunet_calib.data.errors import UsageError
+
+HELP = "a new structure from a few annotated volumes, on top of a trained model"
+
+_HEADS = ("linear", "prototype", "local_prototypes")
+_AXES = {"lr": 0, "ap": 1, "is": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.description = (
+        "Learn a new structure from one to ten annotated volumes, on the features of any trained\n"
+        "nnU-Net, and segment it in new images beside the classes that the model knows."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  nnunet-calib fewshot fit MODEL --images imagesTr --labels labelsTr --label 7 --name hippocampus "
+        "-o hippocampus.fewshot\n"
+        "  nnunet-calib fewshot apply MODEL hippocampus.fewshot -i imagesTs -o segmented"
+    )
+    steps = parser.add_subparsers(dest="step", metavar="STEP", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+
+    fit = steps.add_parser("fit", help="fit a task to annotated volumes", formatter_class=raw)
+    fit.description = (
+        "Fit a task to every image that has a label map, and write it to one file. Prints how well\n"
+        "each volume is predicted by the others: the number to look at."
+    )
+    fit.epilog = (
+        "example:\n  nnunet-calib fewshot fit $nnUNet_results/Dataset035_Brain/nnUNetTrainer__nnUNetPlans__3d_fullres "
+        "--images imagesTr --labels labelsTr --label 7 --name hippocampus -o hippocampus.fewshot"
+    )
+    fit.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
+    fit.add_argument("--images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTr")
+    fit.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps, named as in labelsTr")
+    fit.add_argument("--label", metavar="V", type=int, required=True, help="value of the structure in them")
+    fit.add_argument("--ignore", metavar="V", type=int, help="value of voxels that do not count")
+    fit.add_argument("--name", required=True, help="of the structure")
+    fit.add_argument(
+        "--head", metavar="H", choices=_HEADS, default="linear", help=f"{', '.join(_HEADS)} (default: linear)"
+    )
+    fit.add_argument("--chunks", metavar="N", type=int, default=12, help="intervals with a head each (default: 12)")
+    fit.add_argument("--hard", action="store_true", help="heads change at the ends of chunks; default: interpolated")
+    fit.add_argument(
+        "--extent",
+        choices=("aligned", "volume"),
+        default="aligned",
+        help="how chunks of two volumes are paired: by the base classes (default) or by the ends of the volumes",
+    )
+    fit.add_argument(
+        "--axis", choices=tuple(_AXES), default="is", help="of the chunks: inferior-superior (default), ..."
+    )
+    fit.add_argument(
+        "--refine",
+        action="store_true",
+        help="adapt the head to each query, without labels: two more passes over each query",
+    )
+    fit.add_argument(
+        "--inside",
+        metavar="V",
+        type=int,
+        nargs="*",
+        help="labels of the model that the structure may override; default: those it lies in",
+    )
+    fit.add_argument(
+        "--voxels", metavar="N", type=int, default=30_000, help="sampled from each volume (default: 30000)"
+    )
+    fit.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples (default: 0)")
+    fit.add_argument("-o", dest="output", metavar="TASK", type=Path, required=True, help="file or folder of the task")
+    _add_prediction(fit, "default: all")
+
+    apply = steps.add_parser("apply", help="segment new images", formatter_class=raw)
+    apply.description = (
+        "Segment a folder of images: what the model knows, and the structures of any number of tasks,\n"
+        "in one pass of the network. CASE.fewshot.json says what became of each case."
+    )
+    apply.epilog = "example:\n  nnunet-calib fewshot apply MODEL hippocampus.fewshot -i imagesTs -o segmented"
+    apply.add_argument("model", metavar="MODEL", type=Path, help="the model that the tasks were fitted to")
+    apply.add_argument("tasks", metavar="TASK", type=Path, nargs="+", help="task files, or folders of them")
+    apply.add_argument(
+        "-i", dest="images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTs"
+    )
+    apply.add_argument("-o", dest="output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    apply.add_argument(
+        "--alone",
+        action="store_true",
+        help="structures in folders of their own, the model's segmentation as nnUNetv2_predict writes it",
+    )
+    apply.add_argument("--save_probabilities", action="store_true", help="write .npz files as nnUNetv2_predict does")
+    apply.add_argument("--continue_prediction", action="store_true", help="leave cases that have a report")
+    apply.add_argument("-npp", type=int, default=1, help="images read ahead (default: 1)")
+    _add_prediction(apply, "default: those of the tasks")
+    _add_evaluate(steps.add_parser("evaluate", help="measure what k volumes are worth", formatter_class=raw))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do one step and print what came of it."""
+    return {"fit": _fit, "apply": _apply, "evaluate": _evaluate}[args.step](args)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from nnunet_calib.fewshot.fit import describe, fit_folder, task_file
+    from nnunet_calib.fewshot.method import Settings
+    from nnunet_calib.fewshot.transduction import Objective
+
+    if args.refine and args.head != "linear":
+        raise UsageError(f"--refine works with head linear, not {args.head}")
+    if min(args.chunks, args.voxels) < 1:
+        raise UsageError("--chunks and --voxels must be 1 or more")
+    settings = Settings(
+        head=args.head,
+        chunks=args.chunks,
+        mode="hard" if args.hard else "interpolated",
+        extent=args.extent,
+        axis=_AXES[args.axis],
+        objective=Objective() if args.refine else None,
+    )
+    task = fit_folder(
+        args.model,
+        args.images,
+        args.labels,
+        args.output,
+        name=args.name,
+        value=args.label,
+        ignore=args.ignore,
+        settings=settings,
+        inside=args.inside,
+        voxels=args.voxels,
+        seed=args.seed,
+        **_prediction(args),
+    )
+    told = describe(task)
+    for support in told["supports"]:
+        dice = told["left_out_dice"].get(support["case"])
+        by_others = "" if dice is None else f"   Dice by the others {dice:.3f}"
+        print(f"{support['case']:<32} {support['volume_mm3'] / 1000:10.2f} ml{by_others}")
+    for note in told["notes"]:
+        print(f"note: {note}")
+    print(f"written to {task_file(args.output, args.name)}")
+    return 0
+
+
+def _apply(args: argparse.Namespace) -> int:
+    from nnunet_calib.fewshot.apply import apply_folder
+
+    reports = apply_folder(
+        args.model,
+        args.tasks,
+        args.images,
+        args.output,
+        merge=not args.alone,
+        probabilities=args.save_probabilities,
+        readers=args.npp,
+        overwrite=not args.continue_prediction,
+        **_prediction(args),
+    )
+    for report in reports:
+        for name, found in report["structures"].items():
+            what = "absent" if found["absent"] else f"{found['volume_mm3'] / 1000:.2f} ml"
+            print(f"{report['case']:<32} {name:<20} {what:>12}")
+            for warning in found["warnings"]:
+                print(f"nnunet-calib fewshot: {report['case']}, {name}: {warning}", file=sys.stderr)
+    print(f"{len(reports)} cases; written to {args.output}")
+    return 0
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Fit to every set of k annotated volumes and try each on every other, for any combination of\n"
+        "heads, chunks and extents. P1 is the papers' protocol: one support, three chunks, and the\n"
+        "extent of the structure taken from the query's own labels. P2 is the real one: nothing is\n"
+        "known of the query. Both are in one table; finished pairs are not computed again."
+    )
+    parser.epilog = (
+        "example:\n  nnunet-calib fewshot evaluate MODEL --images imagesTr --labels labelsTr --label 7 "
+        "--name hippocampus -k 1 3 5 -o evaluated"
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="images of the supports")
+    parser.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps of the supports")
+    parser.add_argument("--label", metavar="V", type=int, required=True, help="value of the structure in them")
+    parser.add_argument("--name", required=True, help="of the structure")
+    parser.add_argument(
+        "--queries",
+        metavar=("IMAGES", "LABELS"),
+        type=Path,
+        nargs=2,
+        help="folders of other cases to try on; default: the supports, each by the others",
+    )
+    parser.add_argument(
+        "--base_labels",
+        metavar="DIR",
+        type=Path,
+        help="label maps of the queries with the model's own labels: scores the base classes before and after",
+    )
+    parser.add_argument("--protocols", nargs="+", choices=("P1", "P2"), default=["P1", "P2"], help="default: both")
+    parser.add_argument("--heads", metavar="H", nargs="+", choices=_HEADS, default=["linear", "prototype"],
+                        help=f"of {', '.join(_HEADS)} (default: linear prototype)")  # fmt: skip
+    parser.add_argument("--chunks", metavar="N", type=int, nargs="+", default=[12], help="P2 (default: 12)")
+    parser.add_argument("--hard", action="store_true", help="heads change at the ends of chunks")
+    parser.add_argument(
+        "--extents", nargs="+", choices=("aligned", "volume"), default=["aligned"], help="P2 (default: aligned)"
+    )
+    parser.add_argument("-k", metavar="K", type=int, nargs="+", default=[1, 3, 5], help="P2 (default: 1 3 5)")
+    parser.add_argument("--sets", metavar="N", type=int, help="of k supports; default: as many as supports")
+    parser.add_argument(
+        "--refine",
+        metavar="H",
+        type=float,
+        nargs="+",
+        default=[],
+        help="also with the linear head refined on each query, with these weights of the entropy",
+    )
+    parser.add_argument("--voxels", metavar="N", type=int, default=30_000, help="of each support (default: 30000)")
+    parser.add_argument(
+        "-o",
+        dest="output",
+        metavar="OUT",
+        type=Path,
+        required=True,
+        help="folder for summary.json, pairs.csv and the features of every case (90 MB for a brain of 2 mm)",
+    )
+    _add_prediction(parser, "default: all")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from nnunet_calib.fewshot.evaluate import evaluate_folder, grid
+
+    if min(*args.chunks, *args.k, args.voxels, args.sets or 1) < 1:
+        raise UsageError("--chunks, -k, --sets and --voxels must be 1 or more")
+    prediction = _prediction(args)
+    if prediction.pop("previous") is not None:
+        raise UsageError("evaluate takes no cascade")
+    trials = grid(
+        args.heads,
+        args.chunks,
+        args.extents,
+        args.k,
+        args.protocols,
+        [None, *args.refine],
+        args.sets,
+        "hard" if args.hard else "interpolated",
+    )
+    images, labels = args.queries or (None, None)
+    rows = evaluate_folder(
+        args.model,
+        args.images,
+        args.labels,
+        args.output,
+        name=args.name,
+        value=args.label,
+        trials=trials,
+        query_images=images,
+        query_labels=labels,
+        base_labels=args.base_labels,
+        voxels=args.voxels,
+        **prediction,
+    )
+    names = ("protocol", "head", "chunks", "extent", "k", "entropy", "pairs")
+    numbers = ("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "base_before", "base_after")
+    print("  ".join([*names, *numbers]))
+    for row in rows:
+        cells = ["-" if row[name] is None else str(row[name]) for name in names]
+        print("  ".join([*cells, *(f"{row[name]:.4f}" for name in numbers)]))
+    print(f"written to {args.output}")
+    return 0
+
+
+def _add_prediction(parser: argparse.ArgumentParser, folds: str) -> None:
+    """Flags of nnUNetv2_predict."""
+    parser.add_argument("-f", dest="folds", metavar="F", nargs="+", help=f"folds of the model ({folds})")
+    parser.add_argument("-chk", default="checkpoint_final.pth", help="name of the checkpoint (checkpoint_final.pth)")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
+    parser.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, base classes less accurate")
+    parser.add_argument(
+        "-prev_stage_predictions", metavar="DIR", type=Path, help="of a cascade, segmentations of the stage before"
+    )
+
+
+def _prediction(args: argparse.Namespace) -> dict[str, Any]:
+    import multiprocessing
+
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = args.device or ("cuda" if there["cuda"] else "cpu")
+    if not there[device]:
+        raise UsageError(f"-device {device}: torch finds none here; use -device cpu")
+    if not 0 < args.step_size <= 1:
+        raise UsageError(f"-step_size {args.step_size:g}: it must be above 0 and at most 1")
+    if device == "cpu":
+        torch.set_num_threads(multiprocessing.cpu_count())  # as nnUNetv2_predict does
+    return {
+        "folds": args.folds,
+        "checkpoint": args.chk,
+        "device": device,
+        "step_size": args.step_size,
+        "mirroring": not args.disable_tta,
+        "previous": args.prev_stage_predictions,
+    }
