@@ -1,14 +1,17 @@
 """Time and memory of the losses, forward and backward, side by side with their peers and with textbook versions.
 
     pip install "nnunet-calib[bench]"
-    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--scale 1] [--rounds 5] [--table docs/losses.md]
+    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--rounds 1] [--repeats 5] [--table docs/losses.md]
 
 Every tool runs in a process of its own with one CPU thread (``--threads``), so that peaks of memory are its own: the
 extra MiB are those beyond logits and target, the logits' gradient included. A process runs the tool on a small image,
-then once for the peak of memory, then for the clock. Rounds go over all tools in turn, so that a drift of the machine's
-speed meets all of them; ratios are to the yardstick in the same round, figures are medians. CPU: float32. CUDA, where
-there is one: float16 under autocast, as nnU-Net trains. The yardsticks are torch's cross_entropy and, for regions,
-binary_cross_entropy_with_logits. The textbook versions have a dense one-hot and, for neighbours, an unfolded window.
+then once for the peak of memory, then for the clock, in turn with the yardstick and, where it has one to beat, with
+ours: on a shared machine seconds drift, ratios of neighbours in time hold. Figures are medians. CPU: float32 and
+seconds of the processor. CUDA, where there is one: float16 under autocast, as nnU-Net trains. Yardsticks: torch's
+cross_entropy and, for regions, binary_cross_entropy_with_logits. The textbook versions have a dense one-hot and, for
+neighbours, an unfolded window; where that would take more than ``--memory`` GB they are skipped, and the row says so.
+
+WORK keeps every finished row: a table can be collected bit by bit, with ``--only`` and several starts.
 
 Whole training steps: scripts/benchmark_trainers.py.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import os
 import platform
 import resource
@@ -36,10 +40,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SHAPES = [(2, 3, 128, 128, 128), (2, 14, 128, 128, 128), (2, 61, 96, 96, 96)]
+SHAPES = [(2, 3, 128, 128, 128), (2, 14, 128, 128, 128), (2, 61, 96, 96, 96), (2, 14, 64, 64, 64)]
 KEYS = ("ce", "focal", "flsd", "ecp", "ls", "svls", "mbls", "nacl", "meep", "cpc", "crac", "ace", "dca")
 DEVICES = ("cpu", "cuda")
 YARDSTICK = {"labels": "torch cross_entropy", "regions": "torch binary_cross_entropy_with_logits"}
+# Tensors of the logits' size that an unfolded window of 27 voxels takes: itself, weighed, and a few more.
+UNFOLDED = {"textbook svls": 60, "textbook nacl": 32}
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -188,14 +194,25 @@ def arrays(shape: tuple[int, ...], form: str, device: str) -> tuple[Tensor, Tens
     )
 
 
+def rival(form: str, tool: str) -> str | None:
+    """The tool of ours that a peer's time is compared to."""
+    name = f"ours {tool.split()[-1]}"
+    return name if not tool.startswith("ours") and name in TOOLS[form] else None
+
+
 def run_task(name: str, repeats: int, threads: int) -> dict[str, float]:
-    """One process' figures: median seconds of ``repeats`` steps, and MiB beyond logits and target in the first."""
+    """One process' figures: MiB beyond logits and target in the first step; then medians over ``repeats`` turns.
+
+    ``ratio``: seconds over the yardstick's; ``to_ours``: over those of our version, if there is one.
+    """
     device, shape_text, form, tool = name.split("|")
     shape = tuple(int(side) for side in shape_text.split("x"))
     torch.set_num_threads(threads)
-    function = TOOLS[form][tool](shape[1])
+    ours_is = rival(form, tool)
+    names = [tool, YARDSTICK[form], *([ours_is] if ours_is else [])]
+    functions = [TOOLS[form][each](shape[1]) for each in names]
 
-    def step(z: Tensor, y: Tensor) -> None:
+    def step(function: Function, z: Tensor, y: Tensor) -> None:
         z.grad = None
         with torch.autocast("cuda", torch.float16) if device == "cuda" else nullcontext():
             loss = function(z, y)
@@ -204,17 +221,27 @@ def run_task(name: str, repeats: int, threads: int) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    step(*arrays((*shape[:2], 8, 8, 8), form, device))
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    for function in functions:
+        step(function, *arrays((*shape[:2], 8, 8, 8), form, device))
     given = arrays(shape, form, device)
     before = peak(device)
-    step(*given)
+    step(functions[0], *given)
     extra = peak(device) - before
-    seconds = []
+    for function in functions[1:]:
+        step(function, *given)
+    turns = []
     for _ in range(repeats):
-        began = time.perf_counter()
-        step(*given)
-        seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds), "mib": extra}
+        turns.append([])
+        for function in functions:
+            began = clock()
+            step(function, *given)
+            turns[-1].append(clock() - began)
+    figures = {"mib": extra, "seconds": statistics.median(turn[0] for turn in turns)}
+    for key, place in (("ratio", 1), ("to_ours", 2)):
+        if place < len(functions):
+            figures[key] = statistics.median(turn[0] / turn[place] for turn in turns)
+    return figures
 
 
 def peak(device: str) -> float:
@@ -236,11 +263,15 @@ def measure(names: list[str], args: argparse.Namespace) -> dict[str, list[dict]]
             done = runs.setdefault(name, [])
             if len(done) > turn or (done and ("failed" in done[0] or done[0]["seconds"] > args.patience)):
                 continue
+            needed = gigabytes(name)
+            if needed > args.memory:
+                done.append({"failed": f"skipped: needs about {needed:.0f} GB"})
+                continue
             words = [sys.executable, __file__, "-o", str(args.work), *options, "--task", name]
             child = subprocess.run(words, capture_output=True, text=True, env=environment)
             if child.returncode:
                 lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}, out of memory?"]
-                done.append({"failed": lines[-1][:100]})
+                done.append({"failed": f"failed: {lines[-1][:100]}"})
             else:
                 done.append(json.loads(child.stdout.splitlines()[-1]))
             print(f"{turn + 1}/{args.rounds} {name}: {done[-1]}", flush=True)
@@ -248,57 +279,79 @@ def measure(names: list[str], args: argparse.Namespace) -> dict[str, list[dict]]
     return runs
 
 
+def gigabytes(name: str) -> float:
+    """What a textbook version with an unfolded window takes; 0 for the others."""
+    _, shape, _, tool = name.split("|")
+    return UNFOLDED.get(tool, 0) * math.prod(int(side) for side in shape.split("x")) * 4e-9
+
+
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def ratio(runs: dict[str, list[dict]], name: str, other: str, key: str) -> float | None:
-    """Median over the rounds of this tool's figure over the other's; None if one of them is not there."""
-    pairs = list(zip(runs.get(name, []), runs.get(other, []), strict=False))
-    usable = [(a[key], b[key]) for a, b in pairs if key in a and b.get(key)]
-    return statistics.median(a / b for a, b in usable) if usable else None
+def median(done: list[dict], key: str) -> float | None:
+    """Over the rounds; None if none has the figure."""
+    values = [run[key] for run in done if key in run]
+    return statistics.median(values) if values else None
 
 
 def cells(runs: dict[str, list[dict]], name: str, yardstick: str) -> list[str]:
     """Seconds, their ratio, MiB, their ratio."""
     done = runs.get(name, [])
     if not done or "failed" in done[0]:
-        return [f"failed: {done[0]['failed']}" if done else "not measured", "", "", ""]
-    result = []
-    for key, digits in (("seconds", 4), ("mib", 0)):
-        relative = ratio(runs, name, yardstick, key)
-        result += [f"{statistics.median(run[key] for run in done):.{digits}f}"]
-        result += ["" if relative is None else f"{relative:.2f}"]
-    return result
+        return [done[0]["failed"] if done else "not measured", "", "", ""]
+    mib, other = median(done, "mib"), median(runs.get(yardstick, []), "mib")
+    return [
+        f"{median(done, 'seconds'):.3f}",
+        f"{median(done, 'ratio'):.2f}",
+        f"{mib:.0f}",
+        f"{mib / other:.2f}" if other else "",
+    ]
+
+
+def peer_cells(runs: dict[str, list[dict]], peer: str, own: str) -> list[str]:
+    """Time and memory of a peer over ours, of one device and shape."""
+    done, ours_done = runs.get(peer, []), runs.get(own, [])
+    if done and "failed" in done[0]:
+        return [done[0]["failed"]] * 2
+    times, mib, own_mib = median(done, "to_ours"), median(done, "mib"), median(ours_done, "mib")
+    return [
+        "not measured" if times is None else f"{times:.1f}",
+        "not measured" if mib is None or not own_mib else f"{mib / own_mib:.1f}",
+    ]
 
 
 def tables(runs: dict[str, list[dict]], shapes: list[str]) -> str:
     """Markdown, one table a form and shape, then ours against MONAI's and the textbook's."""
+    devices = [device for device in DEVICES if any(name.startswith(f"{device}|") for name in runs)]
     text = []
     for form, tools in TOOLS.items():
         for shape in shapes:
-            text += [f"### {form}, {shape.replace('x', ' x ')}", ""]
-            text += ["| loss | CPU s | x yardstick | extra MiB | x yardstick | CUDA s | x yardstick | extra MiB "]
-            text[-1] += "| x yardstick |"
-            text += ["|---" * 9 + "|"]
+            if not any(runs.get(f"{device}|{shape}|{form}|{tool}") for device in devices for tool in tools):
+                continue
+            text += [f"### {form}, {shape.replace('x', ' x ')}", "", "| loss |"]
+            text[-1] += "".join(f" {device.upper()} s | x yardstick | extra MiB | x yardstick |" for device in devices)
+            text += ["|---" * (1 + 4 * len(devices)) + "|"]
             for tool in tools:
                 row = [tool]
-                for device in DEVICES:
-                    row += cells(runs, f"{device}|{shape}|{form}|{tool}", f"{device}|{shape}|{form}|{YARDSTICK[form]}")
+                for device in devices:
+                    start = f"{device}|{shape}|{form}"
+                    row += cells(runs, f"{start}|{tool}", f"{start}|{YARDSTICK[form]}")
                 text.append(f"| {' | '.join(row)} |")
             text.append("")
-    text += ["### peers over ours: times the time, times the memory", ""]
-    text += ["| loss | peer | shape | CPU time | CPU memory | CUDA time | CUDA memory |", "|---" * 7 + "|"]
+    text += ["### peers over ours: times the time, times the memory", "", "| loss | peer | shape |"]
+    text[-1] += "".join(f" {device.upper()} time | {device.upper()} memory |" for device in devices)
+    text += ["|---" * (3 + 2 * len(devices)) + "|"]
     for key in KEYS:
         for peer in (f"MONAI {key}", f"textbook {key}"):
-            if peer not in TOOLS["labels"]:
-                continue
-            for shape in shapes:
-                row = [key, peer.split()[0], shape]
-                for device in DEVICES:
-                    names = [f"{device}|{shape}|labels|{tool}" for tool in (peer, f"ours {key}")]
-                    values = [ratio(runs, *names, figure) for figure in ("seconds", "mib")]
-                    row += ["not measured" if value is None else f"{value:.1f}" for value in values]
-                text.append(f"| {' | '.join(row)} |")
+            for shape in shapes if peer in TOOLS["labels"] else ():
+                row = [key, peer.split()[0], shape.replace("x", " x ")]
+                for device in devices:
+                    start = f"{device}|{shape}|labels"
+                    row += peer_cells(runs, f"{start}|{peer}", f"{start}|ours {key}")
+                if any(cell != "not measured" for cell in row[3:]):
+                    text.append(f"| {' | '.join(row)} |")
+    if "cuda" not in devices:
+        text += ["", "CUDA: not measured."]
     return "\n".join(text) + "\n"
 
 
@@ -316,8 +369,9 @@ def main() -> int:
     parser.add_argument("-o", dest="work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--only", nargs="+", default=["*"], help="tasks device|shape|form|tool to run, shell patterns")
     parser.add_argument("--scale", type=float, default=1.0, help="of the images' sides, where memory is short")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3, help="steps a process times")
+    parser.add_argument("--rounds", type=int, default=1, help="processes a tool")
+    parser.add_argument("--repeats", type=int, default=5, help="turns a process times")
+    parser.add_argument("--memory", type=float, default=10, help="GB a textbook version may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--patience", type=float, default=10, help="a tool that needs more seconds a step runs once")
     parser.add_argument("--table", type=Path, help="write the tables of all finished runs between the marks of a file")

@@ -83,11 +83,11 @@ class ACELoss(CalibrationLoss):
 
     def _terms(self, v: Voxels, shared: Error) -> dict[str, Term]:
         def slope() -> Tensor:
-            p, gap = self._columns(v)
-            j, share = self._interval(p)
-            each = shared.slope[v.images].gather(2, j.long())
+            j, share = self._interval(self._columns(v))
+            j = j.long()
+            each = shared.slope[v.images].gather(2, j)
             if share is not None and shared.rise is not None:
-                each.addcmul_(shared.rise[v.images].gather(2, j.long()), share.add_(gap, alpha=self._rate))
+                each.addcmul_(shared.rise[v.images].gather(2, j), share.add_(self._gaps(v), alpha=self._rate))
             if isinstance(v, Regions):  # d/dp of the second class, less that of the first
                 outside, inside = each.split(v.z.shape[1], dim=1) if self.include_background else (0, each)
                 return v.through_softmax((inside - outside) / 2)
@@ -97,7 +97,7 @@ class ACELoss(CalibrationLoss):
         return {"cross_entropy": cross_entropy_term(v), "calibration_error": Term(error, slope)}
 
     def _shared(self, batch: Batch) -> Error:
-        weight, gap, present = self._sums(batch)
+        weight, gap, present = self._in_bins(batch)
         least = _LEAST_SOFT_WEIGHT if self.soft else 1.0
         filled = weight >= least
         regions = batch.target.shape[1]
@@ -117,7 +117,7 @@ class ACELoss(CalibrationLoss):
         first = lower - self._rate * (upper_fall - lower_fall)
         return Error(error.sum().to(batch.dtype), first.to(batch.dtype), (upper - lower).to(batch.dtype))
 
-    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_bins(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Voxels and their gaps p - [y = c] in each bin, (B, A, bins), and which classes are there, (B, A, 1)."""
         regions = batch.target.shape[1]
         classes = 2 * regions if self.multilabel else batch.logits.shape[1]
@@ -128,10 +128,8 @@ class ACELoss(CalibrationLoss):
         members = batch.logits.new_zeros((*shape[:2], 1), dtype=batch.exact)
         for v in batch:
             counted = torch.ones_like(v.z[:, :1]) if v.valid is None else v.valid.to(v.z.dtype)
-            p, gap = self._columns(v)
-            j, share = self._interval(p)
-            if v.valid is not None:
-                gap = gap * counted
+            j, share = self._interval(self._columns(v))
+            gap = self._gaps(v) if v.valid is None else self._gaps(v) * counted
             values = [counted.expand_as(gap), gap]
             if share is not None:
                 values = [side * value for value in values for side in (1 - share, share)]
@@ -143,14 +141,18 @@ class ACELoss(CalibrationLoss):
             return sums[0], sums[1], members > 0
         return _into_bins(*sums[:2]), _into_bins(*sums[2:]), members > 0
 
-    def _columns(self, v: Voxels) -> tuple[Tensor, Tensor]:
-        """Probabilities p and gaps p - [y = c], (b, A, n); of regions all outsides come before all insides."""
-        p, gap = v.p, v.minus_onehot(v.p)
-        if isinstance(v, Regions) and self.include_background:
-            return torch.cat([(-v.z).sigmoid(), p], dim=1), torch.cat([-gap, gap], dim=1)
-        if isinstance(v, Regions) or self.include_background:
-            return p, gap
-        return p[:, 1:], gap[:, 1:]
+    def _columns(self, v: Voxels) -> Tensor:
+        """Probabilities of the classes that count, (b, A, n); of regions all outsides come before all insides."""
+        if isinstance(v, Regions):
+            return torch.cat([(-v.z).sigmoid(), v.p], dim=1) if self.include_background else v.p
+        return v.p if self.include_background else v.p[:, 1:]
+
+    def _gaps(self, v: Voxels) -> Tensor:
+        """Gaps p - [y = c] of the same."""
+        gap = v.minus_onehot(v.p)
+        if isinstance(v, Regions):
+            return torch.cat([-gap, gap], dim=1) if self.include_background else gap
+        return gap if self.include_background else gap[:, 1:]
 
     @staticmethod
     def _members(v: Voxels, counted: Tensor, classes: int) -> Tensor:
@@ -161,10 +163,10 @@ class ACELoss(CalibrationLoss):
 
     def _interval(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
         """Number of the bin, int32; of soft bins that of the interval between centres, and the upper bin's share."""
+        position = p * self._rate
         if not self.soft:
-            return (p * self._rate).int(), None
-        position = (p * self._rate).add_(0.5)
-        j = position.int()
+            return position.int().clamp_(0, self.bins - 1), None
+        j = position.add_(0.5).int().clamp_(0, self.bins)  # not a number is of no interval
         return j, position.sub_(j)
 
 

@@ -17,9 +17,8 @@ class CalibrationLoss(nn.Module, ABC):
 
     A loss is a weighted sum of means over voxels. A subclass writes `_terms`, each term with its slope in closed form,
     and `_weights`; what a voxel's term needs to know of the whole batch it finds in `_shared`. The batch is read slab
-    by slab: small enough for a CPU's cache, a few kernels on a GPU. Value and gradient are computed together, so that
-    the backward pass only scales the gradient, the one tensor of the logits' size that is kept, and nothing else of
-    that size is ever in memory.
+    by slab: small enough for a CPU's cache, a few kernels on a GPU. Value and gradient are computed together, and the
+    backward pass scales the gradient and gives it away: no other tensor of the logits' size is ever in memory.
 
     Computation is in float32 (float64 for float64 logits) with autocast off. Voxels outside ``valid`` change nothing,
     whatever they hold (NaN too), and get a gradient of exactly zero; no valid voxel gives 0 with a graph.
@@ -90,48 +89,58 @@ class CalibrationLoss(nn.Module, ABC):
     def _means(
         self, logits: Tensor, target: Tensor, valid: Tensor | None, rows: tuple[dict[str, float], ...]
     ) -> Tensor:
+        """One weighted sum of the terms' means for each of ``rows``, (K,)."""
         batch = self._batch(logits, target, valid)
         learning = torch.is_grad_enabled() and logits.requires_grad
-        with full_precision(logits.device):
-            return _WeightedMeans.apply(logits, self, batch, rows, learning)
+        return _WeightedMeans.apply(logits, target, valid, self, batch, rows, learning)
+
+    def _sums(self, batch: Batch, rows: tuple[dict[str, float], ...], learning: bool) -> tuple[Tensor, list[Tensor]]:
+        """The weighted sums over voxels, (K,), and if ``learning`` their K gradients."""
+        with torch.no_grad(), full_precision(batch.logits.device):
+            shared = self._shared(batch)
+            gradients = [torch.empty_like(batch.logits, dtype=batch.dtype) for _ in rows] if learning else []
+            sums = []
+            for v in batch:
+                terms = self._terms(v, shared)
+                values = {name: masked_sum(term.values, v.valid) for name, term in terms.items()}
+                sums.append(torch.stack([_weighted_value(values, row) for row in rows]))
+                for row, gradient in zip(rows, gradients, strict=False):
+                    gradient[v.images, :, v.rows] = _weighted_slope(terms, row, v.valid)
+            return torch.stack(sums).sum(dim=0), gradients
 
 
 class _WeightedMeans(torch.autograd.Function):
-    """One weighted sum of the terms' means for each of ``rows``, (K,); the logits' gradients are computed with them."""
+    """Means of `CalibrationLoss._sums`, whose gradients the backward pass gives away."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
+        target: Tensor,
+        valid: Tensor | None,
         loss: CalibrationLoss,
         batch: Batch,
         rows: tuple[dict[str, float], ...],
         learning: bool,
     ) -> Tensor:
-        shared = loss._shared(batch)
-        gradients = [torch.empty_like(batch.logits, dtype=batch.dtype) for _ in rows] if learning else []
-        sums = []
-        for v in batch:
-            terms = loss._terms(v, shared)
-            values = {name: masked_sum(term.values, v.valid) for name, term in terms.items()}
-            sums.append(torch.stack([_weighted_value(values, row) for row in rows]))
-            for row, gradient in zip(rows, gradients, strict=False):
-                gradient[v.images, :, v.rows] = _weighted_slope(terms, row, v.valid)
-        count = batch.voxel_count()
-        ctx.save_for_backward(count, *gradients)
-        ctx.logits = logits.shape, logits.dtype
-        return torch.stack(sums).sum(dim=0) / count
+        sums, ctx.gradients = loss._sums(batch, rows, learning)
+        ctx.save_for_backward(logits, target, valid)
+        ctx.loss, ctx.rows, ctx.count = loss, rows, batch.voxel_count()
+        return sums / ctx.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:
-        count, *gradients = ctx.saved_tensors
-        shape, dtype = ctx.logits
-        first, *others = (scales / count).unbind()
-        total = gradients[0] * first
-        for gradient, scale in zip(gradients[1:], others, strict=True):
+        logits, target, valid = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, []
+        if not gradients:  # a second time through a retained graph
+            _, gradients = ctx.loss._sums(ctx.loss._batch(logits, target, valid), ctx.rows, True)
+        # In place: a second tensor of the logits' size would cost more time than the arithmetic.
+        first, *others = (scales / ctx.count).unbind()
+        total = gradients.pop(0).mul_(first)
+        for gradient, scale in zip(gradients, others, strict=True):
             total.addcmul_(gradient, scale)
-        return total.view(shape).to(dtype), None, None, None, None
+        return total.view(logits.shape).to(logits.dtype), None, None, None, None, None, None
 
 
 def _weighted_value(values: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -18,7 +18,7 @@ from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, at_target, cross_entropy_term
 
 # A product of more numbers from [1/2, 1] could leave float32.
-_FACTORS = 64
+_FACTORS = 120
 
 
 class CPCLoss(CalibrationLoss):
@@ -59,8 +59,9 @@ def _discrimination_term(v: Voxels) -> Term:
     d = v.z - at_target(v.z, v.target)
     s = d.sigmoid()
     others = max(v.classes - 1, 1)
+    rest = _log_of_product(_products((s - 0.5).abs_().add_(0.5)), v.classes)
     # The label against itself has added log 2.
-    values = (d.relu_().sum(dim=1, keepdim=True) + _log_of_rest(s) - math.log(2)) / others
+    values = (d.relu_().sum(dim=1, keepdim=True) - rest - math.log(2)) / others
 
     def slope() -> Tensor:  # s_c, and of the label minus their sum
         return s.scatter_add(1, v.target, -s.sum(dim=1, keepdim=True)).div_(others)
@@ -69,32 +70,49 @@ def _discrimination_term(v: Voxels) -> Term:
 
 
 def _exclusion_term(v: Voxels) -> Term:
-    """Pairs i < j of the other classes: log(1 + e^d) - d / 2 with the slopes s - 1/2 and 1/2 - s, s = sigmoid(d)."""
+    """Pairs of the other classes, each once: log(1 + e^d) - d / 2 = |d| / 2 - log(1/2 + |t|), t = tanh(d / 2) / 2.
+
+    Its slopes are t and -t. Pairs of classes the same distance k apart, around the circle, are taken together.
+    """
     others = v.classes - 1
     if isinstance(v, Regions) or others < 2:
         return Term(torch.zeros_like(v.log_p_y), lambda: torch.zeros_like(v.z))
     # The last class takes the label's place, and its slopes take the way back.
-    z = v.z.scatter(1, v.target, v.z[:, -1:])
-    total, pull = torch.zeros_like(v.log_p_y), torch.zeros_like(z)
-    for i in range(others - 1):
-        d = z[:, i : i + 1] - z[:, i + 1 : others]
-        s = d.sigmoid()
-        pull[:, i : i + 1] += s.sum(dim=1, keepdim=True) - (others - 1 - i) / 2
-        pull[:, i + 1 : others] -= s
-        pull[:, i + 1 : others] += 0.5
-        total += (d.abs_().sum(dim=1, keepdim=True) / 2).add_(_log_of_rest(s))
-    pull[:, -1:] = at_target(pull, v.target)
-    pull.scatter_(1, v.target, 0.0)
+    z = v.z.scatter(1, v.target, v.z[:, -1:])[:, :others]
+    circle = torch.cat([z, z[:, : others // 2]], dim=1)
+    pull, total, products = torch.zeros_like(circle), torch.zeros_like(v.log_p_y), []
+    for k in range(1, others // 2 + 1):
+        pairs = others if 2 * k < others else k  # opposite classes meet once
+        d = circle.narrow(1, k, pairs) - z.narrow(1, 0, pairs)
+        t = d.sigmoid().sub_(0.5)
+        pull.narrow(1, k, pairs).add_(t)
+        pull.narrow(1, 0, pairs).sub_(t)
+        total.add_(d.abs_().sum(dim=1, keepdim=True), alpha=0.5)
+        products += _products(t.abs_().add_(0.5))
+    total.sub_(_log_of_product(products, others))
     pairs = others * (others - 1)
     equal = math.log(2) / 2 / (others - 1)  # the terms i = j
-    return Term(total / pairs + equal, lambda: pull / pairs)
+
+    def slope() -> Tensor:
+        slopes = torch.zeros_like(v.z)
+        slopes[:, :others] = pull[:, :others]
+        slopes[:, : others // 2].add_(pull[:, others:])
+        slopes[:, -1:] = at_target(slopes, v.target)
+        return slopes.scatter_(1, v.target, 0.0).div_(pairs)
+
+    return Term(total.div_(pairs).add_(equal), slope)
 
 
-def _log_of_rest(s: Tensor) -> Tensor:
-    """Sum over classes of log(1 + e^-|d|) = -log max(s, 1 - s) for s = sigmoid(d), (b, c, *s) to (b, 1, *s).
+# Logarithms of products, one for many classes: log1p, and softplus with it, would take most of the time.
 
-    One logarithm for many classes: log1p, and softplus with it, would take most of the time.
-    """
-    larger = (s - 0.5).abs_().add_(0.5)
-    logs = [part.prod(dim=1, keepdim=True).log_() for part in larger.split(_FACTORS, dim=1)]
-    return -torch.stack(logs).sum(dim=0)
+
+def _products(values: Tensor) -> list[Tensor]:
+    """Products over the classes, (b, c, *s) to some (b, 1, *s), of numbers from [1/2, 1]."""
+    return [part.prod(dim=1, keepdim=True) for part in values.split(_FACTORS, dim=1)]
+
+
+def _log_of_product(products: list[Tensor], factors: int) -> Tensor:
+    """Logarithm of the product of `_products`, each of ``factors`` numbers or fewer, (b, 1, *s)."""
+    together = max(_FACTORS // factors, 1)
+    logs = [part.prod(dim=1, keepdim=True).log_() for part in torch.cat(products, dim=1).split(together, dim=1)]
+    return torch.stack(logs).sum(dim=0)

@@ -143,7 +143,7 @@ class CRaCLoss(CalibrationLoss):
             )
             pull = d.sign().mul_(multipliers)
             slope = torch.addcmul(pull, rho, d)
-            costs.append((pull + slope).mul_(d).div_(2).unflatten(1, (-1, _channels(v))).sum(dim=1))
+            costs.append(pull.add_(slope).mul_(d).unflatten(1, (-1, _channels(v))).sum(dim=1) / 2)
         return {"cross_entropy": cross_entropy_term(v), "penalty": Term(sum(costs[1:], costs[0]), lambda: slope)}
 
     def _distances(self, v: Voxels, shared: SoftTarget) -> tuple[Tensor, list[tuple[range, Tensor]]]:

@@ -204,6 +204,17 @@ def test_a_class_absent_from_the_image_adds_nothing_but_counts_in_the_mean():
     assert present < all_classes
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@forms
+def test_logits_that_are_not_numbers_make_no_number_and_no_error(form, soft):
+    """In mixed precision that is a step which the scaler skips."""
+    given = problem(form, SHAPES["2d"])
+    given.logits[0, 0, 0, 0] = float("nan")
+    value, gradient = given.gradient(("ace", {"soft": soft}))
+    assert value.isnan()
+    assert gradient.isnan().any()
+
+
 def test_confidence_that_equals_the_accuracy_costs_nothing():
     """Four voxels at p = (3/4, 1/4), three of them right."""
     logits = torch.tensor([3.0, 1.0]).log().reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
