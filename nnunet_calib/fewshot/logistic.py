@@ -14,7 +14,7 @@ _ROWS = 8_192  # of x at once
 _THINNED = 8  # every eighth row is enough to begin with
 _STEPS = 50
 _HALVINGS = 20
-_CLOSE = 1e-8  # of what a step still gains: the sum of weights is of the order of 1
+_CLOSE = 1e-6  # of the weight of the rarer class, of what a step still gains
 
 
 def fit_logistic(
@@ -25,7 +25,7 @@ def fit_logistic(
     Args:
         x: float (N, D).
         target: bool (N,).
-        weight: float64 (N,), not negative, of a sum of about 1: what stops the search is absolute.
+        weight: float64 (N,), not negative.
         ridge: float64 (D,), r > 0.
         centre: float64 (D,), c; 0 if None.
         start: float64 (D,), where to begin; the centre if None. It changes the number of steps, not the result.
@@ -37,6 +37,7 @@ def fit_logistic(
     if start is None and len(x) > _THINNED * _ROWS:
         few = slice(None, None, _THINNED)  # most steps are taken where they cost little
         start = fit_logistic(x[few], target[few], weight[few] * (weight.sum() / weight[few].sum()), ridge, centre)
+    close = _CLOSE * min(float(weight[target].sum()), float(weight[~target].sum()))
     theta = centre.clone() if start is None else start.clone()
     value, gradient, curvature = _expand(x, target, weight, ridge, centre, theta)
     for _ in range(_STEPS):
@@ -51,7 +52,7 @@ def fit_logistic(
         else:
             break  # no descent left above rounding
         theta = theta - size * step
-        if gain < _CLOSE:
+        if gain <= close:
             break
         value, gradient, curvature = _expand(x, target, weight, ridge, centre, theta)
     return theta

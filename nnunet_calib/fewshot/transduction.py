@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from nnunet_calib.fewshot.heads.base import balanced, log_odds, natural_share
-from nnunet_calib.fewshot.heads.linear import FOREGROUND, LinearHead
+from nnunet_calib.fewshot.heads.base import balanced, bernoulli_entropy, log_odds, natural_share
+from nnunet_calib.fewshot.heads.linear import CHUNK_RIDGE, LinearHead
 from nnunet_calib.fewshot.prior import MARGIN
 
 _STEPS = 50
@@ -126,8 +126,8 @@ def refine(
     share: float | None,
     objective: Objective | None = None,
     *,
-    anchor: float = 1e-3,
-    foreground: float = FOREGROUND,
+    anchor: float = CHUNK_RIDGE,
+    foreground: float = 0.0,
     steps: int = _STEPS,
 ) -> LinearHead:
     """The head that minimises the objective, near the one given.
@@ -139,7 +139,7 @@ def refine(
         share: pi, expected share of the query's volume; None: as RePRI, the share that the head predicts, taken again
             after 10 steps, from when on its weight is larger by 1.
         objective: RePRI with the volume prior as a hinge and little entropy if None.
-        anchor: ridge on what the weights change, in units of one standard deviation of each feature.
+        anchor: ridge on what the weights change, as ``chunk_ridge`` of the head.
         foreground: as in the fit of the head.
         steps: of L-BFGS, at most.
     """
@@ -147,7 +147,8 @@ def refine(
     features, target, weight, position, chunk, support = supports
     w = balanced(target, weight, support, foreground).float()
     # the head's log odds are of natural shares, its cross-entropy was of others
-    shift = log_odds(float(w[target].double().sum())) - log_odds(natural_share(target, weight))
+    in_fit = float(w[target].double().sum())
+    shift = log_odds(in_fit) - log_odds(natural_share(target, weight))
     f, spread = features.float(), features.float().std(dim=0).clamp_min(1e-6)
     q, q_weight = query.features.float(), (query.weight.double() / query.weight.double().sum()).float()
     parts = [part.clone().requires_grad_() for part in (head.projections, head.position_terms, head.bias)]
@@ -172,7 +173,7 @@ def refine(
                 query.within,
                 pi,
             )
-            + anchor / 2 * moved
+            + anchor * bernoulli_entropy(in_fit) / 2 * moved
         )
 
     def predicted() -> float:

@@ -124,6 +124,11 @@ def log_odds(share: float) -> float:
     return float(torch.logit(torch.tensor(share, dtype=torch.float64)))
 
 
+def bernoulli_entropy(share: float) -> float:
+    """NLL of a share that is all one knows."""
+    return float(torch.special.entr(torch.tensor([share, 1 - share], dtype=torch.float64)).sum())
+
+
 def chunks_with(target: Tensor, chunk: Tensor, support: Tensor) -> Tensor:
     """How many supports have the structure in each chunk, int64 (n,)."""
     inside = torch.stack([chunk[target].argmax(dim=1), support[target]], dim=1).unique(dim=0)

@@ -1,12 +1,14 @@
 """Linear head: logistic regression on features and position, a head for each chunk shrunk to the one for all.
 
-    s(v) = sum_i a_i(v) [w_i . f(v) + g_i(u(v)) + b_i],    g_i(u) = q_i . (u, u^2)
-    theta   = argmin  NLL(theta)                 + 1/2 ridge |theta|^2             all voxels
-    theta_i = argmin  NLL of the voxels of chunk i + 1/2 chunk_ridge |theta_i - theta|^2
+    s(v) = sum_i a_i(v) [w_i . f(v) + g_i(u(v)) + b_i],    g_i(u) = q_i . (2u - 1, (2u - 1)^2)
+    theta   = argmin  NLL(theta)                     + 1/2 H ridge |theta|^2,    NLL of all voxels
+    theta_i = argmin  NLL of the voxels of chunk i   + 1/2 H chunk_ridge |theta_i - theta|^2
 
-theta = (w, q, b), in coordinates where each term has mean 0 and variance 1 over the fit. Chunks where no support has
-the structure keep theta, and the log odds of its absence (``base.absence``). The NLL is weighted so that every support
-counts the same and the structure has at least a given share; the natural shares are put back into b.
+theta = (w, q, b), in coordinates where each term has mean 0 and variance 1 over the fit; H is the NLL of a head that
+knows the structure's share and no more. Chunks where no support has the structure keep theta, and the log odds of its
+absence (``base.absence``). In the NLL every support counts the same. The structure has its natural share: a small one
+may then be nowhere above one half, but voxels are ranked best where the volume prior will cut them. A larger share is
+an option; the natural one is put back into b.
 
 With one chunk it is the linear probe of few-shot fine-tuning; Silva-Rodriguez et al., Towards foundation models and
 few-shot parameter-efficient fine-tuning for volumetric organ segmentation, MedIA 2025.
@@ -23,6 +25,7 @@ from nnunet_calib.fewshot.heads.base import (
     Head,
     absence,
     balanced,
+    bernoulli_entropy,
     check_sample,
     chunks_with,
     log_odds,
@@ -30,10 +33,8 @@ from nnunet_calib.fewshot.heads.base import (
 )
 from nnunet_calib.fewshot.logistic import fit_logistic
 
-RIDGE = 1e-4
-CHUNK_RIDGE = 1e-3
-FOREGROUND = 0.1
-"""Smallest share of the structure in the fit: natural shares of small organs end in an empty prediction."""
+RIDGE = 0.02
+CHUNK_RIDGE = 0.02
 
 _POSITION_TERMS = 6
 _INTERCEPT_RIDGE = 1e-8  # only to keep the minimum unique
@@ -73,7 +74,7 @@ class LinearHead(Head):
         *,
         ridge: float = RIDGE,
         chunk_ridge: float = CHUNK_RIDGE,
-        foreground: float = FOREGROUND,
+        foreground: float = 0.0,
         with_position: bool = True,
     ) -> LinearHead:
         """As ``Head.fit``.
@@ -87,8 +88,8 @@ class LinearHead(Head):
             support: as there.
             ridge: of the head for all chunks.
             chunk_ridge: of what a chunk's head differs from it.
-            foreground: smallest share of the structure in the fit.
-            with_position: use u and u^2.
+            foreground: smallest share of the structure in the fit; 0: the natural one.
+            with_position: use g.
         """
         check_sample(features, target, weight, position, chunk, support)
         w = balanced(target, weight, support, foreground)
@@ -97,7 +98,9 @@ class LinearHead(Head):
         mean, spread = _moments(x, w)
         x = torch.cat([(x - mean) / spread, x.new_ones(len(x), 1)], dim=1)
 
-        penalty = torch.full((x.shape[1],), ridge, dtype=torch.float64, device=x.device)
+        share = float(w[target].sum())
+        without = bernoulli_entropy(share)
+        penalty = torch.full((x.shape[1],), ridge * without, dtype=torch.float64, device=x.device)
         penalty[-1] = _INTERCEPT_RIDGE
         shared = fit_logistic(x, target, w, penalty)
         counts = chunks_with(target, chunk, support)
@@ -107,7 +110,9 @@ class LinearHead(Head):
         for i in own:
             inside = (member == i).nonzero()[:, 0]
             heads.append(
-                fit_logistic(x[inside], target[inside], w[inside], torch.full_like(penalty, chunk_ridge), shared)
+                fit_logistic(
+                    x[inside], target[inside], w[inside], torch.full_like(penalty, chunk_ridge * without), shared
+                )
             )
         row = torch.zeros(chunk.shape[1], dtype=torch.long)
         row[own] = torch.arange(len(heads) - len(own), len(heads))
@@ -115,7 +120,7 @@ class LinearHead(Head):
         theta = torch.stack(heads)
         slopes = theta[:, :-1] / spread.double()
         bias = theta[:, -1] - slopes @ mean.double()
-        bias += log_odds(natural_share(target, weight)) - log_odds(float(w[target].sum()))
+        bias += log_odds(natural_share(target, weight)) - log_odds(share)
         cut = features.shape[1]
         offset = absence(counts, len(support.unique()))
         return cls(slopes[:, :cut], slopes[:, cut:], bias, row.to(x.device), offset.to(x.device))
@@ -137,9 +142,9 @@ class LinearHead(Head):
 
 
 def position_terms(position: Tensor) -> Tensor:
-    """(u, u^2), (N, 6); beyond the extent of the task they stay as at its end, for a parabola would run away."""
-    u = position.clamp(0, 1)
-    return torch.cat([u, u**2], dim=1)
+    """(2u - 1, (2u - 1)^2), (N, 6); beyond the frame they stay as at its end, for a parabola would run away."""
+    v = 2 * position.clamp(0, 1) - 1
+    return torch.cat([v, v**2], dim=1)
 
 
 def _moments(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
