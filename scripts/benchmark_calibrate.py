@@ -66,11 +66,9 @@ def main() -> None:
         make_case(args.work, kind)
     if args.only != "apply":
         reference, prediction = link_cases(args.work, "float32", args.volumes)
-        for methods in (METHODS, *([method] for method in METHODS)):
-            words = ["fit", prediction, "--reference", reference, "--method", *methods, "-np", args.np]
-            found = measured([*words, "-o", args.work / "calibrator"])
-            told = f"{', '.join(methods)}; {args.volumes} volumes, -np {args.np}"
-            keep(args.work, f"fit {told}", found)
+        words = ["fit", prediction, "--reference", reference, "--method", *METHODS, "-np", args.np]
+        found = measured([*words, "-o", args.work / "calibrator"])
+        keep(args.work, f"fit {', '.join(METHODS)}; {args.volumes} volumes, -np {args.np}", found)
     if args.only != "fit":
         for kind in KINDS:
             _, prediction = link_cases(args.work, kind, 1)

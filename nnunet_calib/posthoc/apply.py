@@ -28,7 +28,7 @@ from nnunet_calib.posthoc import load_calibrator
 from nnunet_calib.posthoc.base import Calibrator, file_of
 from nnunet_calib.posthoc.sample import decide, open_probabilities
 
-_SLAB = 1 << 17  # probabilities calibrated at once: all that is made of them stays in the processor's cache
+_SLAB = 1 << 18  # probabilities calibrated at once: all that is made of them stays in the processor's cache
 _ROW = 1 << 15  # voxels at once, at most: what torch does to more it spreads over threads, which wait for each other
 _TILE = 64  # voxels along each side, for methods that look around
 _COMPACT = ".nncp"
@@ -173,7 +173,7 @@ def apply_folder(
         done[case.name] = _apply_case(calibrator, case, dataset, reader, output)
     for name, source in (("dataset.json", found), ("plans.json", plans)):
         if source is not None:
-            _copy(source, output / name)
+            _copy_file(source, output / name)
     return {"method": calibrator.key, "keeps_labels": calibrator.keeps_labels, "cases": done}
 
 
@@ -182,17 +182,18 @@ def _apply_case(
 ) -> dict[str, int]:
     prediction = read_labels(files.prediction, reader, dataset.labels)
     stored = open_probabilities(files, dataset, prediction)
-    labels = prediction.labels.copy()
+    labels = None if calibrator.keeps_labels else prediction.labels.copy()
     channels = calibrate_file(calibrator, stored, dataset, labels)
     target = output / files.prediction.name
-    if calibrator.keeps_labels:
-        _copy(files.prediction, target)
+    if labels is None:
+        _copy_file(files.prediction, target)
     else:
         _write_labels(labels, files.prediction, target, reader)
     compact = stored.path.name.endswith(_COMPACT)
     write = write_compact if compact else write_npz
     write(output / (files.name + (_COMPACT if compact else ".npz")), channels, stored.shape, stored.dtype)
-    return {"voxels": int(labels.size), "changed": int(np.count_nonzero(labels != prediction.labels))}
+    changed = 0 if labels is None else int(np.count_nonzero(labels != prediction.labels))
+    return {"voxels": int(prediction.labels.size), "changed": changed}
 
 
 def calibrate_file(
@@ -257,23 +258,25 @@ def _calibrated_parts(
 
 def _picked(channels: Sequence[np.ndarray], place: tuple[slice, ...], dtype: DTypeLike) -> np.ndarray:
     """A part of all channels (C, ...)."""
-    part = np.empty((len(channels), *channels[0][place].shape), dtype=dtype)
-    for values, channel in zip(part, channels, strict=True):
-        _convert(channel[place], values)
+    rows = [channel[place] for channel in channels]
+    part = np.empty((len(rows), *rows[0].shape), dtype=dtype)
+    _copy(rows, part)
     return part
 
 
 def _put(part: np.ndarray, channels: Sequence[np.ndarray], place: tuple[slice, ...]) -> None:
-    for channel, values in zip(channels, part, strict=True):
-        _convert(values, channel[place])
+    _copy(part, [channel[place] for channel in channels])
 
 
-def _convert(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy into an array of perhaps another type; numpy converts half precision one value at a time, torch many."""
-    if np.float16 in (source.dtype, target.dtype) and source.flags.writeable:  # torch takes no other
-        torch.from_numpy(target).copy_(torch.from_numpy(source))
+def _copy(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
+    """Copy arrays into arrays of perhaps another type; numpy converts half precision one value at a time."""
+    one, other = sources[0], targets[0].dtype
+    if one.dtype != other and np.float16 in (one.dtype, other) and one.flags.writeable:  # torch takes no other
+        for source, target in zip(sources, targets, strict=True):
+            torch.from_numpy(target).copy_(torch.from_numpy(source))
     else:
-        np.copyto(target, source, casting="same_kind")
+        for source, target in zip(sources, targets, strict=True):
+            target[...] = source
 
 
 def _tiles(channels: int, shape: tuple[int, ...], margin: int) -> Iterator[tuple[tuple[slice, ...], ...]]:
@@ -288,7 +291,7 @@ def _tiles(channels: int, shape: tuple[int, ...], margin: int) -> Iterator[tuple
         )
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy_file(source: Path, target: Path) -> None:
     """Copy a file whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)

@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, DTypeLike
 from nnunet_calib.metrics import smallest_probability
 from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
 
+_ADDED = 8  # classes
+
 ALONE = (1.0, 0.0, 0.0)
 """Weights w of a temperature and nothing else."""
 
@@ -43,7 +45,8 @@ class TemperedCalibrator(VoxelwiseCalibrator):
             return super().calibrate(probabilities, dtype)
         self._check_fitted(probabilities)
         p = probabilities.reshape(len(probabilities), -1).astype(np.float32, copy=False)
-        inside = np.maximum(p, np.float32(smallest_probability(stored)))  # ours to overwrite
+        # a row of floors: numpy takes four times as long to compare with a single number
+        inside = np.maximum(p, np.full(p.shape[1], smallest_probability(stored), dtype=np.float32))
         if not self.multilabel:
             calibrated = _mixed(inside, *self._mixture(self.parameters[0]))
         else:
@@ -70,15 +73,21 @@ def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) ->
     soft *= own
     np.exp(soft, out=soft)
     soft *= _share(weights[0], soft)
-    if raw is not None:
-        soft += raw
-        soft += np.float32(weights[2] / len(p))
+    if raw is None:
+        return soft
+    soft += raw
+    soft += np.float32(weights[2] / len(p))
     return np.minimum(soft, 1, out=soft)  # rounded
 
 
 def _share(weight: float, p: np.ndarray) -> np.ndarray:
-    """Weight by sum over the classes, float32 (N,); many small summands would be lost beside a large one in float32."""
-    return (weight / p.sum(axis=0, dtype=np.float64)).astype(np.float32)
+    """Weight by sum over the classes, float32 (N,), rounded down: no share of 1 of the sum comes out above 1.
+
+    Only so many are added in float32; many small summands would be lost beside a large one.
+    """
+    parts = [p[c : c + _ADDED].sum(axis=0) for c in range(0, len(p), _ADDED)]
+    share = (weight / np.sum(parts, axis=0, dtype=np.float64)).astype(np.float32)
+    return np.nextafter(share, np.float32(0))
 
 
 def _of_voxels(powers: np.ndarray, relative: np.ndarray) -> np.ndarray:
