@@ -9,12 +9,14 @@ a coarser spacing and some structures become background; a small network is trai
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,17 @@ import torch
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
+from nnunet_calib.fewshot.evaluate import Trial, evaluate_folder, grid, read_pairs
+from nnunet_calib.fewshot.protocols import REAL
+from nnunet_calib.fewshot.scores import summarise
+
+HEADS = ("linear", "local_prototypes", "prototype")
+CHUNKS = (1, 3, 6, 12)
+EXTENTS = ("aligned", "volume")
+KS = (1, 3, 5)
+ENTROPIES = (0.0, 0.1, 1.0)  # weights of the entropy in the refinement on a query; 0 is the volume prior alone
+SETS = 3  # of k supports, of the ten or eleven that there are
+VOXELS = 8000  # sampled of each support; its structures have 100 to 2,500
 
 VALIDATED = 2  # training cases that nnU-Net validates on; they are supports like the others
 
@@ -89,6 +102,18 @@ def resampled(image: SimpleITK.Image, spacing: tuple[float | None, ...], nearest
     return SimpleITK.Resample(
         image, size.tolist(), SimpleITK.Transform(), interpolator, origin, new, image.GetDirection(), 0.0
     )
+
+
+def rounds() -> list[list[Trial]]:
+    """What is tried, the most telling first; each round is done for every structure before the next."""
+    default = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], KS, most_sets=SETS)
+    baseline = grid(HEADS[-1:], CHUNKS[:1], EXTENTS[:1], KS, most_sets=SETS)
+    refined = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], (3, 1, 5), [REAL], ENTROPIES, SETS)
+    one = grid(HEADS, CHUNKS, EXTENTS[:1], KS[:1], most_sets=SETS)
+    more = grid(HEADS, CHUNKS, EXTENTS[:1], KS[1:], [REAL], most_sets=SETS)
+    volume = grid(HEADS, CHUNKS, EXTENTS[1:], KS, [REAL], most_sets=SETS)
+    hard = grid(HEADS, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
+    return [default + baseline, one, refined, more, volume, hard]
 
 
 class Base:
@@ -184,6 +209,27 @@ class Base:
             words = ["evaluate", str(self.raw / "labelsTs"), str(self.predictions), "-o", str(scores), "-np", "1"]
             self.call("evaluate", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
 
+    def evaluate(self, trials: list[Trial]) -> None:
+        """Try the structures that the base network never saw."""
+        for name in self.study.novel:
+            evaluate_folder(
+                self.model,
+                self.supports / "images",
+                self.supports / "labels",
+                self.work / self.study.name / "pairs",
+                name=name,
+                value=self.labels[name],
+                trials=trials,
+                query_images=self.queries / "images",
+                query_labels=self.queries / "labels",
+                base_labels=self.raw / "labelsTs",
+                device=device(),
+                mirroring=False,
+                voxels=VOXELS,
+                progress=False,
+            )
+            print(self.study.name, name, len(trials), "trials done", flush=True)
+
     def base_dice(self) -> dict[str, float]:
         """Mean Dice of every base structure over the queries."""
         summary = json.loads((self.work / self.study.name / "base_scores" / "summary.json").read_text())
@@ -207,25 +253,92 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def tables(base: Base) -> str:
+    """Markdown: the base network, heads x chunks x extents x k, and every structure with the default."""
+    records = read_pairs(base.work / base.study.name / "pairs" / "pairs.jsonl")
+    dice = base.base_dice()
+    lines = [
+        f"Base Dice on the {len(list((base.queries / 'labels').iterdir()))} test cases: "
+        + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in dice.items())
+        + f"; mean {np.mean(list(dice.values())):.3f}. Novel: {', '.join(base.study.novel)}.",
+        "",
+        "| protocol | head | chunks | extent | mode | entropy | k | pairs | DSC | worst tenth | HD95 mm | missed "
+        "| ECE volume | ECE foreground | Brier volume | NLL volume | base DSC change |",
+        "|---" * 17 + "|",
+    ]
+    # A row speaks for all structures or is not shown.
+    whole = [row for row in summarise(records, ROW) if row["structures"] == len(base.study.novel)]
+    order = {head: i for i, head in enumerate(HEADS)}
+    whole.sort(
+        key=lambda row: (
+            row["protocol"], order[row["head"]], row["entropy"] is not None, row["entropy"] or 0, row["mode"],
+            row["extent"], row["chunks"], row["k"],
+        )
+    )  # fmt: skip
+    for row in whole:
+        cells = [row["protocol"], row["head"], row["chunks"], row["extent"], row["mode"]]
+        cells += ["" if row["entropy"] is None else f"{row['entropy']:g}", row["k"], row["pairs"]]
+        cells += [f"{row['Dice']:.3f}", f"{row['Dice_worst_tenth']:.3f}", f"{row['HD95_median']:.1f}", row["missed"]]
+        cells += [f"{row[name]:.4f}" for name in ("ECE_volume", "ECE_foreground", "Brier_volume", "NLL_volume")]
+        change = row["base_after"] - row["base_before"]
+        cells.append("" if np.isnan(change) else f"{change:+.4f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| structure | k | DSC, prototype | DSC, default | ECE foreground, default |", "|---" * 5 + "|"]
+    each = {tuple(row[name] for name in ("structure", *ROW)): row for row in summarise(records, ("structure", *ROW))}
+    for name, k in itertools.product(base.study.novel, KS):
+        rows = [
+            each.get((name, REAL, head, chunks, EXTENTS[0], "interpolated", k, None))
+            for head, chunks in ((HEADS[-1], 1), (HEADS[0], CHUNKS[-1]))
+        ]
+        if all(rows):
+            plain, default = rows
+            lines.append(
+                f"| {name} | {k} | {plain['Dice']:.3f} | {default['Dice']:.3f} | {default['ECE_foreground']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+ROW = ("protocol", "head", "chunks", "extent", "mode", "k", "entropy")
+MARKS = ("<!-- tables of scripts/experiment_fewshot.py: {} -->", "<!-- end of {} -->")
+
+
+def write_table(document: Path, base: Base) -> None:
+    """Put the tables of a study between its marks."""
+    first, last = (mark.format(base.study.name) for mark in MARKS)
+    head = f"{date.today()}; {(base.work / 'machine.txt').read_text().strip()}"
+    before, _, rest = document.read_text().partition(first)
+    after = rest.partition(last)[2]
+    write_whole(document, f"{before}{first}\n{head}\n\n{tables(base)}\n{last}{after}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", dest="work", type=Path, required=True)
     parser.add_argument("--only", choices=[study.name for study in STUDIES])
     parser.add_argument("--stage", choices=("data", "base", "all"), default="all")
+    parser.add_argument("--rounds", type=int, default=len(rounds()), help="of trials, the most telling first")
+    parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
     args = parser.parse_args()
+    studies = [Base(study, args.data, args.work) for study in STUDIES if args.only in (None, study.name)]
+    if args.table:
+        for base in studies:
+            if (args.work / base.study.name / "pairs" / "pairs.jsonl").exists():
+                write_table(args.table, base)
+        return 0
     args.work.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device() == "cuda" else "no GPU"
     (args.work / "machine.txt").write_text(
         f"{os.cpu_count()} cores of {platform.machine()}, {gpu}, torch {torch.__version__}"
     )
-    for study in STUDIES:
-        if args.only in (None, study.name):
-            base = Base(study, args.data, args.work)
-            base.prepare()
-            if args.stage != "data":
-                base.finish()
-                print(study.name, "base Dice", base.base_dice(), flush=True)
+    for base in studies:
+        base.prepare()
+        if args.stage != "data":
+            base.finish()
+            print(base.study.name, "base Dice", base.base_dice(), flush=True)
+        if args.stage == "all":
+            for trials in rounds()[: args.rounds]:
+                base.evaluate(trials)
     return 0
 
 

@@ -36,7 +36,7 @@ class CachedPrediction:
 
     def sampled(self, index: np.ndarray) -> list[Tensor]:
         """Features float32 (N, F) of each fold, at indices into the flat volume."""
-        return [torch.from_numpy(part[index].astype(np.float32)) for part in self.features]
+        return [torch.from_numpy(part[index]).float() for part in self.features]
 
     def projected(self, weights: list[Tensor]) -> list[Tensor]:
         """Projections float32 (R, *S) of each fold, by W (R, F) of each."""
@@ -45,7 +45,8 @@ class CachedPrediction:
         for part, weight in zip(self.features, weights, strict=True):
             found = torch.empty((len(weight), len(part)))
             for rows in (slice(first, first + _VOXELS) for first in range(0, len(part), _VOXELS)):
-                found[:, rows] = weight.float() @ torch.from_numpy(part[rows].astype(np.float32)).T
+                # a copy, for torch takes no array that cannot be written; its conversion is faster than numpy's
+                found[:, rows] = weight.float() @ torch.from_numpy(np.array(part[rows])).float().T
             maps.append(found.reshape(len(weight), *shape))
         return maps
 

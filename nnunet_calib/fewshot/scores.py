@@ -72,7 +72,7 @@ def summarise(records: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> li
 
     Returns:
         For each group its keys, ``pairs``, the mean of every number (NaN left out, infinite kept),
-        ``Dice_worst_tenth``, ``HD95_median`` and ``missed``: pairs without any overlap.
+        ``Dice_worst_tenth``, ``HD95_median``, ``structures`` (how many) and ``missed``: pairs without any overlap.
     """
     rows: dict[tuple, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -87,6 +87,7 @@ def summarise(records: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> li
         summary["Dice_worst_tenth"] = worst_tenth(dice)
         # one pair without a prediction makes the mean infinite and the table blind for all others
         summary["HD95_median"] = float(np.nanmedian([float(member["HD95"]) for member in members]))
+        summary["structures"] = len({member.get("structure") for member in members})
         summary["missed"] = sum(value == 0 for value in dice)
         summaries.append(summary)
     return summaries
