@@ -60,7 +60,6 @@ def out_of_fold(
     position: Tensor,
     chunk: Tensor,
     support: Tensor,
-    chunk_of_query: Tensor | None = None,
 ) -> Tensor:
     """Log odds of every voxel by a head that has not seen its volume.
 
@@ -72,7 +71,6 @@ def out_of_fold(
         position: float (N, 3).
         chunk: float (N, n).
         support: integer (N,).
-        chunk_of_query: weights of the chunks as in ``apply``, float (N, n), where they differ.
 
     Returns:
         float32 (N,).
@@ -82,12 +80,11 @@ def out_of_fold(
     """
     if len(support[target].unique()) < 2:
         raise ValueError("leaving a support out takes two supports with the structure")
-    used = chunk if chunk_of_query is None else chunk_of_query
     logit = torch.empty(len(features), dtype=torch.float32, device=features.device)
     for one in support.unique():
         own, others = support == one, support != one
         head = fit(*(part[others] for part in (features, target, weight, position, chunk, support)))
-        logit[own] = head(features[own], position[own], used[own])
+        logit[own] = head(features[own], position[own], chunk[own])
     return logit
 
 

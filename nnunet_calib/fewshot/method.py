@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_calib.fewshot.calibration import Calibration, fit_calibration
+from nnunet_calib.fewshot.calibration import Calibration, fit_calibration, out_of_fold
 from nnunet_calib.fewshot.chunks import (
     Alignment,
     Chunks,
@@ -399,14 +399,11 @@ def _left_out(
 ) -> tuple[Tensor, list[float], list[float]]:
     """Log odds with the volume prior, presence score and Dice of every support, as the others predict it."""
     number, target, weight = samples[0][5], samples[0][1], samples[0][2]
-    logit = torch.empty(len(number))
+    logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
     scores, dice = [], []
     for i, support in enumerate(supports):
-        own, others = number == i, number != i
-        heads = [fit(*(part[others] for part in sample)) for sample in samples]
-        found = ensemble(
-            [head(*_seen(tuple(part[own] for part in sample))) for head, sample in zip(heads, samples, strict=True)]
-        )
+        own = number == i
+        found = logit[own]
         prior = _prior([other for j, other in enumerate(supports) if j != i])
         if prior is not None:
             expected, curve = prior.expected(support.scan.body), _curve(found, support)

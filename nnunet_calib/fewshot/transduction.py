@@ -149,6 +149,7 @@ def refine(
     # the head's log odds are of natural shares, its cross-entropy was of others
     in_fit = float(w[target].double().sum())
     shift = log_odds(in_fit) - log_odds(natural_share(target, weight))
+    unit = bernoulli_entropy(in_fit) / len(support.unique())
     f, spread = features.float(), features.float().std(dim=0).clamp_min(1e-6)
     q, q_weight = query.features.float(), (query.weight.double() / query.weight.double().sum()).float()
     parts = [part.clone().requires_grad_() for part in (head.projections, head.position_terms, head.bias)]
@@ -173,7 +174,7 @@ def refine(
                 query.within,
                 pi,
             )
-            + anchor * bernoulli_entropy(in_fit) / 2 * moved
+            + unit * anchor / 2 * moved
         )
 
     def predicted() -> float:

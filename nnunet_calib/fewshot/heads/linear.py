@@ -1,14 +1,14 @@
 """Linear head: logistic regression on features and position, a head for each chunk shrunk to the one for all.
 
     s(v) = sum_i a_i(v) [w_i . f(v) + g_i(u(v)) + b_i],    g_i(u) = q_i . (2u - 1, (2u - 1)^2)
-    theta   = argmin  NLL(theta)                     + 1/2 H ridge |theta|^2,    NLL of all voxels
-    theta_i = argmin  NLL of the voxels of chunk i   + 1/2 H chunk_ridge |theta_i - theta|^2
+    theta   = argmin  NLL(theta)                     + 1/2 (H / k) ridge |theta|^2,   NLL of all voxels
+    theta_i = argmin  NLL of the voxels of chunk i   + 1/2 (H / k) chunk_ridge |theta_i - theta|^2
 
 theta = (w, q, b), in coordinates where each term has mean 0 and variance 1 over the fit; H is the NLL of a head that
 knows the structure's share and no more. Chunks where no support has the structure keep theta, and the log odds of its
-absence (``base.absence``). In the NLL every support counts the same. The structure has its natural share: a small one
-may then be nowhere above one half, but voxels are ranked best where the volume prior will cut them. A larger share is
-an option; the natural one is put back into b.
+absence (``base.absence``). In the NLL each of the k supports counts the same. The structure has its natural share: a
+small one may then be nowhere above one half, but voxels are ranked best where the volume prior will cut them. A larger
+share is an option; the natural one is put back into b.
 
 With one chunk it is the linear probe of few-shot fine-tuning; Silva-Rodriguez et al., Towards foundation models and
 few-shot parameter-efficient fine-tuning for volumetric organ segmentation, MedIA 2025.
@@ -99,8 +99,9 @@ class LinearHead(Head):
         x = torch.cat([(x - mean) / spread, x.new_ones(len(x), 1)], dim=1)
 
         share = float(w[target].sum())
-        without = bernoulli_entropy(share)
-        penalty = torch.full((x.shape[1],), ridge * without, dtype=torch.float64, device=x.device)
+        supports = len(support.unique())
+        unit = bernoulli_entropy(share) / supports
+        penalty = torch.full((x.shape[1],), ridge * unit, dtype=torch.float64, device=x.device)
         penalty[-1] = _INTERCEPT_RIDGE
         shared = fit_logistic(x, target, w, penalty)
         counts = chunks_with(target, chunk, support)
@@ -110,9 +111,7 @@ class LinearHead(Head):
         for i in own:
             inside = (member == i).nonzero()[:, 0]
             heads.append(
-                fit_logistic(
-                    x[inside], target[inside], w[inside], torch.full_like(penalty, chunk_ridge * without), shared
-                )
+                fit_logistic(x[inside], target[inside], w[inside], torch.full_like(penalty, chunk_ridge * unit), shared)
             )
         row = torch.zeros(chunk.shape[1], dtype=torch.long)
         row[own] = torch.arange(len(heads) - len(own), len(heads))
@@ -122,7 +121,7 @@ class LinearHead(Head):
         bias = theta[:, -1] - slopes @ mean.double()
         bias += log_odds(natural_share(target, weight)) - log_odds(share)
         cut = features.shape[1]
-        offset = absence(counts, len(support.unique()))
+        offset = absence(counts, supports)
         return cls(slopes[:, :cut], slopes[:, cut:], bias, row.to(x.device), offset.to(x.device))
 
     def logit(self, projected: Tensor, position: Tensor, chunk: Tensor) -> Tensor:
