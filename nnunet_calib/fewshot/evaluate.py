@@ -289,7 +289,10 @@ def evaluate_structure(
         wanted += [(trial, episode) for episode in episodes]
     records = []
     fitted: tuple[Any, FittedStructure | None] = (None, None)
+    ended = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")
     with file.open("a") as stream, tqdm(total=len(wanted), desc=structure, unit="pair", disable=not progress) as bar:
+        if not ended:  # a line that was cut off
+            stream.write("\n")
         for trial, episode in wanted:
             known = {
                 "structure": structure,

@@ -1,0 +1,154 @@
+"""Evaluation: the same maps as fit and apply give, every pair once, both protocols in one table."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_calib.cli.main import main
+from nnunet_calib.data.errors import UsageError
+from nnunet_calib.fewshot.apply import apply_folder
+from nnunet_calib.fewshot.cache import FeatureCache
+from nnunet_calib.fewshot.evaluate import evaluate_folder, grid, read_pairs
+from nnunet_calib.fewshot.method import Settings
+from nnunet_calib.fewshot.model import BaseModel
+from nnunet_calib.fewshot.predictor import FeaturePredictor
+from nnunet_calib.fewshot.volumes import read_volume
+
+from .conftest import STRUCTURE
+
+ALL = 1_000_000  # voxels: the samples hold every voxel, whatever their seed
+
+
+@pytest.fixture(scope="module")
+def evaluated(supports, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluated")
+    trials = grid(["linear", "prototype"], [2], ["aligned"], [1, 2], entropies=[None, 0.1])
+    return output, run(supports, output, trials)
+
+
+def run(supports, output, trials, **options):
+    given = {"name": "ball", "value": STRUCTURE, "trials": trials, "voxels": ALL, "progress": False} | options
+    return evaluate_folder(supports.model, supports.root / "images", supports.root / "labels", output, **given)
+
+
+def test_features_from_disk_are_the_predictors(supports, tmp_path):
+    model = BaseModel(supports.model)
+    volume = read_volume(model, "case_0", [supports.root / "images" / "case_0_0000.nii.gz"])
+    predictor = FeaturePredictor(model)
+    cached = FeatureCache(tmp_path, model, lambda: predictor).predict("case_0", volume.image)
+    weights = [torch.randn(3, predictor.features.size, generator=torch.Generator().manual_seed(0))] * predictor.folds
+    direct = predictor.predict(torch.from_numpy(volume.image), weights)
+    torch.testing.assert_close(cached.base, direct.base.float(), rtol=0, atol=0)
+    half = 2e-3 * float(weights[0].abs().sum(dim=1).max())
+    for ours, theirs in zip(cached.projected(weights), direct.projected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=half)
+    index = np.arange(0, volume.image[0].size, 7)
+    for ours, maps in zip(cached.sampled(index), cached.projected([torch.eye(predictor.features.size)]), strict=True):
+        torch.testing.assert_close(ours, maps.flatten(1).T[index])
+
+
+def test_a_pair_scores_what_fit_and_apply_make(supports, evaluated, tmp_path):
+    output, _ = evaluated
+    (record,) = [
+        record
+        for record in read_pairs(output / "pairs.jsonl")
+        if (record["protocol"], record["head"], record["k"], record["query"], record["entropy"])
+        == ("P2", "linear", 2, "case_2", None)
+    ]
+    for folder in ("images", "labels", "query"):
+        (tmp_path / folder).mkdir()
+    for case in record["supports"]:
+        for name in (f"images/{case}_0000.nii.gz", f"labels/{case}.nii.gz"):
+            (tmp_path / name).symlink_to(supports.root / name)
+    (tmp_path / "query" / "case_2_0000.nii.gz").symlink_to(supports.root / "images" / "case_2_0000.nii.gz")
+    twin = type(supports).__new__(type(supports))
+    twin.root, twin.model = tmp_path, supports.model
+    twin.fit(tmp_path / "ball.fewshot", settings=Settings(chunks=2), voxels=ALL)
+    (report,) = apply_folder(
+        supports.model, [tmp_path / "ball.fewshot"], tmp_path / "query", tmp_path / "out", merge=False, progress=False
+    )
+    told = report["structures"]["ball"]
+    assert told["expected_volume_mm3"] == pytest.approx(record["expected_mm3"])
+    assert told["presence_score"] == pytest.approx(record["presence"], abs=0.3)  # features in half precision
+
+
+def test_both_protocols_are_in_one_table(evaluated):
+    output, rows = evaluated
+    content = json.loads((output / "summary.json").read_text())
+    assert [row["protocol"] for row in content["rows"]] == [row["protocol"] for row in rows]
+    told = {(row["protocol"], row["head"], row["k"], row["entropy"]): row for row in rows}
+    assert told.keys() == {
+        *(("P1", head, 1, None) for head in ("linear", "prototype")),
+        *(("P2", head, k, None) for head in ("linear", "prototype") for k in (1, 2)),
+        *(("P2", "linear", k, 0.1) for k in (1, 2)),
+    }
+    # three cases: each of three supports with two queries; each pair of supports with the third
+    assert told["P2", "linear", 1, None]["pairs"] == 6
+    assert told["P2", "linear", 2, None]["pairs"] == 3
+    assert told["P1", "linear", 1, None]["pairs"] == 3
+    assert all(row["Dice_worst_tenth"] <= row["Dice"] for row in rows)
+
+
+def test_the_oracle_is_named_where_it_is_used_and_only_there(evaluated):
+    output, _ = evaluated
+    with (output / "pairs.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert {(line["protocol"], line["extent"]) for line in lines} == {("P1", "oracle"), ("P2", "aligned")}
+
+
+def test_pairs_that_are_there_are_not_computed_again(supports, evaluated, monkeypatch):
+    output, rows = evaluated
+    monkeypatch.setattr("nnunet_calib.fewshot.evaluate.fit_structure", None)
+    trials = grid(["linear", "prototype"], [2], ["aligned"], [1, 2], entropies=[None, 0.1])
+    assert repr(run(supports, output, trials)) == repr(rows)
+
+
+def test_a_line_that_was_cut_off_is_computed_again(supports, evaluated, tmp_path):
+    lines = (evaluated[0] / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    trials = grid(["linear", "prototype"], [2], ["aligned"], [1, 2], entropies=[None, 0.1])
+    run(supports, tmp_path, trials)
+    assert len(read_pairs(tmp_path / "pairs.jsonl")) == len(lines)
+
+
+def test_p1_scores_nothing_outside_the_structures_own_extent(supports, evaluated):
+    # the ball of the phantom fills less than half of the volume: outside, everything is right and easy
+    records = [r for r in read_pairs(evaluated[0] / "pairs.jsonl") if r["head"] == "linear" and r["k"] == 1]
+    paper = [r["NLL_volume"] for r in records if r["protocol"] == "P1"]
+    assert len(paper) == 3
+    assert all(np.isfinite(paper))
+
+
+def test_the_command_writes_and_prints_the_table(supports, tmp_path, capsys):
+    words = ["fewshot", "evaluate", str(supports.model), "--images", str(supports.root / "images")]
+    words += ["--labels", str(supports.root / "labels"), "--label", str(STRUCTURE), "--name", "ball"]
+    words += ["--heads", "prototype", "--chunks", "1", "-k", "1", "--sets", "1", "--voxels", "500"]
+    words += ["-device", "cpu", "--disable_tta", "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:3]] == ["protocol", "P1", "P2"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "features",
+        "pairs.csv",
+        "pairs.jsonl",
+        "summary.json",
+    }
+
+
+def test_more_volumes_than_there_are_are_refused(supports, tmp_path):
+    with pytest.raises(UsageError, match="k = 7 volumes of 3 supports"):
+        run(supports, tmp_path, grid(["linear"], [1], ["aligned"], [7], ["P2"]))
+
+
+def test_a_case_cannot_be_support_and_query(supports, tmp_path):
+    with pytest.raises(UsageError, match="case_0 is both a support and a query"):
+        run(
+            supports,
+            tmp_path,
+            [],
+            query_images=supports.root / "images",
+            query_labels=supports.root / "labels",
+        )
