@@ -260,12 +260,12 @@ def _picked(channels: Sequence[np.ndarray], place: tuple[slice, ...], dtype: DTy
     """A part of all channels (C, ...)."""
     rows = [channel[place] for channel in channels]
     part = np.empty((len(rows), *rows[0].shape), dtype=dtype)
-    _copy(rows, part)
+    _copy(rows, list(part))
     return part
 
 
 def _put(part: np.ndarray, channels: Sequence[np.ndarray], place: tuple[slice, ...]) -> None:
-    _copy(part, [channel[place] for channel in channels])
+    _copy(list(part), [channel[place] for channel in channels])
 
 
 def _copy(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:

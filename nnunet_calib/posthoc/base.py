@@ -43,7 +43,7 @@ def log_probabilities(
     Returns:
         float64 (C, ...): log p; ``multilabel``: log p - log(1 - p).
     """
-    stored = np.dtype(dtype or probabilities.dtype)
+    stored: np.dtype[Any] = np.dtype(dtype or probabilities.dtype)
     p = probabilities.astype(np.float64)
     logits = np.log(np.maximum(p, smallest_probability(stored)))
     if multilabel:

@@ -40,7 +40,7 @@ class TemperedCalibrator(VoxelwiseCalibrator):
 
     def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike | None = None) -> np.ndarray:
         """As ``Calibrator.calibrate``; float32 but for what was stored in float64."""
-        stored = np.dtype(dtype or probabilities.dtype)
+        stored: np.dtype[Any] = np.dtype(dtype or probabilities.dtype)
         if stored.itemsize > np.dtype(np.float32).itemsize:
             return super().calibrate(probabilities, dtype)
         self._check_fitted(probabilities)
