@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -29,12 +29,16 @@ from nnunet_calib.fewshot.evaluate import Trial, evaluate_folder, grid, read_pai
 from nnunet_calib.fewshot.protocols import REAL
 from nnunet_calib.fewshot.scores import summarise
 
+ARMS = {
+    "new": "supports and queries that the base network was not trained on, each tried on the others",
+    "trained": "supports out of the base network's training cases, queries that are new",
+}
 HEADS = ("linear", "local_prototypes", "prototype")
 CHUNKS = (1, 3, 6, 12)
 EXTENTS = ("aligned", "volume")
 KS = (1, 3, 5)
 ENTROPIES = (0.0, 0.1, 1.0)  # weights of the entropy in the refinement on a query; 0 is the volume prior alone
-SETS = 3  # of k supports, of the ten or eleven that there are
+SETS = 3  # of k supports, of as many as there are supports
 VOXELS = 8000  # sampled of each support; its structures have 100 to 2,500
 
 VALIDATED = 2  # training cases that nnU-Net validates on; they are supports like the others
@@ -104,16 +108,19 @@ def resampled(image: SimpleITK.Image, spacing: tuple[float | None, ...], nearest
     )
 
 
-def rounds() -> list[list[Trial]]:
-    """What is tried, the most telling first; each round is done for every structure before the next."""
-    default = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], KS, most_sets=SETS)
-    baseline = grid(HEADS[-1:], CHUNKS[:1], EXTENTS[:1], KS, most_sets=SETS)
-    refined = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], (3, 1, 5), [REAL], ENTROPIES, SETS)
+def rounds() -> list[tuple[str, list[Trial]]]:
+    """Arms and what is tried in them, the most telling first; each is done for every structure before the next."""
+    main = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], KS) + grid(HEADS[-1:], CHUNKS[:1], EXTENTS[:1], KS)
+    trained = [replace(trial, most_sets=SETS) for trial in main if trial.protocol == REAL]
+    refined = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], (3, 5, 1), [REAL], ENTROPIES, SETS)
     one = grid(HEADS, CHUNKS, EXTENTS[:1], KS[:1], most_sets=SETS)
     more = grid(HEADS, CHUNKS, EXTENTS[:1], KS[1:], [REAL], most_sets=SETS)
     volume = grid(HEADS, CHUNKS, EXTENTS[1:], KS, [REAL], most_sets=SETS)
     hard = grid(HEADS, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
-    return [default + baseline, one, refined, more, volume, hard]
+    return [
+        *(("new", main), ("trained", trained), ("new", refined), ("new", one), ("new", more)),
+        *(("new", volume), ("new", hard)),
+    ]
 
 
 class Base:
@@ -123,7 +130,7 @@ class Base:
         self.study, self.work = study, work
         self.source = data / study.source
         self.raw = work / "raw" / study.dataset
-        self.supports, self.queries = work / study.name / "supports", work / study.name / "queries"
+        self.supports, self.queries, self.new = (work / study.name / part for part in ("supports", "queries", "new"))
         self.plans = work / "preprocessed" / study.dataset / "nnUNetPlans.json"
         self.model = work / "results" / study.dataset / "StockTrainer__nnUNetPlans__small"
         self.predictions = work / study.name / "base"
@@ -171,7 +178,8 @@ class Base:
             words = ["-d", number, "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
             self.call("plan", [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), *words])
             done.touch()
-        cases = sorted(file.name.removesuffix(".nii.gz") for file in (self.raw / "labelsTr").glob("*.nii.gz"))
+        cases = self.training_cases()
+        self.link_new()
         split = [{"train": cases[:-VALIDATED], "val": cases[-VALIDATED:]}]
         write_whole(self.plans.with_name("splits_final.json"), json.dumps(split, indent=1))
         there = read_plans(self.plans)["configurations"]
@@ -209,26 +217,57 @@ class Base:
             words = ["evaluate", str(self.raw / "labelsTs"), str(self.predictions), "-o", str(scores), "-np", "1"]
             self.call("evaluate", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
 
-    def evaluate(self, trials: list[Trial]) -> None:
+    def evaluate(self, arm: str, trials: list[Trial]) -> None:
         """Try the structures that the base network never saw."""
+        supports = self.supports if arm == "trained" else self.new
         for name in self.study.novel:
             evaluate_folder(
                 self.model,
-                self.supports / "images",
-                self.supports / "labels",
-                self.work / self.study.name / "pairs",
+                supports / "images",
+                supports / "labels",
+                self.pairs(arm),
                 name=name,
                 value=self.labels[name],
                 trials=trials,
-                query_images=self.queries / "images",
-                query_labels=self.queries / "labels",
-                base_labels=self.raw / "labelsTs",
+                query_images=self.queries / "images" if arm == "trained" else None,
+                query_labels=self.queries / "labels" if arm == "trained" else None,
+                base_labels=self.new / "base",
                 device=device(),
                 mirroring=False,
                 voxels=VOXELS,
                 progress=False,
             )
-            print(self.study.name, name, len(trials), "trials done", flush=True)
+            print(self.study.name, arm, name, len(trials), "trials done", flush=True)
+
+    def pairs(self, arm: str) -> Path:
+        """Folder of what was scored."""
+        return self.work / self.study.name / f"pairs_{arm}"
+
+    def link_new(self) -> None:
+        """Validation and test cases together: what the network was not trained on; features of both arms together."""
+        cases = [(self.supports, case, "Tr") for case in self.training_cases()[-VALIDATED:]]
+        cases += [(self.queries, file.name, "Ts") for file in sorted((self.queries / "labels").iterdir())]
+        for folder, case, part in cases:
+            name = case.removesuffix(".nii.gz")
+            links = {
+                self.new / "images" / f"{name}_0000.nii.gz": folder / "images" / f"{name}_0000.nii.gz",
+                self.new / "labels" / f"{name}.nii.gz": folder / "labels" / f"{name}.nii.gz",
+                self.new / "base" / f"{name}.nii.gz": self.raw / f"labels{part}" / f"{name}.nii.gz",
+            }
+            for link, target in links.items():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    link.symlink_to(target.resolve())
+        features = self.work / self.study.name / "features"
+        for arm in ARMS:
+            features.mkdir(exist_ok=True)
+            self.pairs(arm).mkdir(exist_ok=True)
+            if not (self.pairs(arm) / "features").exists():
+                (self.pairs(arm) / "features").symlink_to(features.resolve())
+
+    def training_cases(self) -> list[str]:
+        """Names of the cases of the raw data set, those that nnU-Net validates on last."""
+        return sorted(file.name.removesuffix(".nii.gz") for file in (self.raw / "labelsTr").glob("*.nii.gz"))
 
     def base_dice(self) -> dict[str, float]:
         """Mean Dice of every base structure over the queries."""
@@ -254,24 +293,32 @@ def device() -> str:
 
 
 def tables(base: Base) -> str:
-    """Markdown: the base network, heads x chunks x extents x k, and every structure with the default."""
-    records = read_pairs(base.work / base.study.name / "pairs" / "pairs.jsonl")
+    """Markdown: the base network; for both arms heads x chunks x extents x k, and every structure with the default."""
     dice = base.base_dice()
     lines = [
-        f"Base Dice on the {len(list((base.queries / 'labels').iterdir()))} test cases: "
+        f"Base DSC on the {len(list((base.queries / 'labels').iterdir()))} test cases: "
         + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in dice.items())
         + f"; mean {np.mean(list(dice.values())):.3f}. Novel: {', '.join(base.study.novel)}.",
-        "",
+    ]
+    for arm, meaning in ARMS.items():
+        records = read_pairs(base.pairs(arm) / "pairs.jsonl")
+        if records:
+            lines += ["", f"`{arm}`: {meaning}.", "", *_grid_table(records, base.study.novel)]
+            lines += ["", *_structure_table(records, base.study.novel)]
+    return "\n".join(lines)
+
+
+def _grid_table(records: list[dict], novel: tuple[str, ...]) -> list[str]:
+    lines = [
         "| protocol | head | chunks | extent | mode | entropy | k | pairs | DSC | worst tenth | HD95 mm | missed "
         "| ECE volume | ECE foreground | Brier volume | NLL volume | base DSC change |",
         "|---" * 17 + "|",
     ]
     # A row speaks for all structures or is not shown.
-    whole = [row for row in summarise(records, ROW) if row["structures"] == len(base.study.novel)]
-    order = {head: i for i, head in enumerate(HEADS)}
+    whole = [row for row in summarise(records, ROW) if row["structures"] == len(novel)]
     whole.sort(
         key=lambda row: (
-            row["protocol"], order[row["head"]], row["entropy"] is not None, row["entropy"] or 0, row["mode"],
+            row["protocol"], HEADS.index(row["head"]), row["entropy"] is not None, row["entropy"] or 0, row["mode"],
             row["extent"], row["chunks"], row["k"],
         )
     )  # fmt: skip
@@ -283,19 +330,21 @@ def tables(base: Base) -> str:
         change = row["base_after"] - row["base_before"]
         cells.append("" if np.isnan(change) else f"{change:+.4f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "| structure | k | DSC, prototype | DSC, default | ECE foreground, default |", "|---" * 5 + "|"]
+    return lines
+
+
+def _structure_table(records: list[dict], novel: tuple[str, ...]) -> list[str]:
+    lines = ["| structure | k | DSC, global prototype | DSC, default | ECE foreground, default |", "|---" * 5 + "|"]
     each = {tuple(row[name] for name in ("structure", *ROW)): row for row in summarise(records, ("structure", *ROW))}
-    for name, k in itertools.product(base.study.novel, KS):
-        rows = [
+    for name, k in itertools.product(novel, KS):
+        plain, default = (
             each.get((name, REAL, head, chunks, EXTENTS[0], "interpolated", k, None))
             for head, chunks in ((HEADS[-1], 1), (HEADS[0], CHUNKS[-1]))
-        ]
-        if all(rows):
-            plain, default = rows
-            lines.append(
-                f"| {name} | {k} | {plain['Dice']:.3f} | {default['Dice']:.3f} | {default['ECE_foreground']:.3f} |"
-            )
-    return "\n".join(lines)
+        )
+        if plain and default:
+            scores = f"{plain['Dice']:.3f} | {default['Dice']:.3f} | {default['ECE_foreground']:.3f}"
+            lines.append(f"| {name.replace('_', ' ')} | {k} | {scores} |")
+    return lines
 
 
 ROW = ("protocol", "head", "chunks", "extent", "mode", "k", "entropy")
@@ -323,7 +372,7 @@ def main() -> int:
     studies = [Base(study, args.data, args.work) for study in STUDIES if args.only in (None, study.name)]
     if args.table:
         for base in studies:
-            if (args.work / base.study.name / "pairs" / "pairs.jsonl").exists():
+            if any((base.pairs(arm) / "pairs.jsonl").exists() for arm in ARMS):
                 write_table(args.table, base)
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
@@ -337,8 +386,8 @@ def main() -> int:
             base.finish()
             print(base.study.name, "base Dice", base.base_dice(), flush=True)
         if args.stage == "all":
-            for trials in rounds()[: args.rounds]:
-                base.evaluate(trials)
+            for arm, trials in rounds()[: args.rounds]:
+                base.evaluate(arm, trials)
     return 0
 
 
