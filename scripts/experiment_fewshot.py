@@ -3,6 +3,8 @@
     python scripts/experiment_fewshot.py DATA -o WORK [--only brain] [--stage base]
     python scripts/experiment_fewshot.py DATA -o WORK --table docs/results.md
 
+Finished rows are kept in ``docs/results/fewshot.json``; ``--table`` adds those of WORK and writes the tables.
+
 DATA holds ``Dataset035_Brain`` and ``Dataset020_CHAOST2`` in nnU-Net raw format with ``labelsTs``. Both are brought to
 a coarser spacing and some structures become background; a small network is trained on the others with
 ``nnUNetv2_train``. Unattended and resumable: what is finished in WORK is not done again.
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 import torch
+from kept import FOLDER, measured, number, put, read_rows, write_between, write_rows
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
@@ -37,6 +40,7 @@ HEADS = ("linear", "local_prototypes", "prototype")
 CHUNKS = (1, 3, 6, 12)
 EXTENTS = ("aligned", "volume")
 KS = (1, 3, 5)
+MAIN = ((HEADS[0], CHUNKS[-1]), (HEADS[-1], CHUNKS[0]))  # the default, and global prototypes
 ENTROPIES = (0.0, 0.1, 1.0)  # weights of the entropy in the refinement on a query; 0 is the volume prior alone
 SETS = 3  # of k supports, of as many as there are supports
 VOXELS = 8000  # sampled of each support; its structures have 100 to 2,500
@@ -292,55 +296,78 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tables(base: Base) -> str:
-    """Markdown: the base network; for both arms heads x chunks x extents x k, and every structure with the default."""
-    dice = base.base_dice()
+def keep(base: Base) -> None:
+    """Keep the base network's scores and the means of every trial that is finished for all structures."""
+    common = {"study": base.study.name, "machine": (base.work / "machine.txt").read_text(), "date": str(date.today())}
+    rows = read_rows(KEPT)
+    dice = {name: number(value, DIGITS) for name, value in base.base_dice().items()}
+    put(rows, common | {"arm": "base", "structure": "all", **dict.fromkeys(ROW), "dice": dice}, IDENTITY)
+    for arm in ARMS:
+        records = read_pairs(base.pairs(arm) / "pairs.jsonl")
+        whole = [row for row in summarise(records, ROW) if row["structures"] == len(base.study.novel)]
+        shown = [{"structure": "all"} | row for row in whole]
+        shown += [row for row in summarise(records, ("structure", *ROW)) if is_main(row)]
+        for row in shown:
+            rounded = {name: number(v, DIGITS) if isinstance(v, float) else v for name, v in row.items()}
+            put(rows, common | {"arm": arm} | rounded, IDENTITY)
+    write_rows(KEPT, rows)
+
+
+def is_main(row: dict) -> bool:
+    """The default, or the baseline that it is compared with."""
+    kind = (row["head"], row["chunks"])
+    settings = (row["protocol"], row["extent"], row["mode"], row["entropy"])
+    return kind in MAIN and settings == (REAL, EXTENTS[0], "interpolated", None)
+
+
+def tables(study: Study, rows: list[dict]) -> str:
+    """Markdown: the base network; for both arms heads x chunks x extents x k, and every structure by itself."""
+    rows = [row for row in rows if row["study"] == study.name]
+    (base,) = (row for row in rows if row["arm"] == "base")
+    dice = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in base["dice"].items())
     lines = [
-        f"Base DSC on the {len(list((base.queries / 'labels').iterdir()))} test cases: "
-        + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in dice.items())
-        + f"; mean {np.mean(list(dice.values())):.3f}. Novel: {', '.join(base.study.novel)}.",
+        measured(rows),
+        "",
+        f"Base network: {study.epochs} x {study.steps} steps, patch {study.patch}, batch 2, features "
+        f"{'-'.join(map(str, study.features))}. DSC on the test cases: {dice}; mean "
+        f"{np.mean(list(base['dice'].values())):.3f}. Novel: {', '.join(study.novel).replace('_', ' ')}.",
     ]
     for arm, meaning in ARMS.items():
-        records = read_pairs(base.pairs(arm) / "pairs.jsonl")
-        if records:
-            lines += ["", f"`{arm}`: {meaning}.", "", *_grid_table(records, base.study.novel)]
-            lines += ["", *_structure_table(records, base.study.novel)]
+        if own := [row for row in rows if row["arm"] == arm]:
+            lines += ["", f"**{arm}**: {meaning}.", "", *_grid_table(own), "", *_structure_table(own, study.novel)]
     return "\n".join(lines)
 
 
-def _grid_table(records: list[dict], novel: tuple[str, ...]) -> list[str]:
+def _grid_table(rows: list[dict]) -> list[str]:
     lines = [
         "| protocol | head | chunks | extent | mode | entropy | k | pairs | DSC | worst tenth | HD95 mm | missed "
         "| ECE volume | ECE foreground | Brier volume | NLL volume | base DSC change |",
         "|---" * 17 + "|",
     ]
-    # A row speaks for all structures or is not shown.
-    whole = [row for row in summarise(records, ROW) if row["structures"] == len(novel)]
-    whole.sort(
+    whole = sorted(
+        (row for row in rows if row["structure"] == "all"),
         key=lambda row: (
             row["protocol"], HEADS.index(row["head"]), row["entropy"] is not None, row["entropy"] or 0, row["mode"],
             row["extent"], row["chunks"], row["k"],
-        )
+        ),
     )  # fmt: skip
     for row in whole:
         cells = [row["protocol"], row["head"], row["chunks"], row["extent"], row["mode"]]
         cells += ["" if row["entropy"] is None else f"{row['entropy']:g}", row["k"], row["pairs"]]
-        cells += [f"{row['Dice']:.3f}", f"{row['Dice_worst_tenth']:.3f}", f"{row['HD95_median']:.1f}", row["missed"]]
-        cells += [f"{row[name]:.4f}" for name in ("ECE_volume", "ECE_foreground", "Brier_volume", "NLL_volume")]
-        change = row["base_after"] - row["base_before"]
+        value = {name: float(row[name]) for name in (*SHOWN, "base_after", "base_before")}
+        cells += [f"{value['Dice']:.3f}", f"{value['Dice_worst_tenth']:.3f}", f"{value['HD95_median']:.1f}"]
+        cells += [row["missed"], *(f"{value[name]:.4f}" for name in SHOWN[3:])]
+        change = value["base_after"] - value["base_before"]
         cells.append("" if np.isnan(change) else f"{change:+.4f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
-def _structure_table(records: list[dict], novel: tuple[str, ...]) -> list[str]:
+def _structure_table(rows: list[dict], novel: tuple[str, ...]) -> list[str]:
     lines = ["| structure | k | DSC, global prototype | DSC, default | ECE foreground, default |", "|---" * 5 + "|"]
-    each = {tuple(row[name] for name in ("structure", *ROW)): row for row in summarise(records, ("structure", *ROW))}
-    for name, k in itertools.product(novel, KS):
-        plain, default = (
-            each.get((name, REAL, head, chunks, EXTENTS[0], "interpolated", k, None))
-            for head, chunks in ((HEADS[-1], 1), (HEADS[0], CHUNKS[-1]))
-        )
+    each = {(row["structure"], row["k"], row["head"]): row for row in rows if is_main(row)}
+    for name, k in itertools.product((*novel, "all"), KS):
+        plain, default = (each.get((name, k, head)) for head in (HEADS[-1], HEADS[0]))
         if plain and default:
             scores = f"{plain['Dice']:.3f} | {default['Dice']:.3f} | {default['ECE_foreground']:.3f}"
             lines.append(f"| {name.replace('_', ' ')} | {k} | {scores} |")
@@ -348,16 +375,11 @@ def _structure_table(records: list[dict], novel: tuple[str, ...]) -> list[str]:
 
 
 ROW = ("protocol", "head", "chunks", "extent", "mode", "k", "entropy")
+IDENTITY = ("study", "arm", "structure", *ROW)
+SHOWN = ("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "Brier_volume", "NLL_volume")
 MARKS = ("<!-- tables of scripts/experiment_fewshot.py: {} -->", "<!-- end of {} -->")
-
-
-def write_table(document: Path, base: Base) -> None:
-    """Put the tables of a study between its marks."""
-    first, last = (mark.format(base.study.name) for mark in MARKS)
-    head = f"{date.today()}; {(base.work / 'machine.txt').read_text().strip()}"
-    before, _, rest = document.read_text().partition(first)
-    after = rest.partition(last)[2]
-    write_whole(document, f"{before}{first}\n{head}\n\n{tables(base)}\n{last}{after}")
+KEPT = FOLDER / "fewshot.json"
+DIGITS = 5
 
 
 def main() -> int:
@@ -372,8 +394,12 @@ def main() -> int:
     studies = [Base(study, args.data, args.work) for study in STUDIES if args.only in (None, study.name)]
     if args.table:
         for base in studies:
-            if any((base.pairs(arm) / "pairs.jsonl").exists() for arm in ARMS):
-                write_table(args.table, base)
+            if (base.work / base.study.name / "base_scores" / "summary.json").exists():
+                keep(base)
+        for study in STUDIES:
+            if any(row["study"] == study.name for row in read_rows(KEPT)):
+                marks = tuple(mark.format(study.name) for mark in MARKS)
+                write_between(args.table, marks, tables(study, read_rows(KEPT)))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device() == "cuda" else "no GPU"
