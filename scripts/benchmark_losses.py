@@ -231,12 +231,14 @@ def run_task(name: str, repeats: int, threads: int) -> dict[str, float]:
     for function in functions[1:]:
         step(function, *given)
     turns = []
-    for _ in range(repeats):
-        turns.append([])
-        for function in functions:
+    for turn in range(repeats):
+        seconds = [0.0] * len(functions)
+        for i in range(len(functions)):
+            place = (turn + i) % len(functions)  # each is the first one at times: the memory it finds differs
             began = clock()
-            step(function, *given)
-            turns[-1].append(clock() - began)
+            step(functions[place], *given)
+            seconds[place] = clock() - began
+        turns.append(seconds)
     figures = {"mib": extra, "seconds": statistics.median(turn[0] for turn in turns)}
     for key, place in (("ratio", 1), ("to_ours", 2)):
         if place < len(functions):
@@ -327,17 +329,20 @@ def tables(runs: dict[str, list[dict]], shapes: list[str]) -> str:
     for form, tools in TOOLS.items():
         for shape in shapes:
             if not any(runs.get(f"{device}|{shape}|{form}|{tool}") for device in devices for tool in tools):
+                text += [f"{form}, {shape.replace('x', ' x ')}: not measured.", ""]
                 continue
             text += [f"### {form}, {shape.replace('x', ' x ')}", "", "| loss |"]
             text[-1] += "".join(f" {device.upper()} s | x yardstick | extra MiB | x yardstick |" for device in devices)
             text += ["|---" * (1 + 4 * len(devices)) + "|"]
+            missing = []
             for tool in tools:
-                row = [tool]
-                for device in devices:
-                    start = f"{device}|{shape}|{form}"
-                    row += cells(runs, f"{start}|{tool}", f"{start}|{YARDSTICK[form]}")
-                text.append(f"| {' | '.join(row)} |")
-            text.append("")
+                starts = [f"{device}|{shape}|{form}" for device in devices]
+                if not any(runs.get(f"{start}|{tool}") for start in starts):
+                    missing.append(tool)
+                    continue
+                row = [cell for s in starts for cell in cells(runs, f"{s}|{tool}", f"{s}|{YARDSTICK[form]}")]
+                text.append(f"| {' | '.join([tool, *row])} |")
+            text += ["", f"Not measured: {', '.join(missing)}.", ""] if missing else [""]
     text += ["### peers over ours: times the time, times the memory", "", "| loss | peer | shape |"]
     text[-1] += "".join(f" {device.upper()} time | {device.upper()} memory |" for device in devices)
     text += ["|---" * (3 + 2 * len(devices)) + "|"]
