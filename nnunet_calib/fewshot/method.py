@@ -294,12 +294,12 @@ def apply_structure(
         ).numpy()
         logit[index] = found
         curve.add(found if counted is None else found[counted[index]], scan.voxel_mm3)
-    shift, presence = 0.0, np.inf
+    shift, presence, absent = 0.0, np.inf, False
     if expected is not None:
-        shift = operating_shift(curve, expected, fitted.settings.margin)
         presence = presence_score(curve, expected)
-    absent = presence < fitted.presence_limit
-    logit += min(shift, 0.0) if absent else shift  # what is absent is not made larger
+        absent = presence < fitted.presence_limit
+        shift = operating_shift(curve, expected, fitted.settings.margin, present=not absent)
+    logit += shift
     logit = logit.reshape(scan.base.shape)
     probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
     threshold = fitted.calibration.threshold

@@ -1,12 +1,12 @@
 """Are the features of a query like those of the supports? Another modality or contrast moves all of them.
 
-    d(query) = mean over its voxels of  (f - m)' S^-1 (f - m) / F
+    d = KL( N(m_q, S_q) || N(m, S) ) / F,    over a random sample of the query and the background of the supports
 
-with mean m and covariance S of the supports' background: 1 for voxels drawn from there. Lee et al., A simple unified
-framework for detecting out-of-distribution samples, NeurIPS 2018, with one Gaussian.
+in nats per feature: 0 for the same distribution. How far one volume is from others of its kind, the supports tell: each
+is held against the rest. A Gaussian of the features, as in Lee et al., A simple unified framework for detecting
+out-of-distribution samples and adversarial attacks, NeurIPS 2018, but of the volume and not of one voxel.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 VOXELS = 2000
 """Drawn from a query."""
 
-_SHRINKAGE = 0.05  # of the mean variance, added to each: directions in which few volumes do not vary say nothing
-_LEAST = 2.0
-_BEYOND = 1.5  # times what the supports are from each other
+_SHRINKAGE = 0.05  # of the mean variance, added to each: directions without variance in few volumes say nothing
+_BEYOND = 3.0  # times the largest distance between supports
+_LEAST = 0.05
+_ALONE = 0.1  # assumed with one support
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Background:
 
     Attributes:
         mean: float32 (F,), m.
-        whitening: float32 (F, F), L^-1 of S = L L'.
+        factor: float32 (F, F), lower triangular, L of S = L L'.
         limit: distances above are told to the user.
     """
 
     mean: Tensor
-    whitening: Tensor
+    factor: Tensor
     limit: float
 
     @classmethod
@@ -39,38 +40,50 @@ class Background:
         """From sampled background voxels.
 
         Args:
-            features: float32 (N, F).
+            features: float (N, F).
             weight: float (N,), voxels that each stands for.
-            support: integer (N,); with two supports or more the limit is 1.5 times the largest distance of one from
-                the others, and at least 2.
+            support: integer (N,).
+
+        Returns:
+            With a limit of three times the largest distance of a support from the others.
         """
         distances = []
         numbers = support.unique()
         for one in numbers if len(numbers) > 1 else ():
             own = support == one
-            others = cls._gaussian(features[~own], weight[~own], support[~own])
+            others = cls(*_gaussian(features[~own], _shares(weight[~own], support[~own])), 0.0)
             distances.append(others.distance(features[own], weight[own]))
-        made = cls._gaussian(features, weight, support)
-        return cls(made.mean, made.whitening, max(_LEAST, _BEYOND * max(distances, default=0.0)))
+        mean, factor = _gaussian(features, _shares(weight, support))
+        limit = max(_LEAST, _BEYOND * max(distances)) if distances else _ALONE
+        return cls(mean.float(), factor.float(), limit)
 
     def distance(self, features: Tensor, weight: Tensor | None = None) -> float:
-        """D of features (N, F)."""
-        squared = ((features - self.mean) @ self.whitening.T).square().mean(dim=1).double()
-        share = torch.full_like(squared, 1 / len(squared)) if weight is None else weight.double() / weight.sum()
-        return float(share @ squared)
+        """D of a volume from its sampled voxels, float (N, F), and what each stands for."""
+        share = torch.ones(len(features), dtype=torch.float64) if weight is None else weight.double()
+        mean, factor = _gaussian(features, share / share.sum())
+        ours = self.factor.double()
+        spread = torch.linalg.solve_triangular(ours, factor, upper=False).square().sum()
+        away = torch.linalg.solve_triangular(ours, (mean - self.mean.double())[:, None], upper=False).square().sum()
+        logarithm = 2 * (ours.diagonal().log().sum() - factor.diagonal().log().sum())
+        size = len(mean)
+        return float((spread + away - size + logarithm) / (2 * size))
 
-    @classmethod
-    def _gaussian(cls, features: Tensor, weight: Tensor, support: Tensor) -> "Background":
-        f = features.double()
-        share = torch.zeros(len(f), dtype=torch.float64)
-        numbers: Sequence[Tensor] = list(support.unique())
-        for one in numbers:
-            own = support == one
-            share[own] = weight[own].double() / weight[own].double().sum() / len(numbers)
-        mean = share @ f
-        away = f - mean
-        covariance = (away * share[:, None]).T @ away
-        ridge = _SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-12)
-        lower = torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean), dtype=torch.float64))
-        whitening = torch.linalg.solve_triangular(lower, torch.eye(len(mean), dtype=torch.float64), upper=False)
-        return cls(mean.float(), whitening.float(), 0.0)
+
+def _shares(weight: Tensor, support: Tensor) -> Tensor:
+    """Weights of sum 1 by which every support counts the same, float64 (N,)."""
+    share = torch.zeros(len(weight), dtype=torch.float64)
+    numbers = support.unique()
+    for one in numbers:
+        own = support == one
+        share[own] = weight[own].double() / weight[own].double().sum() / len(numbers)
+    return share
+
+
+def _gaussian(features: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and Cholesky factor of the covariance, float64."""
+    f = features.double()
+    mean = share @ f
+    away = f - mean
+    covariance = (away * share[:, None]).T @ away
+    ridge = _SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-12)
+    return mean, torch.linalg.cholesky(covariance + ridge * torch.eye(len(mean), dtype=torch.float64))

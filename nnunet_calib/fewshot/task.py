@@ -110,7 +110,7 @@ class Task:
         tensors = {
             "places": torch.from_numpy(np.ascontiguousarray(fitted.places.points)),
             "background.mean": self.background.mean,
-            "background.whitening": self.background.whitening,
+            "background.factor": self.background.factor,
         }
         for fold, head in zip(self.folds, fitted.heads, strict=True):
             tensors |= {f"head.{fold}.{name}": part for name, part in head.state().items()}
@@ -193,7 +193,7 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
         left_out=[float(dice) for dice in content["left_out"]],
     )
     background = Background(
-        tensors["background.mean"], tensors["background.whitening"], float(content["background_limit"])
+        tensors["background.mean"], tensors["background.factor"], float(content["background_limit"])
     )
     return Task(
         name=str(content["name"]),

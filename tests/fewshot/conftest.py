@@ -22,9 +22,9 @@ def write_case(root: Path, name: str, seed: int, orientation: str = "LPS", struc
 class Supports:
     """A model, a folder of supports and the task fitted to it."""
 
-    def __init__(self, root: Path, **options):
+    def __init__(self, root: Path, cases: int = 3, **options):
         self.root, self.model = root, write_model(root / "model", **options)
-        for i in range(3):
+        for i in range(cases):
             write_case(root, f"case_{i}", i)
         self.task = root / "ball.fewshot"
         self.fitted = self.fit(self.task)

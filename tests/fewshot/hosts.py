@@ -1,4 +1,7 @@
-"""Model folders as ``nnUNetv2_train`` leaves them, with random weights: a network of a few hundred, no training."""
+"""Model folders as ``nnUNetv2_train`` leaves them: a network of a few thousand random weights.
+
+Only its last layer is fitted, to the two landmarks of the phantom (labels 1 and 2); the ball it does not know.
+"""
 
 import json
 from pathlib import Path
@@ -18,8 +21,7 @@ PATCH = 16
 KINDS = ("plain", "residual")
 
 
-def residual(axes: int) -> dict[str, Any]:
-    made = architecture(axes)
+def residual(made: dict[str, Any]) -> dict[str, Any]:
     made["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
     made["arch_kwargs"]["n_blocks_per_stage"] = made["arch_kwargs"].pop("n_conv_per_stage")
     return made
@@ -39,9 +41,10 @@ def write_model(
     **configuration: Any,
 ) -> Path:
     """A trained model's folder; ``kind`` is ``plain`` or ``residual``, ``labels`` as in ``toy.dataset_json``."""
-    base: dict[str, Any] = {"spacing": [spacing] * axes}
+    network = architecture(axes, features=8)
     if kind == "residual":
-        base["architecture"] = residual(axes)
+        network = residual(network)
+    base: dict[str, Any] = {"spacing": [spacing] * axes, "architecture": network}
     content = plans(axes, base, **configuration)
     content.pop("continue_training")
     backward = [transpose.index(axis) for axis in range(3)]
@@ -58,18 +61,17 @@ def write_model(
     folder.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(content))
     (folder / "dataset.json").write_text(json.dumps(dataset))
-    network = content["configurations"]["base"]["architecture"]
     heads = 3 if labels.startswith("labels") else 2
     for number, fold in enumerate(folds):
         torch.manual_seed(number)
         built = get_network_from_plans(
             network["network_class_name"], network["arch_kwargs"], network["_kw_requires_import"], 1, heads
         )
-        # Other norms than all ones, and logits of some size.
+        # Other norms than all ones.
         for parameter in built.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.3 * torch.randn_like(parameter)
-        built.decoder.seg_layers[-1].weight.data *= 8
+        _fit_last_layer(built, axes, labels.startswith("regions"))
         (folder / f"fold_{fold}").mkdir()
         checkpoint = {
             "network_weights": built.state_dict(),
@@ -87,18 +89,57 @@ def model(root: Path, **options: Any) -> BaseModel:
 
 
 def phantom(seed: int, shape=(20, 26, 24)) -> tuple[np.ndarray, np.ndarray]:
-    """An image float32 (z, y, x) of a bright ball low on the left and two landmarks, and the ball's mask."""
+    """An image float32 (z, y, x) of a ball low on the right and two landmarks, and the ball's mask."""
+    image, labels = _phantom(seed, shape)
+    return image, labels == 3
+
+
+def _phantom(seed: int, shape) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     grid = np.indices(shape).astype(float)
     size = np.array(shape, dtype=float)
-
-    def ball(place, radius):
+    labels = np.zeros(shape, dtype=np.uint8)
+    balls = (((0.65, 0.5, 0.65), 5), ((0.4, 0.7, 0.7), 3.5), ((0.35, 0.45, 0.3), 4))
+    for label, (place, radius) in enumerate(balls, start=1):
         centre = np.multiply(place, size) + rng.uniform(-1, 1, 3)
-        return ((grid - centre[:, None, None, None]) ** 2).sum(axis=0) < radius**2
+        labels[((grid - centre[:, None, None, None]) ** 2).sum(axis=0) < radius**2] = label
+    image = np.array([1.0, 2.5, 7.0, 4.0])[labels] + rng.normal(0, 0.3, shape)
+    return ndimage.gaussian_filter(image, 0.5).astype(np.float32), labels
 
-    structure, first, second = ball((0.35, 0.45, 0.3), 4), ball((0.65, 0.5, 0.65), 5), ball((0.4, 0.7, 0.7), 3.5)
-    image = 1.0 + 3.0 * structure + 1.5 * first + 6 * second + rng.normal(0, 0.3, shape)
-    return ndimage.gaussian_filter(image, 0.5).astype(np.float32), structure
+
+def _fit_last_layer(network: torch.nn.Module, axes: int, regions: bool) -> None:
+    """Logistic regression of the landmarks on the last stage's features."""
+    images, targets = [], []
+    for seed in (100, 101):
+        image, labels = _phantom(seed, (16, 32, 32))
+        image = (image - image.mean()) / image.std()
+        labels = np.where(labels == 3, 0, labels)
+        images += [torch.from_numpy(image)[None, None]] if axes == 3 else [torch.from_numpy(image)[:, None]]
+        targets.append(torch.from_numpy(labels.astype(np.int64)).flatten())
+    seen: list[torch.Tensor] = []
+    hook = network.decoder.stages[-1].register_forward_hook(lambda *given: seen.append(given[2]))
+    with torch.no_grad():
+        for image in images:
+            network(image)
+    hook.remove()
+    features = torch.cat([part.movedim(1, -1).flatten(0, -2) for part in seen])
+    target = torch.cat(targets)
+    layer = torch.nn.Linear(features.shape[1], 2 if regions else 3)
+    optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+    nested = torch.stack([target > 0, target == 2], dim=1).float()
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        z = layer(features)
+        cross = torch.nn.functional
+        value = cross.binary_cross_entropy_with_logits(z, nested) if regions else cross.cross_entropy(z, target)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    last = network.decoder.seg_layers[-1]
+    last.weight.data = layer.weight.data.reshape(last.weight.shape)
+    last.bias.data = layer.bias.data
 
 
 def write_image(path: Path, array: np.ndarray, orientation: str = "LPS", spacing=(1.0, 1.0, 1.0)) -> None:

@@ -31,7 +31,7 @@ def defined(stages, size) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_projections_and_single_features_are_those_of_the_definition(tmp_path, kind, axes):
     features, stages, size = forward(model(tmp_path, kind=kind, axes=axes))
-    assert features.channels == (8, 4, 4)
+    assert features.channels == (16, 8, 8)
     assert [tuple(stage.shape[2:]) for stage in stages] == [(4,) * axes, (8,) * axes, (16,) * axes]
     whole = defined(stages, size)
     weight = torch.randn(5, features.size, generator=torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ def test_only_the_first_forward_pass_is_read(tmp_path):
 def test_a_voxel_without_any_activation_has_no_direction(tmp_path):
     features, stages, size = forward(model(tmp_path))
     stages[-1][:] = 0
-    assert features.at(stages, torch.tensor([[3, 4, 5]]), size)[0, -4:].eq(0).all()
+    assert features.at(stages, torch.tensor([[3, 4, 5]]), size)[0, -8:].eq(0).all()
     assert features.project(stages, torch.eye(features.size), size).isfinite().all()
 
 
