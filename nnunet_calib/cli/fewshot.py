@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--ignore", metavar="V", type=int, help="value of voxels that do not count")
     fit.add_argument("--name", required=True, help="of the structure")
     fit.add_argument(
-        "--head", metavar="H", choices=_HEADS, default="linear", help=f"{', '.join(_HEADS)} (default: linear)"
+        "--head",
+        metavar="H",
+        choices=(*_HEADS, "adapter"),
+        default="linear",
+        help=f"{', '.join(_HEADS)}, or adapter: trained for minutes on three volumes or more (default: linear)",
     )
     fit.add_argument("--chunks", metavar="N", type=int, default=12, help="intervals with a head each (default: 12)")
     fit.add_argument("--hard", action="store_true", help="heads change at the ends of chunks; default: interpolated")

@@ -24,7 +24,7 @@ from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.probabilities import write_npz
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.fit import scan_of
-from nnunet_calib.fewshot.heads import Head
+from nnunet_calib.fewshot.heads import AdapterHead, Head
 from nnunet_calib.fewshot.merge import merge_labels, merge_probabilities
 from nnunet_calib.fewshot.method import FittedStructure, NovelMap, Scan, apply_structure, refine_on_query
 from nnunet_calib.fewshot.model import CHECKPOINT, BaseModel
@@ -163,18 +163,21 @@ def find_structures(
 ) -> tuple[Tensor, list[Found]]:
     """The base model's logits (C, *S) of a query, and every structure in it.
 
-    One pass of the network, whatever the number of tasks; two plain passes more if heads are refined on the query.
+    One pass of the network, whatever the number of tasks; two plain passes more for each task that is refined on the
+    query, one for each with adapters.
     """
     image = torch.from_numpy(volume.image)
     generator = np.random.default_rng(seed)
     some = torch.from_numpy(np.stack([generator.integers(0, size, VOXELS) for size in volume.shape], axis=1))
-    plain = [fitted for fitted in structures.fitted if fitted.settings.objective is None]
+    plain = [fitted for fitted in structures.fitted if _in_one_pass(fitted)]
     seen = predictor.predict(image, _projections([fitted.heads for fitted in plain], predictor.folds), some)
     scan = scan_of(model, volume, seen.base)
     rows = iter(_rows(seen.projected, [fitted.heads for fitted in plain]))
     found = []
     for task, fitted in zip(structures.tasks, structures.fitted, strict=True):
-        if fitted.settings.objective is None:
+        if fitted.settings.head == AdapterHead.key:
+            heads, projected = fitted.heads, predictor.project_adapted(image, [head.state() for head in fitted.heads])
+        elif fitted.settings.objective is None:
             heads, projected = fitted.heads, next(rows)
         else:
             heads = refine_on_query(
@@ -184,6 +187,11 @@ def find_structures(
         novel = apply_structure(fitted, scan, projected, heads)
         found.append(_found(task, fitted, scan, novel, seen.sampled[0]))
     return seen.base, found
+
+
+def _in_one_pass(fitted: FittedStructure) -> bool:
+    """All that is wanted of the query is projections, known before it is looked at."""
+    return fitted.settings.objective is None and fitted.settings.head != AdapterHead.key
 
 
 def _sampled(predictor: FeaturePredictor, image: Tensor, index: np.ndarray) -> list[Tensor]:
@@ -361,7 +369,7 @@ def _warnings(task: Task, fitted: FittedStructure, volume: Volume, found: Found)
         warnings.append(f"the field of view can hold {found.in_view:.0%} of the structure; less volume is expected")
     if found.distance > task.background.limit:
         warnings.append(
-            f"features are {found.distance:.1f} from the supports' (limit {task.background.limit:.1f}): another "
+            f"features are {found.distance:.2f} from the supports' (limit {task.background.limit:.2f}): another "
             "modality or contrast? do not rely on the result"
         )
     if fitted.settings.extent == "aligned" and found.landmarks == 0:

@@ -445,7 +445,7 @@ def _score(
             found.probability,
             query.structure,
             query.volume.spacing,
-            found.logit > 0,
+            found.probability > found.threshold,
             counted.reshape(query.structure.shape),
         )
         return scores | _about(found) | {"base_before": float("nan"), "base_after": float("nan")}
@@ -456,7 +456,7 @@ def _score(
     found = apply_structure(fitted, query.scan, query.predicted.projected(weights), heads)
     logit = query.on_image_grid(found.logit)
     probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
-    segmentation = (logit > 0) & (not found.absent)
+    segmentation = (probability > found.threshold) & (not found.absent)
     scores = novel_scores(probability, query.reference, query.image_spacing, segmentation)
     inside, _ = nested(model, [case(name).overlaps for name in episode.supports], None)
     return scores | _about(found) | query.base_scores(probability, found, inside)

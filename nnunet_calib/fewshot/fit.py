@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
+from nnunet_calib.fewshot.adapt import adapt
+from nnunet_calib.fewshot.heads import AdapterHead, Head
 from nnunet_calib.fewshot.method import Scan, Settings, Support, fit_structure
 from nnunet_calib.fewshot.model import CHECKPOINT, BaseModel
 from nnunet_calib.fewshot.predictor import FeaturePredictor
@@ -109,6 +111,7 @@ def fit_folder(
     cases = find_supports(Path(images), Path(labels), model.dataset.file_ending)
     predictor = FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
     supports: list[Annotated] = []
+    volumes: list[Volume] = []
     notes: list[str] = []
     orientation: str | None = None
     for case, (files, label) in tqdm(cases.items(), desc="supports", unit="case", disable=not progress):
@@ -122,9 +125,14 @@ def fit_folder(
             notes.append(f"support left out: {error}")
             continue
         orientation = volume.orientation
+        if settings.head == AdapterHead.key:
+            volumes.append(volume)
     if orientation is None:
         raise InputError(f"{labels}: no support can be used; {notes[0].removeprefix('support left out: ')}")
-    task = fit_task(name, model, orientation, supports, settings, inside)
+    adapted = None
+    if settings.head == AdapterHead.key:
+        adapted = adapt(model, predictor, volumes, [support.support for support in supports], progress=progress)
+    task = fit_task(name, model, orientation, supports, settings, inside, adapted)
     task.report["notes"][:0] = notes
     task.save(file)
     return task
@@ -137,14 +145,18 @@ def fit_task(
     supports: Sequence[Annotated],
     settings: Settings,
     inside: Sequence[int] | None = None,
+    adapted: tuple[Sequence[Support], Sequence[Head]] | None = None,
 ) -> Task:
-    """Fit a task to supports that were read; arguments as ``fit_folder``."""
+    """Fit a task to supports that were read; arguments as ``fit_folder``, and what ``adapt`` gives."""
     notes = [note for support in supports for note in support.notes]
     slices = min(_slices(support.support.scan, settings.axis) for support in supports)
     if settings.chunks > slices:
         notes.append(f"{settings.chunks} chunks for {slices} slices: reduced to {slices}")
         settings = replace(settings, chunks=slices)
-    fitted = fit_structure([support.support for support in supports], settings)
+    seen = [support.support for support in supports]
+    fitted = fit_structure(seen if adapted is None else adapted[0], settings)
+    if adapted is not None:
+        fitted = replace(fitted, heads=list(adapted[1]))
     if fitted.prior is None:
         notes.append("the structure reaches the border of the image in every support: nothing is known of its size")
     if len(supports) == 1:
@@ -153,7 +165,8 @@ def fit_task(
         notes.append("the base model predicts no class to align volumes by: the ends of the volumes are used")
     notes += _disagreements([support.case for support in supports], fitted.left_out)
     containing, told = nested(model, [support.overlaps for support in supports], inside)
-    features, target, weight, _, _, number = fitted.samples[0]
+    features = torch.cat([support.features[0] for support in seen])
+    _, target, weight, _, _, number = fitted.samples[0]
     return Task(
         name=name,
         model=model.fingerprint(),

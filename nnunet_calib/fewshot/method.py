@@ -3,7 +3,8 @@
     s(v) = head(W f(v), u(v), a(v))         one head for each fold, averaged as probabilities
     s(v) + shift                            the volume above 0 is what the supports lead to expect, within a margin
     p(v) = 1 / (1 + exp(-slope (s(v) + shift) - bias))      fitted to supports that the others predict
-    structure where s(v) + shift > 0, unless it is absent
+    structure where p(v) is above the threshold of largest expected Dice (one support: where s(v) + shift > 0), unless
+    it is absent
 
 Nothing here knows files, networks or labels of queries.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_calib.fewshot.calibration import Calibration, fit_calibration, out_of_fold
+from nnunet_calib.fewshot.calibration import Calibration, best_threshold, fit_calibration, out_of_fold
 from nnunet_calib.fewshot.chunks import (
     Alignment,
     Chunks,
@@ -181,6 +182,11 @@ class FittedStructure:
     left_out: list[float]
 
     @property
+    def calibrated(self) -> bool:
+        """There were left-out supports to calibrate on."""
+        return self.calibration != Calibration()
+
+    @property
     def projections(self) -> list[Tensor]:
         """W of each fold, float32 (R, F)."""
         return [head.projections for head in self.heads]
@@ -191,9 +197,9 @@ class NovelMap:
     """A structure in a query.
 
     Attributes:
-        logit: float32 (*S), log odds with the volume prior, before the calibration; above 0 is the structure.
+        logit: float32 (*S), log odds with the volume prior, before the calibration.
         probability: float32 (*S), calibrated.
-        threshold: probability of log odds 0.
+        threshold: probability above which is the structure.
         presence: score; below the limit of the fit the structure is called absent.
         absent: it is.
         expected_mm3: volume expected; None without prior.
@@ -302,7 +308,8 @@ def apply_structure(
     logit += shift
     logit = logit.reshape(scan.base.shape)
     probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
-    threshold = fitted.calibration.threshold
+    # Only of honest probabilities an expected Dice means something; else the volume prior draws the line.
+    threshold = best_threshold(probability) if fitted.calibrated else fitted.calibration.threshold
     return NovelMap(logit, probability, threshold, presence, absent, expected, shift)
 
 

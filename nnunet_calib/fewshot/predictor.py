@@ -8,7 +8,7 @@ over windows with nnU-Net's own Gaussian weights. Only projections of all voxels
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
 from nnunet_calib.fewshot.features import DecoderFeatures
+from nnunet_calib.fewshot.heads.adapter import BranchFeatures
 from nnunet_calib.fewshot.model import BaseModel
 
 HALF_ABOVE = 2 << 30
@@ -87,6 +88,7 @@ class FeaturePredictor(nnUNetPredictor):
         self.features = DecoderFeatures(self.network)
         self._request: _Request | None = None
         self._window: _Window | None = None
+        self._adapters: Sequence[Mapping[str, Tensor]] | None = None
 
     @property
     def folds(self) -> int:
@@ -131,6 +133,14 @@ class FeaturePredictor(nnUNetPredictor):
         with self._plain():
             return self.predict(data, projections).projected
 
+    def project_adapted(self, data: Tensor, adapters: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Log odds (1, *S) of a branch beside each fold, as ``AdapterHead.trained``; one plain pass."""
+        self._adapters = adapters
+        try:
+            return self.project(data, [torch.ones(1, 1)] * self.folds)
+        finally:
+            self._adapters = None
+
     @contextlib.contextmanager
     def _plain(self) -> Iterator[None]:
         mirroring, self.use_mirroring = self.use_mirroring, False
@@ -155,13 +165,17 @@ class FeaturePredictor(nnUNetPredictor):
             patch = tuple(self.configuration_manager.patch_size)
             gaussian = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=results)
             # The windows come in this order: nnU-Net takes them from a queue that one thread fills.
-            self._window = _Window(self.features, self._request, slicers, data.shape[1:], patch, gaussian.float())
+            features: DecoderFeatures | BranchFeatures = self.features
+            if self._adapters is not None:  # beside the weights of this fold, which the network has now
+                regions = self.label_manager.has_regions
+                features = BranchFeatures(self.network, self._adapters[self._request.fold], regions)
+            self._window = _Window(features, self._request, slicers, data.shape[1:], patch, gaussian.float())
         return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
         if self._window is None:
             return super()._internal_maybe_mirror_and_predict(x)
-        with self.features.first_forward() as stages:
+        with self._window.features.first_forward() as stages:
             prediction = super()._internal_maybe_mirror_and_predict(x)
         self._window.add(stages)
         return prediction
@@ -207,7 +221,7 @@ class _Window:
 
     def __init__(
         self,
-        features: DecoderFeatures,
+        features: DecoderFeatures | BranchFeatures,
         request: _Request,
         slicers: list,
         padded: Sequence[int],

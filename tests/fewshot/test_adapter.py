@@ -1,12 +1,16 @@
 """Adapters beside a frozen decoder, on a network of a few thousand weights."""
 
 import copy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.fewshot.adapt import adapt
+from nnunet_calib.fewshot.apply import apply_folder
 from nnunet_calib.fewshot.heads.adapter import (
     AdapterBranch,
     AdapterSettings,
@@ -16,6 +20,12 @@ from nnunet_calib.fewshot.heads.adapter import (
     fit_adapters,
     stage_inputs,
 )
+from nnunet_calib.fewshot.method import Settings
+from nnunet_calib.fewshot.model import BaseModel
+from nnunet_calib.fewshot.predictor import FeaturePredictor
+from nnunet_calib.fewshot.task import Task
+
+from .conftest import write_case
 
 PATCH = (8, 8, 8)
 
@@ -45,7 +55,7 @@ def network(kind=PlainConvUNet, dimensions=3, seed=0):
     ).eval()
 
 
-def supports(k, size=12):
+def annotated_cubes(k, size=12):
     """Bright cubes in noise, at places of their own."""
     generator = torch.Generator().manual_seed(1)
     made = []
@@ -105,8 +115,8 @@ def test_the_novel_logit_is_the_log_odds_in_the_joint_softmax():
 def test_training_finds_the_structure_and_leaves_the_base_as_it_was():
     base = network()
     before = copy.deepcopy(base.state_dict())
-    branch = fit_adapters(base, supports(3), PATCH, settings=AdapterSettings(steps=150, learning_rate=1e-2))
-    image, target = supports(4)[3].image[None, :, 2:10, :8, 2:10], supports(4)[3].target[2:10, :8, 2:10]
+    branch = fit_adapters(base, annotated_cubes(3), PATCH, settings=AdapterSettings(steps=150, learning_rate=1e-2))
+    image, target = annotated_cubes(4)[3].image[None, :, 2:10, :8, 2:10], annotated_cubes(4)[3].target[2:10, :8, 2:10]
     predicted = probability(base, branch, image)[0, 0] > 0.5
     assert 2 * (predicted & target).sum() / (predicted.sum() + target.sum()) > 0.8
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
@@ -114,7 +124,7 @@ def test_training_finds_the_structure_and_leaves_the_base_as_it_was():
 
 def test_a_saved_branch_predicts_the_same():
     base = network()
-    branch = fit_adapters(base, supports(3), PATCH, settings=AdapterSettings(steps=3))
+    branch = fit_adapters(base, annotated_cubes(3), PATCH, settings=AdapterSettings(steps=3))
     state = {name: parameter.detach().clone() for name, parameter in branch.trained().items()}
     again = AdapterBranch(base.decoder).eval()
     again.load_trained(state)
@@ -124,7 +134,7 @@ def test_a_saved_branch_predicts_the_same():
 
 def test_the_same_seed_gives_the_same_branch():
     first, second = (
-        fit_adapters(network(), supports(3), PATCH, settings=AdapterSettings(steps=3, seed=5)) for _ in range(2)
+        fit_adapters(network(), annotated_cubes(3), PATCH, settings=AdapterSettings(steps=3, seed=5)) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -134,8 +144,8 @@ def test_the_volume_expected_of_an_image_without_annotation_pulls_the_prediction
     base = network()
     image = torch.randn((1, 12, 12, 12), generator=torch.Generator().manual_seed(3))
     settings = AdapterSettings(steps=20, size_weight=5.0, size_from=0.0)
-    free = fit_adapters(base, supports(3), PATCH, settings=settings)
-    pulled = fit_adapters(base, supports(3), PATCH, [(image, expected_volume)], settings)
+    free = fit_adapters(base, annotated_cubes(3), PATCH, settings=settings)
+    pulled = fit_adapters(base, annotated_cubes(3), PATCH, [(image, expected_volume)], settings)
     tile = image[None, :, :8, :8, :8]
     difference = probability(base, pulled, tile).sum() - probability(base, free, tile).sum()
     assert (difference > 0) == grows
@@ -145,14 +155,9 @@ def test_a_volume_within_the_margin_pulls_nothing():
     base = network()
     image = torch.randn((1, 12, 12, 12), generator=torch.Generator().manual_seed(3))
     settings = AdapterSettings(steps=4, size_from=0.0, size_margin=1.0)
-    free = fit_adapters(base, supports(3), PATCH, settings=settings)
-    pulled = fit_adapters(base, supports(3), PATCH, [(image, 100.0)], settings)
+    free = fit_adapters(base, annotated_cubes(3), PATCH, settings=settings)
+    pulled = fit_adapters(base, annotated_cubes(3), PATCH, [(image, 100.0)], settings)
     assert all(torch.equal(a, b) for a, b in zip(free.parameters(), pulled.parameters(), strict=True))
-
-
-def test_fewer_than_three_supports_are_refused():
-    with pytest.raises(InputError, match="3 supports or more, there are 2"):
-        fit_adapters(network(), supports(2), PATCH)
 
 
 def test_adapters_of_another_network_are_refused():
@@ -160,3 +165,36 @@ def test_adapters_of_another_network_are_refused():
     state["novel.weight"] = torch.zeros(1, 9, 1, 1, 1)
     with pytest.raises(InputError, match="network of another build"):
         AdapterBranch(network().decoder).load_trained(state)
+
+
+def test_a_task_with_adapters_is_fitted_and_applied(supports, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_calib.fewshot.heads.adapter.AdapterSettings", partial(AdapterSettings, steps=10))
+    task = supports.fit(tmp_path / "ball.fewshot", settings=Settings(head="adapter", chunks=1), voxels=2000)
+    again = Task.load(tmp_path / "ball.fewshot")
+    assert again.structure.settings.head == "adapter"
+    assert len(task.structure.left_out) == 3
+    (tmp_path / "images").mkdir()
+    write_case(tmp_path, "query", 7)
+    (report,) = apply_folder(
+        supports.model, [tmp_path / "ball.fewshot"], tmp_path / "images", tmp_path / "out", merge=False, progress=False
+    )
+    assert np.isfinite(report["structures"]["ball"]["presence_score"])
+
+
+def test_what_the_predictor_gathers_is_the_branchs_log_odds(supports):
+    model = BaseModel(supports.model)
+    predictor = FeaturePredictor(model)
+    branch = AdapterBranch(predictor.network.decoder).eval()
+    torch.nn.init.normal_(branch.novel.weight)
+    trained = {name: parameter.detach().clone() for name, parameter in branch.trained().items()}
+    image = torch.randn(1, *model.configuration_manager.patch_size)
+    (gathered,) = predictor.project_adapted(image, [trained])
+    torch.testing.assert_close(
+        gathered, probability(predictor.network, branch, image[None])[0].logit(), rtol=0, atol=1e-3
+    )
+
+
+def test_adapters_need_three_volumes(supports):
+    model = BaseModel(supports.model)
+    with pytest.raises(InputError, match="3 supports or more, there are 2"):
+        adapt(model, FeaturePredictor(model), [None] * 2, [None] * 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_calib.fewshot.calibration import Calibration, fit_calibration, out_of_fold
+from nnunet_calib.fewshot.calibration import Calibration, best_threshold, fit_calibration, out_of_fold
 from nnunet_calib.fewshot.heads import LinearHead
 
 
@@ -111,3 +111,18 @@ def test_a_left_out_support_is_predicted_by_the_others():
 def test_one_support_cannot_be_left_out():
     with pytest.raises(ValueError, match="two supports"):
         out_of_fold(LinearHead.fit, *volumes(1))
+
+
+def test_the_threshold_is_that_of_the_largest_expected_dice():
+    p = np.random.default_rng(0).beta(0.3, 1.5, size=5000)
+    candidates = np.arange(250, 1000) / 1000
+    dice = [2 * p[p > t].sum() / ((p > t).sum() + p.sum()) for t in candidates]
+    best = max(dice)
+    found = best_threshold(p)
+    assert 2 * p[p > found].sum() / ((p > found).sum() + p.sum()) == pytest.approx(best, abs=1e-4)
+    assert found == pytest.approx(best / 2, abs=0.01)  # Lipton et al., theorem 1
+
+
+def test_a_sure_map_is_cut_at_one_half_at_most_and_an_empty_one_at_a_quarter_at_least():
+    assert best_threshold(np.repeat([0.001, 0.999], 100)) <= 0.5
+    assert best_threshold(np.full(100, 0.01)) == 0.25

@@ -19,11 +19,14 @@ margin 0.3 and weight 0.1 from half of the steps on). Self-distillation of the b
 CVPR 2023.
 """
 
+from __future__ import annotations
+
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,9 +35,10 @@ from torch.nn.functional import conv2d, conv3d, kl_div, softplus
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.fewshot.heads.base import Head, check_sample
 
-FEWEST_SUPPORTS = 3
-"""With fewer the linear head is better: nothing tells the adapters what varies between patients."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ParallelAdapter(nn.Module):
@@ -105,7 +109,7 @@ class AdapterBranch(nn.Module):
         """What is trained, by name: adapters, norms and the novel row; all that a task file must hold."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def load_trained(self, state: dict[str, torch.Tensor]) -> None:
+    def load_trained(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put back what ``trained`` gave.
 
         Raises:
@@ -117,6 +121,99 @@ class AdapterBranch(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+class AdapterHead(Head):
+    """What is left to do for a head when a branch has given its log odds as the one feature of a voxel.
+
+    Args:
+        trained: of the branch, as ``AdapterBranch.trained``; empty until ``with_branch``.
+    """
+
+    key = "adapter"
+
+    def __init__(self, trained: Mapping[str, torch.Tensor] | None = None):
+        self.trained = dict(trained or {})
+        self.projections = torch.ones(1, 1)
+
+    @classmethod
+    def fit(
+        cls,
+        features: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor,
+        position: torch.Tensor,
+        chunk: torch.Tensor,
+        support: torch.Tensor,
+    ) -> AdapterHead:
+        """As ``Head.fit``, of features (N, 1): the fit was the branch's."""
+        check_sample(features, target, weight, position, chunk, support)
+        if features.shape[1] != 1:
+            raise ValueError("adapters take the log odds of a branch as their one feature")
+        return cls()
+
+    def logit(self, projected: torch.Tensor, position: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+        """As ``Head.logit``; the same in all chunks."""
+        return projected[:, 0]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """As ``Head.state``."""
+        return {name: part.detach().cpu().contiguous() for name, part in self.trained.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> Self:
+        """As ``Head.from_state``."""
+        if "novel.weight" not in state:
+            raise ValueError("no adapters in it")
+        return cls(state)
+
+
+class BranchFeatures:
+    """The log odds of a branch in the place of the features of a decoder.
+
+    Args:
+        network: the base, with the weights that the branch was trained beside.
+        trained: of the branch.
+        multilabel: the base classes are sigmoid regions.
+
+    Attributes:
+        size: 1.
+    """
+
+    size = 1
+
+    def __init__(self, network: nn.Module, trained: Mapping[str, torch.Tensor], multilabel: bool = False):
+        self._decoder: nn.Module = network.decoder  # type: ignore[assignment]
+        self._branch = AdapterBranch(self._decoder, multilabel).eval()
+        self._branch.load_trained(trained)
+
+    @contextmanager
+    def first_forward(self) -> Iterator[list[torch.Tensor]]:
+        """As ``DecoderFeatures.first_forward``: what entered the last two stages the first time."""
+        seen: list[torch.Tensor] = []
+
+        def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if len(seen) < 2:
+                seen.append(inputs[0])
+
+        last_two = list(self._decoder.stages)[-2:]  # type: ignore[arg-type]
+        hooks = [stage.register_forward_pre_hook(keep) for stage in last_two]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def project(self, stages: Sequence[torch.Tensor], weight: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """As ``DecoderFeatures.project``, (B, R, *size) with W (R, 1)."""
+        early, late = (stage.float() for stage in stages)
+        logit = self._branch.logit(early, late)
+        return logit * weight.to(logit).reshape(1, -1, *[1] * (logit.ndim - 2))
+
+    def at(self, stages: Sequence[torch.Tensor], voxels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """As ``DecoderFeatures.at``, (N, 1)."""
+        logit = self.project(stages, torch.ones(1, 1), size)[0, 0]
+        return logit[tuple(voxels.unbind(1))][:, None]
 
 
 def against_base(base: torch.Tensor, novel: torch.Tensor, multilabel: bool = False) -> torch.Tensor:
@@ -215,20 +312,16 @@ def fit_adapters(
 
     Args:
         network: the base, with ``decoder`` (deep supervision off); its weights are left as they are.
-        supports: 3 or more.
+        supports: at least one with a voxel of the structure.
         patch: voxels, the patch size the network was trained with.
         unlabelled: images as of a support, and the volume of the structure expected there, in voxels.
         settings: the defaults if None.
         multilabel: the base classes are sigmoid regions.
 
     Raises:
-        InputError: fewer than three supports, or none with a voxel of the structure.
+        InputError: no support has a voxel of the structure.
     """
     settings = settings or AdapterSettings()
-    if len(supports) < FEWEST_SUPPORTS:
-        raise InputError(
-            f"adapters need {FEWEST_SUPPORTS} supports or more, there are {len(supports)}; use head linear"
-        )
     usable = [support for support in supports if support.target.any()]
     if not usable:
         raise InputError("no support has a voxel of the structure")
