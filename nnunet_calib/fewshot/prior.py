@@ -23,6 +23,7 @@ _STEP = 0.01  # of the histogram
 _PRESENT_SD = 1.0  # of the log odds between supports, at least
 _ALONE_SD = 2.0  # assumed with one support, whose own score is of what the head was fitted to
 _SURE = 3.0  # standard deviations below the supports that are called absent
+_BODY_VOXELS = 50  # of a class that tells anything of a body's size
 _REACH = 0.1  # of the frame, around where the supports have the structure
 _PLACES = 500
 
@@ -84,14 +85,21 @@ class SizePrior:
 
 
 def whole_volumes(labels: np.ndarray, voxel_mm3: float) -> dict[int, float]:
-    """Volume in mm3 of the classes above 0 that touch no end of the volume; labels integer (z, y, x)."""
+    """Volume in mm3 of the classes above 0 that touch no end of the volume; labels integer (z, y, x).
+
+    Classes of less than 50 voxels are left out: a few stray ones say nothing of the body's size.
+    """
     counts = np.bincount(labels.ravel())
     cut = set[int]()
     for axis, length in enumerate(labels.shape):
         if length > 1:  # a single slice has no ends
             ends = np.moveaxis(labels, axis, 0)
             cut |= set(np.unique(ends[0]).tolist()) | set(np.unique(ends[-1]).tolist())
-    return {int(c): float(counts[c] * voxel_mm3) for c in np.flatnonzero(counts) if c > 0 and int(c) not in cut}
+    return {
+        int(c): float(counts[c] * voxel_mm3)
+        for c in np.flatnonzero(counts >= _BODY_VOXELS)
+        if c > 0 and int(c) not in cut
+    }
 
 
 class VolumeCurve:

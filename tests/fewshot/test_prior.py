@@ -91,13 +91,14 @@ def test_a_larger_body_has_a_larger_structure():
     assert prior.expected({1: 20_000}) == pytest.approx(1500), "a base class gone wrong has a limited say"
 
 
-def test_classes_cut_by_the_field_of_view_have_no_volume():
-    labels = np.zeros((10, 12, 14), dtype=np.uint8)
-    labels[2:5, 3:6, 3:6] = 1
-    labels[7:, 3:6, 3:6] = 2
-    labels[2:5, 3:6, 10:14] = 3
-    assert whole_volumes(labels, 0.5) == {1: 13.5}
-    assert whole_volumes(labels[3:4], 0.5) == {1: 4.5}, "slices of 2d models have no ends"
+def test_classes_cut_by_the_field_of_view_or_of_a_few_voxels_have_no_volume():
+    labels = np.zeros((10, 24, 26), dtype=np.uint8)
+    labels[2:5, 3:11, 3:11] = 1
+    labels[7:, 3:11, 3:11] = 2
+    labels[2:5, 3:11, 18:26] = 3
+    labels[4, 14:21, 3:10] = 4
+    assert whole_volumes(labels, 0.5) == {1: 96.0}, "2 and 3 touch an end, 4 has 49 voxels"
+    assert whole_volumes(labels[3:4], 0.5) == {1: 32.0}, "slices of 2d models have no ends"
 
 
 def test_the_share_in_view():
