@@ -341,8 +341,8 @@ def tables(study: Study, rows: list[dict]) -> str:
 def _grid_table(rows: list[dict]) -> list[str]:
     lines = [
         "| protocol | head | chunks | extent | mode | entropy | k | pairs | DSC | worst tenth | HD95 mm | missed "
-        "| ECE volume | ECE foreground | Brier volume | NLL volume | base DSC change |",
-        "|---" * 17 + "|",
+        "| ECE volume | ECE foreground | of it honest | Brier volume | NLL volume | base DSC change |",
+        "|---" * 18 + "|",
     ]
     whole = sorted(
         (row for row in rows if row["structure"] == "all"),
@@ -376,7 +376,10 @@ def _structure_table(rows: list[dict], novel: tuple[str, ...]) -> list[str]:
 
 ROW = ("protocol", "head", "chunks", "extent", "mode", "k", "entropy")
 IDENTITY = ("study", "arm", "structure", *ROW)
-SHOWN = ("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "Brier_volume", "NLL_volume")
+SHOWN = (
+    *("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "ECE_foreground_honest"),
+    *("Brier_volume", "NLL_volume"),
+)
 MARKS = ("<!-- tables of scripts/experiment_fewshot.py: {} -->", "<!-- end of {} -->")
 KEPT = FOLDER / "fewshot.json"
 DIGITS = 5

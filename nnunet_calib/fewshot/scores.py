@@ -11,7 +11,8 @@ from nnunet_calib.fewshot.protocols import worst_tenth
 
 REGIONS = ("volume", "foreground")
 CALIBRATION = ("ECE", "Brier", "NLL")
-NUMBERS = ("Dice", "HD95", *(f"{score}_{region}" for region in REGIONS for score in CALIBRATION))
+HONEST = "ECE_foreground_honest"
+NUMBERS = ("Dice", "HD95", *(f"{score}_{region}" for region in REGIONS for score in CALIBRATION), HONEST)
 """Keys of ``novel_scores``, in the order of files and tables."""
 
 
@@ -34,7 +35,8 @@ def novel_scores(
     Returns:
         ``Dice``, ``HD95`` (mm) and, for the two classes (novel, all else), ``ECE``, ``Brier`` (sum over both, in
         [0, 2]) and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and
-        segmentation); with the definitions and empty cases of `nnunet_calib.metrics`.
+        segmentation); with the definitions and empty cases of `nnunet_calib.metrics`; and what of the latter ECE an
+        honest map would have (``honest_foreground_ece``).
     """
     segmentation = probability > 0.5 if segmentation is None else segmentation
     counted = np.ones(reference.shape, dtype=bool) if counted is None else counted
@@ -48,7 +50,29 @@ def novel_scores(
     for region in REGIONS:
         scores = metrics.scores(statistics[region], ["0", "1"])
         found |= {f"{score}_{region}": scores[score] for score in CALIBRATION}
+    found[HONEST] = honest_foreground_ece(probability[counted], segmentation[counted])
     return found
+
+
+def honest_foreground_ece(probability: np.ndarray, segmentation: np.ndarray) -> float:
+    """The ECE in ``foreground`` that is to be expected of a map whose probabilities are all true.
+
+        E = sum_{v not segmented} p (1 - p) / (n_segmented + sum_{v not segmented} p)
+
+    It is not 0: of the voxels that are not segmented only those enter the foreground where that was wrong, p of them
+    each, with confidence 1 - p. The less a head can tell, the larger it is, and only a cut at a lower probability
+    makes it smaller.
+
+    Args:
+        probability: float (N,).
+        segmentation: bool (N,), cut at a probability of 1/2 or less.
+
+    Returns:
+        NaN if there is neither.
+    """
+    outside = probability[~segmentation].astype(np.float64)
+    voxels = np.count_nonzero(segmentation) + outside.sum()
+    return float((outside * (1 - outside)).sum() / voxels) if voxels else float("nan")
 
 
 def base_dice(reference: np.ndarray, segmentation: np.ndarray, structures: Sequence[Structure]) -> dict[str, float]:

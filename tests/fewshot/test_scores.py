@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from nnunet_calib.fewshot.scores import NUMBERS, base_dice, mean_dice, novel_scores, summarise
+from nnunet_calib.fewshot.scores import NUMBERS, base_dice, honest_foreground_ece, mean_dice, novel_scores, summarise
 
 SPACING = (2.0, 1.0, 1.0)
 
@@ -77,3 +77,15 @@ def test_pairs_are_summarised_by_group():
     assert one["HD95"] == math.inf
     assert one["HD95_median"] == 1
     assert three["Dice"] == pytest.approx(0.7)
+
+
+def test_an_honest_map_has_the_ece_in_the_foreground_that_is_foretold():
+    rng = np.random.default_rng(0)
+    p = rng.beta(0.3, 2.0, size=(60, 60, 60))
+    drawn = [novel_scores(p, rng.random(p.shape) < p, SPACING, p > 0.4)["ECE_foreground"] for _ in range(3)]
+    assert honest_foreground_ece(p, p > 0.4) == pytest.approx(np.mean(drawn), abs=0.005)
+    assert honest_foreground_ece(p, p > 0.4) > 0.1
+
+
+def test_a_sure_map_is_foretold_no_error():
+    assert honest_foreground_ece(np.array([0.0, 1.0]), np.array([False, True])) == 0
