@@ -21,6 +21,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def peaks(args: argparse.Namespace) -> dict[str, Any]:
         "one task, merged": (apply, (model, tasks, images, args.work / "memory" / "one", 1.0)),
     }
     for name, (function, arguments) in ways.items():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found["peak_GB"][name] = pool.apply(peak_of, (function, arguments))
+        # Not a multiprocessing.Pool: its workers may not have the children that nnU-Net starts.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found["peak_GB"][name] = pool.submit(peak_of, function, arguments).result()
     return found
 
 
