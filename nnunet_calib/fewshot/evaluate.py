@@ -267,6 +267,10 @@ def evaluate_structure(
 
     Returns:
         The records of these trials and this structure.
+
+    Raises:
+        UsageError: trials that ask for more supports than there are with the structure.
+        InputError: no support has the structure.
     """
     output.mkdir(parents=True, exist_ok=True)
     file = output / "pairs.jsonl"
@@ -276,15 +280,32 @@ def evaluate_structure(
     def case(name: str) -> Case:
         if name not in cases:
             files = queries.get(name) or supports[name]
-            cases[name] = Case(name, files, model, value, cache, voxels)
+            found = Case(name, files, model, value, cache, voxels)
+            first = next(iter(cases.values()), found).volume
+            if found.volume.orientation != first.orientation:
+                raise InputError(
+                    f"{files.images[0]}: stored {found.volume.orientation}, {first.case} is {first.orientation}; bring "
+                    "all cases to one orientation to evaluate them"
+                )
+            cases[name] = found
         return cases[name]
 
+    reader = model.plans_manager.image_reader_writer_class
+    with_structure = {
+        name
+        for name, files in {**supports, **queries}.items()
+        if (read_labels(files.label, reader, range(1 << 16)).labels == value).any()
+    }
+    if not with_structure & supports.keys():
+        raise InputError(f"{next(iter(supports.values())).label.parent}: no label map holds {value}")
+    # A query without the structure is a question of P2; P1 has no slice of it to score.
+    annotated = [name for name in supports if name in with_structure]
     wanted = []
     for trial in trials:
         episodes = (
-            paper_episodes(list(queries))
+            paper_episodes([name for name in queries if name in with_structure])
             if trial.protocol == PAPER
-            else real_episodes(list(supports), list(queries), trial.k, trial.most_sets)
+            else real_episodes(annotated, list(queries), trial.k, trial.most_sets)
         )
         wanted += [(trial, episode) for episode in episodes]
     records = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnunet_calib.cli.main import main
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.apply import apply_folder
 from nnunet_calib.fewshot.cache import FeatureCache
 from nnunet_calib.fewshot.evaluate import evaluate_folder, grid, read_pairs
@@ -17,7 +17,8 @@ from nnunet_calib.fewshot.model import BaseModel
 from nnunet_calib.fewshot.predictor import FeaturePredictor
 from nnunet_calib.fewshot.volumes import read_volume
 
-from .conftest import STRUCTURE
+from .conftest import STRUCTURE, write_case
+from .hosts import phantom
 
 ALL = 1_000_000  # voxels: the samples hold every voxel, whatever their seed
 
@@ -136,6 +137,31 @@ def test_the_command_writes_and_prints_the_table(supports, tmp_path, capsys):
         "pairs.jsonl",
         "summary.json",
     }
+
+
+def test_volumes_without_the_structure_are_queries_only(supports, tmp_path):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    for folder in (images, labels):
+        folder.mkdir()
+    for i in range(3):
+        (images / f"case_{i}_0000.nii.gz").symlink_to(supports.root / "images" / f"case_{i}_0000.nii.gz")
+        (labels / f"case_{i}.nii.gz").symlink_to(supports.root / "labels" / f"case_{i}.nii.gz")
+    nothing = np.zeros(phantom(9)[1].shape, dtype=bool)
+    write_case(tmp_path, "case_9", 9, structure=nothing, image=phantom(9)[0] * ~phantom(9)[1])
+    trials = grid(["linear"], [1], ["aligned"], [2])
+    evaluate_folder(
+        supports.model, images, labels, tmp_path / "out", name="ball", value=STRUCTURE, trials=trials, voxels=2000,
+        progress=False,
+    )  # fmt: skip
+    records = read_pairs(tmp_path / "out" / "pairs.jsonl")
+    assert {name for record in records for name in record["supports"]} == {"case_0", "case_1", "case_2"}
+    assert {record["query"] for record in records if record["protocol"] == "P1"} == {"case_0", "case_1", "case_2"}
+    assert "case_9" in {record["query"] for record in records if record["protocol"] == "P2"}
+
+
+def test_no_support_with_the_structure_is_refused(supports, tmp_path):
+    with pytest.raises(InputError, match="no label map holds 77"):
+        run(supports, tmp_path, grid(["linear"], [1], ["aligned"], [1]), value=77)
 
 
 def test_more_volumes_than_there_are_are_refused(supports, tmp_path):
