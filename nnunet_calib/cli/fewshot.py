@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "examples:\n"
-        "  nnunet-calib fewshot fit MODEL --images imagesTr --labels labelsTr --label 7 --name hippocampus "
+        "  nnunet-calib fewshot fit MODEL --images imagesTr --labels labelsTr --label 10 --name hippocampus "
         "-o hippocampus.fewshot\n"
         "  nnunet-calib fewshot apply MODEL hippocampus.fewshot -i imagesTs -o segmented"
     )
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fit.epilog = (
         "example:\n  nnunet-calib fewshot fit $nnUNet_results/Dataset035_Brain/nnUNetTrainer__nnUNetPlans__3d_fullres "
-        "--images imagesTr --labels labelsTr --label 7 --name hippocampus -o hippocampus.fewshot"
+        "--images imagesTr --labels labelsTr --label 10 --name hippocampus -o hippocampus.fewshot"
     )
     fit.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
     fit.add_argument("--images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTr")
@@ -72,6 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="*",
         help="labels of the model that the structure may override; default: those it lies in",
+    )
+    fit.add_argument(
+        "--margin",
+        metavar="M",
+        type=float,
+        default=0.3,
+        help="by how much the volume in a query may differ from the supports' before it is corrected: 0 to 1, larger "
+        "for structures of variable size (default: 0.3)",
     )
     fit.add_argument(
         "--voxels", metavar="N", type=int, default=30_000, help="sampled from each volume (default: 30000)"
@@ -118,12 +126,15 @@ def _fit(args: argparse.Namespace) -> int:
         raise UsageError(f"--refine works with head linear, not {args.head}")
     if min(args.chunks, args.voxels) < 1:
         raise UsageError("--chunks and --voxels must be 1 or more")
+    if not 0 <= args.margin < 1:
+        raise UsageError(f"--margin {args.margin:g}: it must be at least 0 and below 1")
     settings = Settings(
         head=args.head,
         chunks=args.chunks,
         mode="hard" if args.hard else "interpolated",
         extent=args.extent,
         axis=_AXES[args.axis],
+        margin=args.margin,
         objective=Objective() if args.refine else None,
     )
     task = fit_folder(
@@ -183,7 +194,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "known of the query. Both are in one table; finished pairs are not computed again."
     )
     parser.epilog = (
-        "example:\n  nnunet-calib fewshot evaluate MODEL --images imagesTr --labels labelsTr --label 7 "
+        "example:\n  nnunet-calib fewshot evaluate MODEL --images imagesTr --labels labelsTr --label 10 "
         "--name hippocampus -k 1 3 5 -o evaluated"
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")

@@ -161,6 +161,11 @@ def fit_task(
         notes.append("the structure reaches the border of the image in every support: nothing is known of its size")
     if len(supports) == 1:
         notes.append("one support: there is no other volume to calibrate on; the probabilities are the head's own")
+    elif settings.calibrate and not fitted.calibrated:
+        notes.append(
+            "the supports predict each other too poorly to calibrate on: the probabilities are the head's own; compare "
+            "their label maps"
+        )
     if settings.extent == "aligned" and not fitted.frame.landmarks:
         notes.append("the base model predicts no class to align volumes by: the ends of the volumes are used")
     notes += _disagreements([support.case for support in supports], fitted.left_out)
@@ -279,7 +284,10 @@ def _notes(volume: Volume) -> list[str]:
     if volume.turned:
         notes.append(f"{volume.case}: stored {volume.stored}, turned into {volume.orientation} as the first support")
     if volume.cut:
-        notes.append(f"{volume.case}: the structure reaches the border of the image; its size is not used")
+        notes.append(
+            f"{volume.case}: the structure reaches the border of the image or voxels that do not count; "
+            "its size is not used"
+        )
     if volume.staircase:
         notes.append(
             f"{volume.case}: its voxels are {volume.coarsest:.1f} times as thick as the model's; its label map has "

@@ -51,7 +51,7 @@ class Volume:
         file_properties: nnU-Net's, of the file.
         label: int8 (*S), ``STRUCTURE``, ``IGNORED`` or 0; None for a query.
         structure_mm3: volume of the structure in the image; None for a query.
-        cut: the structure touches the border of the image: some of it may lie outside.
+        cut: the structure touches the border of the image, or voxels that do not count: some of it may lie there.
         coarsest: the largest ratio of the image's spacing to that of S.
     """
 
@@ -213,7 +213,7 @@ def read_volume(
     if target != stored and len(axcodes2ornt(target)) != len(axcodes2ornt(stored)):
         raise InputError(f"{images[0]}: oriented {stored}, which cannot be turned into {target}")
 
-    structure = np.zeros(0)
+    structure, uncounted = np.zeros(0), np.zeros(0)
     segmentations: list[np.ndarray] = []
     if previous is not None:
         segmentations.append(_read_labels(previous, reader, images[0], image, properties).labels.astype(np.float32))
@@ -222,7 +222,8 @@ def read_volume(
         structure = labels == value
         segmentations.append((structure * STRUCTURE).astype(np.float32))
         if ignore is not None:
-            segmentations[-1][labels == ignore] = IGNORED
+            uncounted = labels == ignore
+            segmentations[-1][uncounted] = IGNORED
 
     file_properties = dict(properties)
     if target != stored:
@@ -245,7 +246,7 @@ def read_volume(
     return replace(
         volume,
         structure_mm3=float(np.count_nonzero(structure) * np.prod(spacing)),
-        cut=_touches_border(structure),
+        cut=_touches_border(structure) or _touch(structure, uncounted),
     )
 
 
@@ -364,6 +365,17 @@ def _turn_spacing(spacing: Sequence[float], from_: str, to: str) -> list[float]:
     turned = np.empty(3)
     turned[change[:, 0].astype(int)] = spacing[::-1]
     return turned[::-1].tolist()
+
+
+def _touch(structure: np.ndarray, other: np.ndarray) -> bool:
+    """Whether voxels of two masks (z, y, x) lie beside each other; an empty array is no mask."""
+    if not other.size:
+        return False
+    return any(
+        (np.moveaxis(one, axis, 0)[1:] & np.moveaxis(two, axis, 0)[:-1]).any()
+        for axis in range(structure.ndim)
+        for one, two in ((structure, other), (other, structure))
+    )
 
 
 def _touches_border(structure: np.ndarray) -> bool:

@@ -116,6 +116,18 @@ def test_ignored_voxels_are_marked(tmp_path):
     assert np.array_equal(found.label == STRUCTURE, labels == 1)
 
 
+def test_a_structure_beside_ignored_voxels_may_go_on_in_them(tmp_path):
+    of, (image, structure) = model(tmp_path / "model"), phantom(0)
+    write_image(tmp_path / "a_0000.nii.gz", image)
+    inside = np.argwhere(structure)
+    for beside, cut in ((inside[:, 0].max(), True), (inside[:, 0].max() + 2, False)):
+        labels = structure.astype(np.uint8)
+        labels[beside:] = 9
+        write_image(tmp_path / "a.nii.gz", labels)
+        found = read_volume(of, "a", [tmp_path / "a_0000.nii.gz"], label=tmp_path / "a.nii.gz", ignore=9)
+        assert found.cut == cut
+
+
 def test_what_nnunet_crops_away_comes_back(tmp_path):
     of, (image, structure) = model(tmp_path / "model"), phantom(0)
     image[:, :3], image[17:] = 0, 0
