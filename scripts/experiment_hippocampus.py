@@ -133,6 +133,7 @@ def runs() -> list[Run]:
     rows += [switched(trainer, dice=0.6) for trainer in (focal, entropy)] + [switched(focal, dice=1)]
     rows += [switched(trainer, dice=dice, run="_run2") for dice in (0.6, 1) for trainer in (margin, neighbours)]
     rows += [switched(entropy, dice=0.6, run="_run2"), switched(focal, dice=1, run="_run2")]
+    rows += [switched(entropy, dice=0.6, run=run) for run in ("_run3", "_run4")]
     rows += [scratch(trainer, 0) for trainer in (margin, neighbours)] + [switched(entropy, dice=1)]
     rows += [scratch(trainer, 1) for trainer in (margin, neighbours)] + [stock("_run3")]
     rows += [refined(trainer, dice) for dice in (1, 0) for trainer in (margin, neighbours)]
