@@ -54,7 +54,7 @@ class Calibration:
         return float(torch.sigmoid(torch.tensor(self.bias, dtype=torch.float64)))
 
 
-def best_threshold(probability: np.ndarray) -> float:
+def best_threshold(probability: np.ndarray, prior: float = 0.5) -> float:
     """The probability to cut at for the largest Dice that honest probabilities let expect.
 
         t* = argmax_t  2 sum_{p > t} p / (n_{p > t} + sum p)
@@ -65,16 +65,17 @@ def best_threshold(probability: np.ndarray) -> float:
 
     Args:
         probability: of every voxel, any shape.
+        prior: where the volume prior cuts, ``Calibration.threshold``.
 
     Returns:
-        Between 1/4 and 1/2: what is three times as likely not to be the structure is not labelled, however little there
-        is of it.
+        At most 1/2. At least 1/4, for what is three times as likely not to be the structure is better not labelled; or
+        where the prior cuts, if that is lower: a weak head is nowhere sure, and would leave the structure out.
     """
     cell = (probability.ravel() * _CELLS).astype(np.int64).clip(max=_CELLS - 1)
     counts = np.bincount(cell, minlength=_CELLS)[::-1].cumsum()
     found = np.bincount(cell, probability.ravel(), minlength=_CELLS)[::-1].cumsum()
     dice = 2 * found / np.maximum(counts + found[-1], 1)
-    return min(0.5, max(_LEAST, 1 - (int(dice.argmax()) + 1) / _CELLS))
+    return min(0.5, max(min(_LEAST, prior), 1 - (int(dice.argmax()) + 1) / _CELLS))
 
 
 def out_of_fold(

@@ -309,7 +309,9 @@ def apply_structure(
     logit = logit.reshape(scan.base.shape)
     probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
     # Only of honest probabilities an expected Dice means something; else the volume prior draws the line.
-    threshold = best_threshold(probability) if fitted.calibrated else fitted.calibration.threshold
+    threshold = fitted.calibration.threshold
+    if fitted.calibrated:
+        threshold = best_threshold(probability, threshold)
     return NovelMap(logit, probability, threshold, presence, absent, expected, shift)
 
 

@@ -126,3 +126,9 @@ def test_the_threshold_is_that_of_the_largest_expected_dice():
 def test_a_sure_map_is_cut_at_one_half_at_most_and_an_empty_one_at_a_quarter_at_least():
     assert best_threshold(np.repeat([0.001, 0.999], 100)) <= 0.5
     assert best_threshold(np.full(100, 0.01)) == 0.25
+
+
+def test_a_head_that_is_nowhere_sure_is_cut_where_the_volume_prior_cuts():
+    weak = np.concatenate([np.full(100, 0.1), np.full(10_000, 0.001)])
+    assert best_threshold(weak) == 0.25
+    assert best_threshold(weak, 0.08) < 0.1
