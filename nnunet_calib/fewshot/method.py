@@ -120,7 +120,9 @@ class Scan:
     def landmarks(self) -> Landmarks:
         """Of the base classes, along the patient axes."""
         order = [next(i for i, (axis, _) in enumerate(self.axes) if axis == wanted) for wanted in range(3)]
-        turned = np.flip(self.base, [i for i, (_, direction) in enumerate(self.axes) if direction < 0]).transpose(order)
+        turned = np.flip(self.base, tuple(i for i, (_, direction) in enumerate(self.axes) if direction < 0)).transpose(
+            order
+        )
         classes = [int(c) for c in np.unique(self.base) if c > 0]
         return landmarks(turned, classes, [self.spacing[i] for i in order])
 
@@ -306,13 +308,13 @@ def apply_structure(
         absent = presence < fitted.presence_limit
         shift = operating_shift(curve, expected, fitted.settings.margin, present=not absent)
     logit += shift
-    logit = logit.reshape(scan.base.shape)
-    probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
+    shaped = logit.reshape(scan.base.shape)
+    probability = fitted.calibration.probability(torch.from_numpy(shaped)).numpy()
     # Only of honest probabilities an expected Dice means something; else the volume prior draws the line.
     threshold = fitted.calibration.threshold
     if fitted.calibrated:
         threshold = best_threshold(probability, threshold)
-    return NovelMap(logit, probability, threshold, presence, absent, expected, shift)
+    return NovelMap(shaped, probability, threshold, presence, absent, expected, shift)
 
 
 def expected_volume(fitted: FittedStructure, scan: Scan, alignment: Alignment) -> float | None:

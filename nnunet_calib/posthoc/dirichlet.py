@@ -49,7 +49,7 @@ class DirichletCalibration(VoxelwiseCalibrator):
         penalty = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
         penalty[:, k] = self.intercept / k
         np.fill_diagonal(penalty, RIDGE)
-        place = np.ix_(there, [*there, classes])
+        place = np.ix_(there, np.append(there, classes))
         theta[place] = fit_linear(np.vstack([z, np.ones_like(z[:1])]), theta[place], penalty, y, w)
         return {"matrix": theta[:, :-1].tolist(), "offset": theta[:, -1].tolist()}
 
