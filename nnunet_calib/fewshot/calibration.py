@@ -20,6 +20,7 @@ from nnunet_calib.fewshot.heads.base import Head
 from nnunet_calib.fewshot.logistic import fit_logistic
 
 _CELLS = 1000
+_SLAB = 1 << 20  # voxels counted at once
 _LEAST = 0.25
 _RIDGE = 1e-6  # towards slope 1 and bias 0, for supports that are told apart without error
 
@@ -71,9 +72,14 @@ def best_threshold(probability: np.ndarray, prior: float = 0.5) -> float:
         At most 1/2. At least 1/4, for what is three times as likely not to be the structure is better not labelled; or
         where the prior cuts, if that is lower: a weak head is nowhere sure, and would leave the structure out.
     """
-    cell = (probability.ravel() * _CELLS).astype(np.int64).clip(max=_CELLS - 1)
-    counts = np.bincount(cell, minlength=_CELLS)[::-1].cumsum()
-    found = np.bincount(cell, probability.ravel(), minlength=_CELLS)[::-1].cumsum()
+    counts, found = np.zeros(_CELLS), np.zeros(_CELLS)
+    flat = probability.ravel()
+    for first in range(0, flat.size, _SLAB):
+        part = flat[first : first + _SLAB]
+        cell = (part * _CELLS).astype(np.int64).clip(max=_CELLS - 1)
+        counts += np.bincount(cell, minlength=_CELLS)
+        found += np.bincount(cell, part, minlength=_CELLS)
+    counts, found = counts[::-1].cumsum(), found[::-1].cumsum()
     dice = 2 * found / np.maximum(counts + found[-1], 1)
     return min(0.5, max(min(_LEAST, prior), 1 - (int(dice.argmax()) + 1) / _CELLS))
 
