@@ -103,10 +103,12 @@ class DecoderFeatures:
         parts = []
         with _full_precision(stages[0]):
             for stage in stages:
-                features = functional.normalize(stage.float(), dim=1, eps=_SMALLEST)
-                if features.shape[2:] == torch.Size(size):
-                    parts.append(features[0].movedim(0, -1)[voxels.unbind(1)])
+                if stage.shape[2:] == torch.Size(size):
+                    chosen = stage[0].movedim(0, -1)[voxels.unbind(1)].float()
+                    parts.append(functional.normalize(chosen, dim=1, eps=_SMALLEST))
                     continue
+                features = stage.float()
+                features = features / _length(features)
                 sampled = functional.grid_sample(
                     features, grid, mode="bilinear", padding_mode="border", align_corners=False
                 )
