@@ -116,14 +116,16 @@ def rounds() -> list[tuple[str, list[Trial]]]:
     """Arms and what is tried in them, the most telling first; each is done for every structure before the next."""
     main = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], KS) + grid(HEADS[-1:], CHUNKS[:1], EXTENTS[:1], KS)
     trained = [replace(trial, most_sets=SETS) for trial in main if trial.protocol == REAL]
+    chunked = grid(HEADS[:1], CHUNKS[:-1], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS)
+    chunked += grid(HEADS[:1], CHUNKS[-1:], EXTENTS[1:], KS[:1], [REAL], most_sets=SETS)
     refined = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], (3, 5, 1), [REAL], ENTROPIES, SETS)
     one = grid(HEADS, CHUNKS, EXTENTS[:1], KS[:1], most_sets=SETS)
     more = grid(HEADS, CHUNKS, EXTENTS[:1], KS[1:], [REAL], most_sets=SETS)
     volume = grid(HEADS, CHUNKS, EXTENTS[1:], KS, [REAL], most_sets=SETS)
     hard = grid(HEADS, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
     return [
-        *(("new", main), ("trained", trained), ("new", refined), ("new", one), ("new", more)),
-        *(("new", volume), ("new", hard)),
+        *(("new", main), ("trained", trained), ("new", chunked), ("new", refined)),
+        *(("new", one), ("new", more), ("new", volume), ("new", hard)),
     ]
 
 
