@@ -124,8 +124,8 @@ def rounds() -> list[tuple[str, list[Trial]]]:
     volume = grid(HEADS, CHUNKS, EXTENTS[1:], KS, [REAL], most_sets=SETS)
     hard = grid(HEADS, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
     return [
-        *(("new", main), ("trained", trained), ("new", chunked), ("new", refined)),
-        *(("new", one), ("new", more), ("new", volume), ("new", hard)),
+        *(("new", main), ("trained", trained), ("new", chunked), ("new", one)),
+        *(("new", more), ("new", volume), ("new", hard), ("new", refined)),
     ]
 
 
