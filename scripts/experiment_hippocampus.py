@@ -4,9 +4,11 @@
 
 DATASET_FOLDER is ``Dataset004_Hippocampus`` in nnU-Net raw format with ``labelsTs``. All trainings have the same
 number of steps, but for those fine-tuned from the finished stock network: these are to be compared with stock
-fine-tuned as long. Unattended and resumable: what
-is finished in WORK is not done again. Finished rows are kept in ``docs/results/hippocampus.json``, and those of a new
-WORK added to the old: the same route trained again is a further run, for nnU-Net's trainings are not seeded.
+fine-tuned as long. Pairs are trainings with ``-tr`` alone whose first part, which is nnU-Net's own loss in all of them,
+is the same: they go on from one checkpoint of stock, so what differs between them is the last part only. Unattended and
+resumable: what is finished in WORK is not done again. Finished rows are kept in ``docs/results/hippocampus.json``, and
+those of a new WORK added to the old: the same route trained again is a further run, for nnU-Net's trainings are not
+seeded.
 ``--table`` writes the tables of all that is kept into a document; without DATASET_FOLDER and WORK nothing is added.
 """
 
@@ -24,16 +26,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
+from time import sleep
 
 import numpy as np
 import torch
 from kept import FOLDER, day, machines, measured, number, put, read_rows, run_of, write_between, write_rows
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_calib.data.files import write_whole
+from nnunet_calib.data.files import whole_file, write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
 from nnunet_calib.metrics.intervals import percentile_interval, resampled_means
-from nnunet_calib.training.settings import DICE_WEIGHT, DICE_WEIGHT_OF
+from nnunet_calib.training.settings import CALIBRATE_FROM, DICE_WEIGHT, DICE_WEIGHT_OF, RESOLVED_KEY
 
 KEPT = FOLDER / "hippocampus.json"
 
@@ -52,6 +55,9 @@ FINETUNE = {
     "initial_lr": 1e-3,
     "finetune_from": "StockTrainer",
 }
+PAIRS = 4
+SHARED = "shared.pth"  # checkpoint of stock at ``CALIBRATE_FROM``, beside those of nnU-Net
+PAIR = {**FULL, "save_every": round(EPOCHS * CALIBRATE_FROM)}  # one checkpoint before the last
 
 # nnU-Net takes all cores on CPU; with several jobs side by side each gets one.
 ONE_THREAD = (
@@ -73,6 +79,7 @@ class Run:
     settings: dict = field(hash=False)
     base: str = "small"
     after: str | None = None
+    paired: bool = False
 
     @property
     def name(self) -> str:
@@ -91,7 +98,7 @@ class Run:
     @property
     def control(self) -> str:
         """Configuration of the stock training that is as long."""
-        return "refine" if self.after == "full" else "full"
+        return "pair" if self.paired else "refine" if self.after == "full" else "full"
 
 
 def runs() -> list[Run]:
@@ -122,6 +129,23 @@ def runs() -> list[Run]:
         settings = {**FULL, "dice_weight": dice, "calibrate_from": 0}
         return Run(f"scratch_dice{dice:g}", trainer, route, settings)
 
+    def pairs() -> list[Run]:
+        """One configuration for all trainers of a pair; stock of two pairs first, since jobs run side by side."""
+        names = ["pair", *(f"pair_run{number}" for number in range(2, PAIRS + 1))]
+        route = "stock, the first part of its pair"
+        stocks = [Run(name, "StockTrainer", route, PAIR, paired=True) for name in names]
+        ours = [
+            [
+                Run(name, trainer, f"`-tr` alone, the first {SHARE:.0%} of its pair", PAIR, after=name, paired=True)
+                for trainer in (entropy, neighbours, margin, focal)
+            ]
+            for name in names
+        ]
+        ordered = []
+        for first in range(0, PAIRS, 2):
+            ordered += stocks[first : first + 2] + sum(ours[first : first + 2], [])
+        return ordered
+
     margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"
     rows = [stock(), Run("first", "StockTrainer", f"the first {SHARE:.0%} of stock", FIRST)]
     rows += [finetuned(trainer, dice) for dice in (0, 0.1) for trainer in (margin, neighbours)]
@@ -137,7 +161,7 @@ def runs() -> list[Run]:
     rows += [scratch(trainer, 0) for trainer in (margin, neighbours)] + [switched(entropy, dice=1)]
     rows += [scratch(trainer, 1) for trainer in (margin, neighbours)] + [stock("_run3")]
     rows += [refined(trainer, dice) for dice in (1, 0) for trainer in (margin, neighbours)]
-    return rows
+    return rows + pairs()
 
 
 class Bench:
@@ -205,10 +229,13 @@ class Bench:
         """Train, predict and score one row, each step only if it is not done yet."""
         fold = self.model(row) / "fold_0"
         if not (fold / "validation" / "summary.json").exists():
+            if row.paired and row.after:
+                self.take_first_part(row.start, fold)
             trained = (fold / "checkpoint_final.pth").exists()
             resume = ["--val"] if trained else ["--c"] if (fold / "checkpoint_latest.pth").exists() else []
             words = [self.number, row.configuration, "0", "-tr", row.trainer, "-device", self.device, *resume]
-            self.nnunet(f"train_{row.name}", "nnUNetv2_train", TRAIN, words)
+            link_from = fold if row.paired and not row.after else None
+            self.nnunet(f"train_{row.name}", "nnUNetv2_train", TRAIN, words, link_from)
         predictions = self.work / "predictions" / row.name
         if not (predictions / "done").exists():
             words = ["-i", str(self.raw / self.dataset.name / "imagesTs"), "-o", str(predictions), "-d", self.number]
@@ -221,17 +248,34 @@ class Bench:
             words = ["evaluate", str(self.dataset / "labelsTs"), str(predictions), "-o", str(scores), "-np", "1"]
             self.call(f"evaluate_{row.name}", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
 
-    def nnunet(self, log: str, command: str, entry: str, words: list[str]) -> None:
-        script = str(Path(sys.executable).with_name(command))
-        self.call(log, [sys.executable, "-c", ONE_THREAD, entry, *words] if self.one_thread else [script, *words])
+    def take_first_part(self, start: Run, fold: Path) -> None:
+        """Let a training go on where stock of its pair had its own loss so far, unless it has gone on already."""
+        if any((fold / f"checkpoint_{kind}.pth").exists() for kind in ("latest", "final")):
+            return
+        fold.mkdir(parents=True, exist_ok=True)
+        # Ours, and whole: nnU-Net's own loss of it is what every trainer does until ``calibrate_from``.
+        shared = torch.load(self.model(start) / "fold_0" / SHARED, map_location="cpu", weights_only=False)
+        shared["init_args"]["plans"].pop(RESOLVED_KEY)  # else ``--c`` refuses another trainer's settings
+        with whole_file(fold / "checkpoint_latest.pth") as stream:
+            torch.save(shared, stream)
 
-    def call(self, log: str, words: list[str]) -> None:
+    def nnunet(self, log: str, command: str, entry: str, words: list[str], link_from: Path | None = None) -> None:
+        script = str(Path(sys.executable).with_name(command))
+        words = [sys.executable, "-c", ONE_THREAD, entry, *words] if self.one_thread else [script, *words]
+        self.call(log, words, link_from)
+
+    def call(self, log: str, words: list[str], link_from: Path | None = None) -> None:
+        """Run a command with its output in a log; keep the one checkpoint that nnU-Net writes before the last."""
         file = self.work / "logs" / f"{log}.txt"
         with file.open("a") as stream:
-            code = subprocess.run(
+            process = subprocess.Popen(
                 words, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment
-            ).returncode
-        if code:
+            )
+            while link_from and process.poll() is None and not (link_from / SHARED).exists():
+                sleep(1)
+                if (latest := link_from / "checkpoint_latest.pth").exists():
+                    os.link(latest, link_from / SHARED)  # nnU-Net deletes its name for it at the end
+        if code := process.wait():
             raise RuntimeError(f"{log} failed with exit code {code}, see {file}")
 
 
@@ -313,7 +357,7 @@ def per_case(summary: dict) -> dict[str, list]:
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: every kept row, its paired difference to stock of the same length, and means by Dice weight."""
+    """Markdown: every kept row, its difference to stock of the same length, means by Dice weight, and the pairs."""
     columns = [f"{measure} {region}" for region in REGIONS for measure in MEASURES]
     first = [f"| loss | route | run | on | DSC | HD95 mm | {' | '.join(columns)} |", "|---" * (6 + len(columns)) + "|"]
     second = [f"| loss | route | run | minus stock | {' | '.join(PAIRED)} |", "|---" * (4 + len(PAIRED)) + "|"]
@@ -325,15 +369,15 @@ def tables(rows: list[dict]) -> str:
         first.append(f"{head} {' | '.join(cells)} |")
         if row["loss"] != "Stock" and (cells := differences(row, rows)):
             second.append(f"{head} {' | '.join(cells)} |")
-    return "\n\n".join("\n".join(lines) for lines in (first, second, by_dice_weight(rows)))
+    return "\n\n".join("\n".join(lines) for lines in (first, second, by_dice_weight(rows), by_pair(rows)))
 
 
 def differences(row: dict, rows: list[dict]) -> list[str]:
     """What a row is compared with, and its mean differences over the cases with 95 % bootstrap intervals.
 
     Trainings are not paired, only cases are: run 3 has no more to do with run 3 of stock than with run 1. So a row is
-    compared, case by case, with the mean of all stock runs. Where it goes on from a finished stock network, the chance
-    of that training is in both, and only stock that goes on from the same network will do.
+    compared, case by case, with the mean of all stock runs. Where it goes on from a finished stock network, or shares
+    the first part with one, the chance of that training is in both, and only stock of the same start will do.
 
     Without values by case only the means are compared, and there is no interval. Rows whose values by case are lost
     keep the differences that they had.
@@ -341,7 +385,9 @@ def differences(row: dict, rows: list[dict]) -> list[str]:
     if kept := row.get("differences"):
         return [f"run {kept['run']}", *(interval(*kept[column]) for column in PAIRED)]
     stock = runs_of(rows, f"StockTrainer__{row['control']}")
-    same_start = [other for other in stock if row["control"] != "refine" or other["start"] == row["start"]]
+    same_start = [
+        other for other in stock if row["control"] == "full" or row["start"] in (other["start"], other["training"])
+    ]
     paired = [other for other in same_start if (other["cases"] or {}).get("case") == row["cases"]["case"]]
     if not paired:
         told = [f"{float(row['means'][c]) - mean_of(stock, c):+.4f}" for c in PAIRED] if stock else []
@@ -391,6 +437,24 @@ def by_dice_weight(rows: list[dict]) -> list[str]:
                 default = DICE_WEIGHT_OF.get(loss.lower(), DICE_WEIGHT) == weight
                 cells.append(f"**{told}**" if default and own else told)
             lines.append(f"| {weight:g} | {column} | {' | '.join(cells)} |")
+    return lines
+
+
+def by_pair(rows: list[dict]) -> list[str]:
+    """Markdown: what only changing ``-tr`` does from the same first part, mean over pairs and each of them."""
+    stocks = {row["training"]: row for row in runs_of(rows, "StockTrainer__pair")}
+    ours = [row for row in rows if row["control"] == "pair" and row["start"] in stocks]
+    columns = ("DSC", "ECE foreground", "NLL foreground", "ECE volume", "NLL volume")
+    lines = [f"| loss | pairs | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    if stocks:
+        cells = [f"{mean_of(list(stocks.values()), column):.4f}" for column in columns]
+        lines.append(f"| Stock itself | {len(stocks)} | {' | '.join(cells)} |")
+    for loss in dict.fromkeys(row["loss"] for row in ours):
+        own, cells = [row for row in ours if row["loss"] == loss], []
+        for column in columns:
+            away = [float(row["means"][column]) - float(stocks[row["start"]]["means"][column]) for row in own]
+            cells.append(f"{np.mean(away):+.4f} ({', '.join(f'{value:+.3f}' for value in away)})")
+        lines.append(f"| {loss} | {len(own)} | {' | '.join(cells)} |")
     return lines
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPTS = str(Path(__file__).resolve().parents[2] / "scripts")
 CASES = 6
@@ -103,6 +104,44 @@ def test_what_goes_on_from_a_stock_network_is_compared_with_stock_that_goes_on_f
     for run in (1, 2):
         row = next(row for row in kept if row["loss"] == "NACL" and row["run"] == run)
         assert experiment.differences(row, kept)[:3:2] == [f"run {run}", "-0.1000 [-0.1000, -0.1000]"]
+
+
+def test_a_pair_is_compared_with_the_stock_network_whose_first_part_it_shares(experiment, finished, tmp_path):
+    """By hand: 0.2 less than its own stock network in one pair, 0.4 less in the other."""
+    nll = {
+        "StockTrainer__pair": 0.9,
+        "MEEPTrainer__pair": 0.7,
+        "StockTrainer__pair_run2": 0.6,
+        "MEEPTrainer__pair_run2": 0.2,
+    }
+    bench, rows = finished("work", {name: [value] * CASES for name, value in nll.items()})
+    for row in rows:
+        experiment.keep(bench, row, tmp_path / "kept.json")
+    kept = experiment.read_rows(tmp_path / "kept.json")
+    found = [experiment.differences(row, kept)[:3:2] for row in kept if row["loss"] == "MEEP"]
+    assert found == [["run 1", "-0.2000 [-0.2000, -0.2000]"], ["run 2", "-0.4000 [-0.4000, -0.4000]"]]
+    assert "-0.3000 (-0.200, -0.400)" in "\n".join(experiment.by_pair(kept))
+
+
+def test_all_trainers_of_a_pair_go_on_from_one_checkpoint_of_stock(experiment, tmp_path):
+    """The checkpoint that nnU-Net deletes at the end is kept, and says nothing of the trainer that wrote it."""
+    bench = experiment.Bench(tmp_path / "Dataset004_Toy", tmp_path / "work", "cpu", 1)
+    rows = {row.name: row for row in experiment.runs()}
+    stock, ours = rows["StockTrainer__pair"], rows["MEEPTrainer__pair"]
+    fold = bench.model(stock) / "fold_0"
+    fold.mkdir(parents=True)
+    (bench.work / "logs").mkdir()
+    plans = {"nnunet_calib_resolved": {"trainer": "StockTrainer"}}
+    writes = (
+        "import os, sys, time, torch; latest = sys.argv[1] + '/checkpoint_latest.pth'; "
+        f"torch.save({{'current_epoch': 6, 'init_args': {{'plans': {plans}}}}}, latest); "
+        "time.sleep(4); os.remove(latest)"
+    )
+    bench.call("train", [sys.executable, "-c", writes, str(fold)], link_from=fold)
+    assert not (fold / "checkpoint_latest.pth").exists()
+    bench.take_first_part(ours.start, bench.model(ours) / "fold_0")
+    taken = torch.load(bench.model(ours) / "fold_0" / "checkpoint_latest.pth", weights_only=True)
+    assert taken == {"current_epoch": 6, "init_args": {"plans": {}}}
 
 
 def test_without_values_by_case_there_is_no_interval(experiment, finished, tmp_path):
