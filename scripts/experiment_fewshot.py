@@ -121,12 +121,13 @@ def rounds() -> list[tuple[str, list[Trial]]]:
     refined = grid(HEADS[:1], CHUNKS[-1:], EXTENTS[:1], (3, 5, 1), [REAL], ENTROPIES, SETS)
     one = grid(HEADS, CHUNKS, EXTENTS[:1], KS[:1], most_sets=SETS)
     more = grid(HEADS, CHUNKS, EXTENTS[:1], KS[1:], [REAL], most_sets=SETS)
-    volume = grid(HEADS, CHUNKS, EXTENTS[1:], KS, [REAL], most_sets=SETS)
-    hard = grid(HEADS, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
-    return [
-        *(("new", main), ("trained", trained), ("new", chunked), ("new", one)),
-        *(("new", more), ("new", volume), ("new", hard), ("new", refined)),
+    volume = [grid(heads, CHUNKS, EXTENTS[1:], KS, [REAL], most_sets=SETS) for heads in (HEADS[:1], HEADS[1:])]
+    hard = [
+        grid(heads, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
+        for heads in (HEADS[:1], HEADS[1:])
     ]
+    new = [chunked, hard[0], one, refined, volume[0], more, hard[1], volume[1]]
+    return [("new", main), ("trained", trained), *(("new", trials) for trials in new)]
 
 
 class Base:
