@@ -17,8 +17,13 @@ CASES = 6
 def experiment(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     yield importlib.import_module("experiment_hippocampus")
-    for name in ("experiment_hippocampus", "kept"):
+    for name in ("experiment_hippocampus", "tables_hippocampus", "kept"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tables(experiment):
+    return sys.modules["tables_hippocampus"]
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_rows_of_a_new_folder_are_further_runs(experiment, finished, tmp_path):
     assert kept[0]["means"]["HD95 mm"] == "inf"
 
 
-def test_a_row_is_compared_case_by_case_with_the_mean_of_all_stock_runs(experiment, finished, tmp_path):
+def test_a_row_is_compared_case_by_case_with_the_mean_of_all_stock_runs(experiment, tables, finished, tmp_path):
     """By hand: 0.1 less than the mean of 0.5 and 0.7 in every case, so the interval has no width."""
     nll = {
         "StockTrainer__full": [0.5 + i for i in range(CASES)],
@@ -87,13 +92,13 @@ def test_a_row_is_compared_case_by_case_with_the_mean_of_all_stock_runs(experime
     for row in rows:
         experiment.keep(bench, row, tmp_path / "kept.json")
     kept = experiment.read_rows(tmp_path / "kept.json")
-    found = experiment.differences(next(row for row in kept if row["loss"] == "NACL"), kept)
+    found = tables.differences(next(row for row in kept if row["loss"] == "NACL"), kept)
     assert found[0] == "mean of 2"
     assert found[2] == "-0.1000 [-0.1000, -0.1000]"
 
 
 def test_what_goes_on_from_a_stock_network_is_compared_with_stock_that_goes_on_from_the_same(
-    experiment, finished, tmp_path
+    experiment, tables, finished, tmp_path
 ):
     values = {"StockTrainer__full": 0.9, "StockTrainer__refine": 0.6, "NACLTrainer__refine_dice0p3": 0.5}
     for folder, more in (("first", 0.0), ("second", 1.0)):
@@ -103,10 +108,10 @@ def test_what_goes_on_from_a_stock_network_is_compared_with_stock_that_goes_on_f
     kept = experiment.read_rows(tmp_path / "kept.json")
     for run in (1, 2):
         row = next(row for row in kept if row["loss"] == "NACL" and row["run"] == run)
-        assert experiment.differences(row, kept)[:3:2] == [f"run {run}", "-0.1000 [-0.1000, -0.1000]"]
+        assert tables.differences(row, kept)[:3:2] == [f"run {run}", "-0.1000 [-0.1000, -0.1000]"]
 
 
-def test_a_pair_is_compared_with_the_stock_network_whose_first_part_it_shares(experiment, finished, tmp_path):
+def test_a_pair_is_compared_with_the_stock_network_whose_first_part_it_shares(experiment, tables, finished, tmp_path):
     """By hand: 0.2 less than its own stock network in one pair, 0.4 less in the other."""
     nll = {
         "StockTrainer__pair": 0.9,
@@ -118,9 +123,9 @@ def test_a_pair_is_compared_with_the_stock_network_whose_first_part_it_shares(ex
     for row in rows:
         experiment.keep(bench, row, tmp_path / "kept.json")
     kept = experiment.read_rows(tmp_path / "kept.json")
-    found = [experiment.differences(row, kept)[:3:2] for row in kept if row["loss"] == "MEEP"]
+    found = [tables.differences(row, kept)[:3:2] for row in kept if row["loss"] == "MEEP"]
     assert found == [["run 1", "-0.2000 [-0.2000, -0.2000]"], ["run 2", "-0.4000 [-0.4000, -0.4000]"]]
-    assert "-0.3000 (-0.200, -0.400)" in "\n".join(experiment.by_pair(kept))
+    assert "-0.3000 (-0.200, -0.400)" in "\n".join(tables.by_pair(kept))
 
 
 def test_all_trainers_of_a_pair_go_on_from_one_checkpoint_of_stock(experiment, tmp_path):
@@ -144,16 +149,16 @@ def test_all_trainers_of_a_pair_go_on_from_one_checkpoint_of_stock(experiment, t
     assert taken == {"current_epoch": 6, "init_args": {"plans": {}}}
 
 
-def test_without_values_by_case_there_is_no_interval(experiment, finished, tmp_path):
+def test_without_values_by_case_there_is_no_interval(experiment, tables, finished, tmp_path):
     bench, rows = finished("work", {"StockTrainer__full": [0.5] * CASES, "NACLTrainer__switch_dice1": [0.4] * CASES})
     for row in rows:
         experiment.keep(bench, row, tmp_path / "kept.json")
     stock, ours = experiment.read_rows(tmp_path / "kept.json")
     stock["cases"] = None
-    assert experiment.differences(ours, [stock, ours])[:3] == ["mean of 1, unpaired", "+0.0000", "-0.1000"]
+    assert tables.differences(ours, [stock, ours])[:3] == ["mean of 1, unpaired", "+0.0000", "-0.1000"]
 
 
-def test_the_committed_rows_make_the_tables(experiment):
-    text = experiment.tables(experiment.read_rows(experiment.KEPT))
+def test_the_committed_rows_make_the_tables(experiment, tables):
+    text = tables.tables(experiment.read_rows(experiment.KEPT))
     assert "| Stock | stock Dice+CE | 1 | a | 0.840 | 2.07 | 0.0078 |" in text
     assert "| NACL | from scratch, Dice weight 1 | 1 | run 1 | -0.0066 [-0.0194, +0.0048] |" in text
