@@ -27,12 +27,13 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_calib.cli.main import main as nnunet_calib
 from nnunet_calib.posthoc import CALIBRATORS
 
-ROWS = ("StockTrainer__full", "MbLSTrainer__switch_dice0p6", "MEEPTrainer__switch_dice0p6")
+ROWS = ("StockTrainer__pair", "MbLSTrainer__pair", "MEEPTrainer__pair")
 TEMPERATURE = (
     "*Trainer__refine*",
     "*Trainer__switch_dice0p3",
     "*Trainer__switch_dice0p6",
     "*Trainer__switch_dice1",
+    "*Trainer__pair*",
 )
 KEPT = FOLDER / "posthoc.json"
 RAW, AUTO = "none", "auto"
@@ -183,7 +184,7 @@ def tables(rows: list[dict]) -> str:
     for row in rows:
         networks.setdefault(row["network"], {})[row["method"]] = row
     letters = machines(rows)
-    chosen = [network for name, network in networks.items() if name.partition("_run")[0] in ROWS or len(network) > 2]
+    chosen = [network for network in networks.values() if len(network) > 2]
     parts = [method_table(network, letters) for network in chosen if RAW in network]
     parts.append(temperature_table([network for network in networks.values() if {RAW, "temperature"} <= set(network)]))
     return "\n\n".join("\n".join(lines) for lines in parts)
