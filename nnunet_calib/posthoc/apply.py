@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from nnunet_calib.data.cases import CaseFiles, pair_cases
@@ -23,7 +22,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader, read_labels
 from nnunet_calib.data.model import check_same_model, identify
-from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_npz
+from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
 from nnunet_calib.posthoc import load_calibrator
 from nnunet_calib.posthoc.base import Calibrator, file_of
 from nnunet_calib.posthoc.sample import decide, open_probabilities
@@ -47,10 +46,10 @@ def calibrate_case(calibrator: Calibrator, probabilities: np.ndarray) -> np.ndar
     Raises:
         ValueError: another number of channels than the calibrator was fitted to.
     """
-    calibrated = np.empty(probabilities.shape, probabilities.dtype)
-    source, target = _taken_apart(calibrator, probabilities), _taken_apart(calibrator, calibrated)
-    for place, _, part in _calibrated_parts(calibrator, source):
-        _put(part, target, place)
+    calibrated = probabilities.copy()
+    volume = _taken_apart(calibrator, calibrated)
+    for place, _, part in _calibrated_parts(calibrator, volume):
+        _copy(part, volume[place])
     return calibrated
 
 
@@ -62,7 +61,7 @@ def probabilities_at(calibrator: Calibrator, files: CaseFiles, index: np.ndarray
     """
     if files.probabilities is None:
         raise InputError(f"{files.prediction}: no probabilities beside it")
-    whole = calibrate_case(calibrator, np.stack(list(ProbabilityFile(files.probabilities).channels())))
+    whole = calibrate_case(calibrator, ProbabilityFile(files.probabilities).whole())
     return whole.reshape(len(whole), -1)[:, index].astype(np.float64)
 
 
@@ -183,22 +182,26 @@ def _apply_case(
     prediction = read_labels(files.prediction, reader, dataset.labels)
     stored = open_probabilities(files, dataset, prediction)
     labels = None if calibrator.keeps_labels else prediction.labels.copy()
-    channels = calibrate_file(calibrator, stored, dataset, labels)
+    compact = stored.path.name.endswith(_COMPACT)
+    file = output / (files.name + (_COMPACT if compact else ".npz"))
+    if compact and not calibrator.margin:
+        slabs = _calibrated_slabs(calibrator, stored, dataset, labels)
+        write_compact_slabs(file, slabs, stored.shape, stored.dtype)
+    else:
+        write = write_compact if compact else write_npz
+        write(file, calibrate_file(calibrator, stored, dataset, labels), stored.shape, stored.dtype)
     target = output / files.prediction.name
     if labels is None:
         _copy_file(files.prediction, target)
     else:
         _write_labels(labels, files.prediction, target, reader)
-    compact = stored.path.name.endswith(_COMPACT)
-    write = write_compact if compact else write_npz
-    write(output / (files.name + (_COMPACT if compact else ".npz")), channels, stored.shape, stored.dtype)
     changed = 0 if labels is None else int(np.count_nonzero(labels != prediction.labels))
     return {"voxels": int(prediction.labels.size), "changed": changed}
 
 
 def calibrate_file(
     calibrator: Calibrator, stored: ProbabilityFile, dataset: Dataset, labels: np.ndarray | None = None
-) -> list[np.ndarray]:
+) -> np.ndarray:
     """Calibrated probabilities of a file, in its type.
 
     They take the place of those that were read: no more memory is needed than for the file's content, but for methods
@@ -212,23 +215,44 @@ def calibrate_file(
             another than that of those in the file.
 
     Returns:
-        Channels (z, y, x).
+        (C, z, y, x).
 
     Raises:
         InputError: the file is damaged, or a method that must keep labels does not.
     """
-    channels = [np.ascontiguousarray(channel) for channel in stored.channels()]
-    volume = _taken_apart(calibrator, channels)
-    decided = None if labels is None else _taken_apart(calibrator, [labels])[0]
-    source = [channel.copy() for channel in volume] if calibrator.margin else volume  # neighbours stay as they were
-    for place, before, part in _calibrated_parts(calibrator, source):
+    whole = stored.whole()
+    _calibrate_in_place(calibrator, whole, dataset, labels, stored.path)
+    return whole
+
+
+def _calibrated_slabs(
+    calibrator: Calibrator, stored: ProbabilityFile, dataset: Dataset, labels: np.ndarray | None
+) -> Iterator[np.ndarray]:
+    """``calibrate_file`` in the memory of ``stored.slabs``, for methods that look at every voxel on its own.
+
+    Memory that has just been used is much quicker than as much as a whole volume takes.
+    """
+    z = 0
+    for slab in stored.slabs():
+        end = z + slab.shape[1]
+        _calibrate_in_place(calibrator, slab, dataset, None if labels is None else labels[z:end], stored.path)
+        yield slab
+        z = end
+
+
+def _calibrate_in_place(
+    calibrator: Calibrator, probabilities: np.ndarray, dataset: Dataset, labels: np.ndarray | None, path: Path
+) -> None:
+    volume = _taken_apart(calibrator, probabilities)
+    decided = None if labels is None else _taken_apart(calibrator, labels[None])[0]
+    for place, before, part in _calibrated_parts(calibrator, volume):
         if calibrator.keeps_labels and not _kept(before, part, dataset.has_regions):
-            raise InputError(f"{stored.path}: the calibrator changed labels that it must keep; fit it again")
-        _put(part, volume, place)
-        if decided is not None and not calibrator.keeps_labels:
-            after = decide(_picked(volume, place, part.dtype), dataset)
-            np.copyto(decided[place], after, where=after != decide(before, dataset), casting="unsafe")
-    return channels
+            raise InputError(f"{path}: the calibrator changed labels that it must keep; fit it again")
+        was = None if decided is None else decide(before, dataset)  # before it is overwritten
+        _copy(part, volume[place])
+        if decided is not None:
+            after = decide(_in_full(volume[place]), dataset)  # of what is stored, which is rounded
+            np.copyto(decided[place[1:]], after, where=after != was, casting="unsafe")
 
 
 def _kept(before: np.ndarray, after: np.ndarray, regions: bool) -> bool:
@@ -239,55 +263,52 @@ def _kept(before: np.ndarray, after: np.ndarray, regions: bool) -> bool:
     return not ((before == before.max(axis=0)) & (after < after.max(axis=0) - rounding)).any()
 
 
-def _taken_apart(calibrator: Calibrator, channels: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """The channels, or rows of voxels (n,) where each voxel is calibrated on its own; views."""
-    return [channel if calibrator.margin else channel.reshape(-1) for channel in channels]
+def _taken_apart(calibrator: Calibrator, volume: np.ndarray) -> np.ndarray:
+    """A volume (C, z, y, x), or rows of voxels (C, n) where each voxel is calibrated on its own; a view."""
+    return volume if calibrator.margin else volume.reshape(len(volume), -1)
 
 
 def _calibrated_parts(
-    calibrator: Calibrator, channels: Sequence[np.ndarray]
+    calibrator: Calibrator, volume: np.ndarray
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray, np.ndarray]]:
-    """Where a part of the volume lies, its probabilities (C, ...) float32 or float64, and what they become."""
-    stored = channels[0].dtype
-    working = np.promote_types(stored, np.float32)
-    for outer, inner, target in _tiles(len(channels), channels[0].shape, calibrator.margin):
-        part = _picked(channels, outer, working)
-        within = (slice(None), *inner)
-        yield target, part[within], calibrator.calibrate(part, stored)[within]
+    """Where a part of the volume lies, its probabilities (C, ...) float32 or float64, and what they become.
+
+    Every part may be overwritten when it has come: neighbours are seen as they were.
+    """
+    source = volume.copy() if calibrator.margin else volume
+    for outer, inner, target in _tiles(len(volume), volume.shape[1:], calibrator.margin):
+        part = _in_full(source[outer])
+        yield target, part[inner], calibrator.calibrate(part, volume.dtype)[inner]
 
 
-def _picked(channels: Sequence[np.ndarray], place: tuple[slice, ...], dtype: DTypeLike) -> np.ndarray:
-    """A part of all channels (C, ...)."""
-    rows = [channel[place] for channel in channels]
-    part = np.empty((len(rows), *rows[0].shape), dtype=dtype)
-    _copy(rows, list(part))
-    return part
+def _in_full(part: np.ndarray) -> np.ndarray:
+    """The part itself; of half precision, a copy in float32."""
+    if part.dtype != np.float16:
+        return part
+    full = np.empty(part.shape, dtype=np.float32)
+    _copy(part, full)
+    return full
 
 
-def _put(part: np.ndarray, channels: Sequence[np.ndarray], place: tuple[slice, ...]) -> None:
-    _copy(list(part), [channel[place] for channel in channels])
-
-
-def _copy(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
-    """Copy arrays into arrays of perhaps another type; numpy converts half precision one value at a time."""
-    one, other = sources[0], targets[0].dtype
-    if one.dtype != other and np.float16 in (one.dtype, other) and one.flags.writeable:  # torch takes no other
-        for source, target in zip(sources, targets, strict=True):
-            torch.from_numpy(target).copy_(torch.from_numpy(source))
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy (C, ...) into an array of perhaps another type; numpy converts half precision one value at a time."""
+    if source.dtype != target.dtype and np.float16 in (source.dtype, target.dtype):
+        for one, other in zip(source, target, strict=True):
+            torch.from_numpy(other).copy_(torch.from_numpy(one))
     else:
-        for source, target in zip(sources, targets, strict=True):
-            target[...] = source
+        target[...] = source
 
 
 def _tiles(channels: int, shape: tuple[int, ...], margin: int) -> Iterator[tuple[tuple[slice, ...], ...]]:
-    """Boxes that cover a volume: with their margin, the box within that, and where it lies in the volume."""
+    """Boxes that cover a volume (C, ...): with their margin, the box within that, and where it lies in the volume."""
     size = (_TILE,) * 3 if margin else (min(_ROW, max(1, _SLAB // channels)),)
+    every = slice(None)
     for corner in itertools.product(*(range(0, length, step) for length, step in zip(shape, size, strict=True))):
         sides = [(a, min(a + step, length), length) for a, step, length in zip(corner, size, shape, strict=True)]
         yield (
-            tuple(slice(max(0, a - margin), min(length, b + margin)) for a, b, length in sides),
-            tuple(slice(min(a, margin), min(a, margin) + b - a) for a, b, _ in sides),
-            tuple(slice(a, b) for a, b, _ in sides),
+            (every, *(slice(max(0, a - margin), min(length, b + margin)) for a, b, length in sides)),
+            (every, *(slice(min(a, margin), min(a, margin) + b - a) for a, b, _ in sides)),
+            (every, *(slice(a, b) for a, b, _ in sides)),
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nnunet_calib.data.errors import InputError
-from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
+from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
 
 P = np.random.default_rng(0).dirichlet(np.ones(3), size=(4, 5, 6)).transpose(3, 0, 1, 2).astype(np.float32)
 PREFIX = struct.Struct("<8sQII")
@@ -35,9 +35,12 @@ def assemble(path, chunks: bytes, header: dict | bytes):
     return path
 
 
-@pytest.fixture
-def path(tmp_path):
-    write_compact(tmp_path / "a.nncp", P, P.shape, np.float32)
+@pytest.fixture(params=["channel", "slab"])
+def path(tmp_path, request):
+    if request.param == "channel":
+        write_compact(tmp_path / "a.nncp", P, P.shape, np.float32)
+    else:
+        write_compact_slabs(tmp_path / "a.nncp", (P[:, :3], P[:, 3:]), P.shape, np.float32)
     return tmp_path / "a.nncp"
 
 
@@ -63,6 +66,33 @@ def test_many_slabs_uniform_channels_and_slices_larger_than_a_slab(tmp_path):
         assert np.array_equal(read(tmp_path / "a.nncp"), values)
 
 
+def test_slabs_of_all_channels(path, tmp_path):
+    """Each in the memory of the one before; of another format all at once."""
+    write_npz(tmp_path / "a.npz", P, P.shape, np.float32)
+    for file in (path, tmp_path / "a.npz"):
+        slabs = [slab.copy() for slab in ProbabilityFile(file).slabs()]
+        assert np.array_equal(np.concatenate(slabs, axis=1), P)
+        assert np.array_equal(ProbabilityFile(file).whole(), P)
+
+
+def test_slabs_one_after_the_other_need_no_more_memory_than_one(tmp_path):
+    values = np.random.default_rng(0).random((3, 40, 64, 64), dtype=np.float32)
+    write_compact_slabs(tmp_path / "a.nncp", (values[:, z : z + 2] for z in range(0, 40, 2)), values.shape, np.float32)
+    tracemalloc.start()
+    seen = [slab.shape[1] for slab in ProbabilityFile(tmp_path / "a.nncp").slabs()]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == [2] * 20
+    assert peak < values.nbytes / 4
+
+
+def test_a_file_that_does_not_say_its_order_holds_one_channel_after_the_other(path):
+    write_compact(path, P, P.shape, np.float32)
+    chunks, header = parts(path)
+    assert header.pop("first") == "channel"
+    assert np.array_equal(read(assemble(path, chunks, header)), P)
+
+
 def test_uniform_probabilities_take_no_place(tmp_path):
     values = np.zeros((2, 20, 256, 256), dtype=np.float32)
     values[0] = 1
@@ -76,6 +106,9 @@ def test_whole_or_not_at_all(path, tmp_path):
     for channels in (P[:2], P[:, :2], [*P, P[0]]):
         with pytest.raises(ValueError, match="channel"):
             write_compact(path, channels, P.shape, np.float32)
+    for slabs in ([], [P[:, :3]], [P[:, :1], P[:, 1:]], [P, P], [P[:2]], [P[..., :2]]):
+        with pytest.raises(ValueError, match="slab of shape|slices are not"):
+            write_compact_slabs(path, slabs, P.shape, np.float32)
     with pytest.raises(ValueError, match="float64"):
         write_compact(path, P, P.shape, np.float64)
     assert path.read_bytes() == before
@@ -113,6 +146,8 @@ def test_every_flipped_byte_is_noticed(path):
         {"dtype": "float16"},
         {"slab": 0},
         {"slab": 2},
+        {"first": "slice"},
+        {"first": None},
         {"sizes": [1, 2, 3]},
         {"sizes": "abc"},
         {"crc32": []},

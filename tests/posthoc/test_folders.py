@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
+from nnunet_calib.data.probabilities import ProbabilityFile, write_compact_slabs, write_npz
 from nnunet_calib.posthoc import CALIBRATORS, LocalTemperature, TemperatureScaling, load_calibrator
 from nnunet_calib.posthoc.apply import apply_folder, calibrate_case
 from nnunet_calib.posthoc.crossfit import _summary, choose
@@ -183,16 +183,30 @@ def test_applied_to_a_folder(tmp_path, method, monkeypatch):
         assert p.max(axis=0).mean() < too_sure(int(name[-2:]))[1].max(axis=0).mean()
 
 
-def test_compact_in_compact_out(tmp_path):
+@pytest.mark.parametrize("method", ["temperature", "vector", "local"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_compact_in_compact_out(tmp_path, method, kind, monkeypatch):
+    """Numbers and labels as of the whole volume in .npz, though the compact file is calibrated slab by slab."""
+    monkeypatch.setitem(LocalTemperature.__init__.__kwdefaults__, "steps", 5)
     made = predictions(tmp_path, 2)
-    for file in list(made.prediction.glob("*.npz")):
-        p = np.stack(list(ProbabilityFile(file).channels()))
-        write_compact(file.with_suffix(".nncp"), p, p.shape, np.float16)
-        file.unlink()
-    fit_folder(made.prediction, tmp_path / "out", made.reference, methods=["temperature"])
-    apply_folder(tmp_path / "out", made.prediction, tmp_path / "calibrated")
-    calibrated = ProbabilityFile(tmp_path / "calibrated" / "case_00.nncp")
-    assert calibrated.dtype == np.float16
+    fit_folder(made.prediction, tmp_path / "out", made.reference, methods=[method], voxels=2_000)
+    done = {}
+    for ending in (".npz", ".nncp"):
+        for file in sorted(made.prediction.glob("*.npz")):
+            p = ProbabilityFile(file).whole()
+            if ending == ".npz":
+                write_npz(file, p, p.shape, kind)
+            else:
+                slabs = (p[:, z : z + 5] for z in range(0, p.shape[1], 5))
+                write_compact_slabs(file.with_suffix(".nncp"), slabs, p.shape, kind)
+        done[ending] = apply_folder(tmp_path / "out", made.prediction, tmp_path / ending)
+    assert done[".npz"] == done[".nncp"]
+    for case in done[".npz"]["cases"]:
+        ours, theirs = (ProbabilityFile(tmp_path / ending / f"{case}{ending}") for ending in done)
+        assert ours.dtype == theirs.dtype == kind
+        assert np.array_equal(ours.whole(), theirs.whole())
+        same = (labels_of(tmp_path / ending / f"{case}.nii.gz") for ending in done)
+        assert np.array_equal(*same)
 
 
 def test_tiles_of_a_case_make_no_difference():
@@ -266,7 +280,7 @@ def test_an_error_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_calib.posthoc.apply.write_npz", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         apply_folder(tmp_path / "out", made.prediction, tmp_path / "calibrated")
-    assert [path.name for path in (tmp_path / "calibrated").iterdir()] == ["case_00.nii.gz"]
+    assert list((tmp_path / "calibrated").iterdir()) == []
 
 
 def test_the_stability_index():

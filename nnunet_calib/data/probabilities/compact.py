@@ -6,9 +6,10 @@ A file ``<case>.nncp`` is, all integers little endian::
     start        8 bytes   where the header begins
     length       4 bytes   of the header
     checksum     4 bytes   CRC-32 of the header
-    chunks                 back to back: of each channel, slabs of z from first to last
-    header                 JSON: shape [C, z, y, x], dtype "float32" or "float16", slab (z per chunk), size and crc32
-                           of each chunk, the version of blosc2 that wrote them
+    chunks                 back to back, each a slab of z of one channel
+    header                 JSON: shape [C, z, y, x], dtype "float32" or "float16", slab (z per chunk), first ("channel":
+                           all slabs of a channel before the next; "slab": all channels of a slab), size and crc32 of
+                           each chunk, the version of blosc2 that wrote them
 
 It is a container of our own because blosc2's may hold expressions that are evaluated on opening. Of a chunk, blosc2 is
 given only what we write ourselves, LZ4 after bitshuffle, and its length is held against the header first; filters and
@@ -18,6 +19,7 @@ float32 comes back as it was. float16 takes half the place: values below 6e-8 (r
 no longer add up to exactly 1; where that changes a number, such as NLL, the evaluation says so.
 """
 
+import itertools
 import json
 import math
 import os
@@ -25,7 +27,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -38,6 +40,7 @@ _MAX_HEADER = 1 << 24  # bytes, about 800 000 chunks
 _CHUNK = 1 << 22  # bytes of a chunk before compression, about; at least one slice
 _MAX_CHUNK = (1 << 31) - (1 << 16)  # of blosc2
 _TYPES = ("float16", "float32")
+_ORDERS = ("channel", "slab")
 # Among LZ4 and ZSTD, levels 1 to 5, with either shuffle, the fastest to read: twice as fast as ZSTD after shuffle, for
 # files 6 % larger.
 _LEVEL = 5
@@ -73,31 +76,47 @@ class CompactReader:
         if len(self.shape) != 4 or content["dtype"] not in _TYPES or self._slab < 1:
             raise ValueError(f"{content['dtype']} values {self.shape}, {self._slab} slices a chunk")
         self.dtype = np.dtype(content["dtype"])
-        self._sizes, self._checksums = _whole_numbers(content["sizes"]), _whole_numbers(content["crc32"])
-        chunks = self.shape[0] * math.ceil(self.shape[1] / self._slab)
-        if not len(self._sizes) == len(self._checksums) == chunks or _PREFIX.size + sum(self._sizes) != start:
+        self._slabs, self._first = math.ceil(self.shape[1] / self._slab), content.get("first", "channel")
+        sizes, self._checksums = _whole_numbers(content["sizes"]), _whole_numbers(content["crc32"])
+        self._ends = list(itertools.accumulate(sizes, initial=_PREFIX.size))
+        if self._first not in _ORDERS or not len(sizes) == len(self._checksums) == self.shape[0] * self._slabs:
+            raise ValueError("its chunks are not those of its shape")
+        if self._ends[-1] != start:
             raise ValueError("its chunks do not add up")
         if _slice_bytes(self.shape, self.dtype) * self._slab > _MAX_CHUNK:
             raise ValueError("chunks of impossible length")
 
     def channels(self) -> Iterator[np.ndarray]:
         """Yield (z, y, x) arrays as stored."""
+        with self._path.open("rb") as stream:
+            for c in range(self.shape[0]):
+                channel = np.empty(self.shape[1:], dtype=self.dtype)
+                for s in range(self._slabs):
+                    self._read(stream, c, s, channel[s * self._slab : (s + 1) * self._slab])
+                yield channel
+
+    def slabs(self) -> Iterator[np.ndarray]:
+        """Yield (C, slab, y, x) arrays as stored; each takes the memory of the one before."""
+        thickness = min(self._slab, self.shape[1])
+        memory = np.empty((self.shape[0], thickness, *self.shape[2:]), dtype=self.dtype)
+        with self._path.open("rb") as stream:
+            for s in range(self._slabs):
+                slab = memory[:, : self.shape[1] - s * thickness]
+                for c, part in enumerate(slab):
+                    self._read(stream, c, s, part)
+                yield slab
+
+    def _read(self, stream: BinaryIO, c: int, s: int, into: np.ndarray) -> None:
+        """One slab of one channel."""
         import blosc2  # here: takes a while, and not everybody has such files
 
-        chunks = zip(self._sizes, self._checksums, strict=True)
-        with self._path.open("rb") as stream:
-            stream.seek(_PREFIX.size)
-            for _ in range(self.shape[0]):
-                channel = np.empty(self.shape[1:], dtype=self.dtype)
-                for z in range(0, self.shape[1], self._slab):
-                    slab = channel[z : z + self._slab]
-                    size, checksum = next(chunks)
-                    chunk = stream.read(size)
-                    if zlib.crc32(chunk) != checksum:
-                        raise ValueError("checksum of a chunk")
-                    _check_chunk(chunk, slab)
-                    blosc2.decompress2(chunk, dst=slab, nthreads=1)
-                yield channel
+        i = c * self._slabs + s if self._first == "channel" else s * self.shape[0] + c
+        stream.seek(self._ends[i])
+        chunk = stream.read(self._ends[i + 1] - self._ends[i])
+        if zlib.crc32(chunk) != self._checksums[i]:
+            raise ValueError("checksum of a chunk")
+        _check_chunk(chunk, into)
+        blosc2.decompress2(chunk, dst=into, nthreads=1)
 
 
 def write_compact(path: Path, channels: Iterable[np.ndarray], shape: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -112,38 +131,81 @@ def write_compact(path: Path, channels: Iterable[np.ndarray], shape: tuple[int, 
     Raises:
         ValueError: another dtype, or channels that do not have that shape.
     """
+    dtype, shape = np.dtype(dtype), tuple(map(int, shape))
+    thickness = max(1, _CHUNK // _slice_bytes(shape, dtype))
+
+    def parts() -> Iterator[np.ndarray]:
+        count = 0
+        for channel in channels:
+            if channel.shape != shape[1:]:
+                raise ValueError(f"a channel of shape {channel.shape} is none of {shape}")
+            yield from (channel[z : z + thickness] for z in range(0, shape[1], thickness))
+            count += 1
+        if count != shape[0]:
+            raise ValueError(f"{count} channels are not {shape[0]}")
+
+    _write(path, parts(), shape, dtype, thickness, "channel")
+
+
+def write_compact_slabs(path: Path, slabs: Iterable[np.ndarray], shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    """Write a compact file, some slices of all channels at a time, whole or not at all.
+
+    Args:
+        path: of the file.
+        slabs: probabilities (C, slab, y, x), all but the last equally thick.
+        shape: (C, z, y, x).
+        dtype: float32 or float16.
+
+    Raises:
+        ValueError: another dtype, or slabs that do not add up to that shape.
+    """
+    dtype, shape = np.dtype(dtype), tuple(map(int, shape))
+    slabs = iter(slabs)
+    head = next(slabs, np.empty((0, 0, 0, 0)))
+    thickness = head.shape[1]
+
+    def parts() -> Iterator[np.ndarray]:
+        z = 0
+        for slab in itertools.chain([head], slabs):
+            if slab.shape != (shape[0], min(thickness, shape[1] - z), *shape[2:]):
+                raise ValueError(f"a slab of shape {slab.shape} at slice {z} is none of {shape}")
+            yield from slab
+            z += thickness
+        if z < shape[1]:
+            raise ValueError(f"{z} slices are not {shape[1]}")
+
+    _write(path, parts(), shape, dtype, thickness, "slab")
+
+
+def _write(
+    path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, thickness: int, first: str
+) -> None:
+    """Write chunks in the order given."""
     import blosc2
 
-    dtype, shape = np.dtype(dtype), tuple(map(int, shape))
     if dtype.name not in _TYPES:
         raise ValueError(f"dtype is float32 or float16, not {dtype}")
     if _slice_bytes(shape, dtype) > _MAX_CHUNK:
         raise ValueError(f"slices of {shape[2:]} are too large")
-    slab = max(1, _CHUNK // _slice_bytes(shape, dtype))
-    sizes, checksums, count = [], [], 0
+    sizes, checksums = [], []
     with whole_file(path) as stream:
         stream.seek(_PREFIX.size)
-        for channel in channels:
-            if channel.shape != shape[1:]:
-                raise ValueError(f"a channel of shape {channel.shape} is none of {shape}")
-            for z in range(0, shape[1], slab):
-                chunk = blosc2.compress2(
-                    np.ascontiguousarray(channel[z : z + slab], dtype=dtype),
-                    codec=blosc2.Codec.LZ4,
-                    clevel=_LEVEL,
-                    filters=[blosc2.Filter.BITSHUFFLE],
-                    filters_meta=[0],
-                    typesize=dtype.itemsize,
-                    nthreads=1,
-                )
-                stream.write(chunk)
-                sizes.append(len(chunk))
-                checksums.append(zlib.crc32(chunk))
-            count += 1
-        if count != shape[0]:
-            raise ValueError(f"{count} channels are not {shape[0]}")
-        content = {"shape": shape, "dtype": dtype.name, "slab": slab, "blosc2": blosc2.__version__}
-        header = json.dumps(content | {"sizes": sizes, "crc32": checksums}).encode()
+        for part in parts:
+            chunk = blosc2.compress2(
+                np.ascontiguousarray(part, dtype=dtype),
+                codec=blosc2.Codec.LZ4,
+                clevel=_LEVEL,
+                filters=[blosc2.Filter.BITSHUFFLE],
+                filters_meta=[0],
+                typesize=dtype.itemsize,
+                nthreads=1,
+            )
+            stream.write(chunk)
+            sizes.append(len(chunk))
+            checksums.append(zlib.crc32(chunk))
+        content = {"shape": shape, "dtype": dtype.name, "slab": thickness, "first": first}
+        content |= {"blosc2": blosc2.__version__, "sizes": sizes, "crc32": checksums}
+        header = json.dumps(content).encode()
         start = stream.tell()
         stream.write(header)
         stream.seek(0)

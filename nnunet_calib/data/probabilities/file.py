@@ -99,28 +99,58 @@ class ProbabilityFile:
         Raises:
             InputError: the file is damaged or holds something that is not a probability.
         """
-        channels = self._stored.channels()
+        yield from self._parts(self._stored.channels())
+
+    def whole(self) -> np.ndarray:
+        """All probabilities (C, z, y, x).
+
+        Raises:
+            InputError: as ``channels``, or they do not fit into memory.
+        """
+        try:
+            whole = np.empty(self.shape, dtype=self.dtype)
+        except MemoryError as error:
+            raise _damaged(self.path, error) from error
+        for row, channel in zip(whole, self.channels(), strict=True):
+            row[...] = channel
+        return whole
+
+    def slabs(self) -> Iterator[np.ndarray]:
+        """Yield all channels of some slices after the others, (C, slab, y, x), in the order of z.
+
+        Of the compact format each is some 4 MB a channel and takes the memory of the one before. In the other formats
+        one channel follows the other, so there the only slab is the whole volume.
+
+        Raises:
+            InputError: as ``whole``.
+        """
+        if isinstance(self._stored, CompactReader):
+            yield from self._parts(self._stored.slabs())
+        else:
+            yield self.whole()
+
+    def _parts(self, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         while True:
             try:
-                channel = next(channels, None)
+                part = next(parts, None)
             except InputError:
                 raise
             except Exception as error:  # as in __init__
                 raise _damaged(self.path, error) from error
-            if channel is None:
+            if part is None:
                 return
-            yield self._checked(channel)
-            del channel  # the next one needs its memory
+            yield self._checked(part)
+            del part  # the next one needs its memory
 
-    def _checked(self, channel: np.ndarray) -> np.ndarray:
+    def _checked(self, part: np.ndarray) -> np.ndarray:
         # Floats from 0 to 1 are in the order of their bits, with negative ones and NaN after them: one fast pass.
-        bits = channel.dtype.str.replace("f", "u")
-        if channel.view(bits).max() <= np.ones((), channel.dtype).view(bits):
-            return channel
-        lowest, highest = channel.min(), channel.max()
+        bits = part.dtype.str.replace("f", "u")
+        if part.view(bits).max() <= np.ones((), part.dtype).view(bits):
+            return part
+        lowest, highest = part.min(), part.max()
         if not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):  # NaN fails too
             raise InputError(f"{self.path}: values from {lowest:g} to {highest:g}; probabilities are in [0, 1]")
-        return channel.clip(0, 1)
+        return part.clip(0, 1)
 
 
 def _same_place(ours: np.ndarray, theirs: np.ndarray) -> bool:
