@@ -136,7 +136,7 @@ def ours(backend: str) -> Callable:
         from nnunet_calib import metrics
 
         labels = list(range(1, structures + 1))
-        overlaps = metrics.overlaps(reference, prediction, labels)
+        overlaps = metrics.overlaps(reference, prediction, labels, backend=backend)
         measured = metrics.structure_distances(
             reference, prediction, labels, spacing, backend=backend, device=DEVICE[backend]
         )

@@ -3,37 +3,91 @@
 Imported only where numba is there and asked for.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from nnunet_calib.metrics.compiled import compiled
+
+_HALF = 32  # voxels that a window of 64 bits sees on either side
+_PATIENCE = 16  # most points that are left to the search after one that needs it: its neighbours do, too
+
+# Minima are taken several at a time. No number is rounded otherwise, and none is NaN.
+_compiled = compiled("nnan", "nsz")
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call and keep the machine code on disk, where any folder can be written to.
+def _zeros(side: str) -> Any:
+    """How many bits of 64 are 0 before the first that is 1: ``cttz`` from the lowest on, ``ctlz`` from the highest."""
 
-    The flags let the compiler take minima several at a time. No number is rounded otherwise, and none is NaN.
-    """
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"nnan", "nsz"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the user's cache folder
-        return numba.njit(**options)(function)
+    @intrinsic
+    def count(typing, bits):
+        def instruction(context, builder, signature, arguments):
+            return getattr(builder, side)(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+        return types.uint64(types.uint64), instruction
+
+    return count
+
+
+_low_zeros, _high_zeros = _zeros("cttz"), _zeros("ctlz")
 
 
 @_compiled
-def probe(at: np.ndarray, there: np.ndarray, voxels: int, steps: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Squared distances of the points with a target within the probes; infinity for the others."""
-    is_target = np.zeros(voxels, np.bool_)
-    for position in there:
-        is_target[position] = True
-    squared = np.full(at.size, np.inf)
-    for i in range(at.size):
-        for k in range(steps.size):
-            if is_target[at[i] + steps[k]]:
-                squared[i] = squares[k]
+def close(source, target, spacing, rows, squares):
+    """Squared distance of the points (z, y, x) that are close to one of ``target``; infinity for the others.
+
+    Every row of voxels is a row of bits, set where a target is. The rows around a point are looked at from the nearest
+    on: the nearest target in a row is the nearest bit. Exact: a row beyond the best distance so far ends it, and what
+    is farther than the last row or the end of a row's window is left as infinity.
+
+    ``rows`` int64 (2, k) are the steps (z, y) to the rows, by their squared distances ``squares`` (k + 1,) in
+    ascending order, of which the last belongs to the first row that is not there.
+    """
+    (z, y, x), (target_z, target_y, target_x) = source, target
+    reach_z, reach_y = np.abs(rows[0]).max(), np.abs(rows[1]).max()
+    low_z = np.int64(min(z.min(), target_z.min()) - reach_z)
+    low_y = np.int64(min(y.min(), target_y.min()) - reach_y)
+    low_x = np.int64(min(x.min(), target_x.min()) - 2 * _HALF)
+    depth = max(z.max(), target_z.max()) + reach_z + 1 - low_z
+    height = max(y.max(), target_y.max()) + reach_y + 1 - low_y
+    words = (max(x.max(), target_x.max()) + _HALF - low_x) // 64 + 2
+    bits = np.zeros(depth * height * words, np.uint64)
+    for k in range(target_z.size):
+        column = target_x[k] - low_x
+        word = ((target_z[k] - low_z) * height + target_y[k] - low_y) * words + (column >> 6)
+        bits[word] |= np.uint64(1) << np.uint64(column & 63)
+    steps = (rows[0] * height + rows[1]) * words
+    across = np.empty(65)
+    for step in range(65):
+        across[step] = (step * spacing[2]) * (step * spacing[2])
+    limit = min(squares[-1], across[_HALF])
+    squared = np.full(z.size, np.inf)
+    skipped, patience = 0, 0
+    for k in range(z.size):
+        if skipped < patience:
+            skipped += 1
+            continue
+        start = x[k] - low_x - _HALF
+        home = ((z[k] - low_z) * height + y[k] - low_y) * words + (start >> 6)
+        shift = np.uint64(start & 63)
+        best = np.inf
+        for r in range(steps.size):
+            if squares[r] >= best:
                 break
+            word = home + steps[r]
+            window = bits[word] >> shift | bits[word + 1] << np.uint64(1) << (np.uint64(63) - shift)
+            right, left = window >> np.uint64(_HALF), window << np.uint64(_HALF)
+            step = min(_low_zeros(right), _high_zeros(left) + np.uint64(1), np.uint64(64))  # 64: beyond the limit
+            best = min(best, squares[r] + across[step])
+        if best <= limit:
+            squared[k] = best
+            patience = 0
+        else:
+            patience = min(2 * patience + 1, _PATIENCE)
+        skipped = 0
     return squared
 
 

@@ -99,20 +99,19 @@ def structure_distances(
         One ``SurfaceDistances`` per structure, in their order.
 
     Raises:
-        ValueError: shapes differ, labels are not integers or negative, the spacing does not fit the axes or is not
-            positive, or an option has an unknown value.
+        ValueError: shapes differ, labels (of maps or structures) are not integers or negative, the spacing does not fit
+            the axes or is not positive, or an option has an unknown value.
         ImportError: numba is asked for and not installed.
     """
     _check(reference, prediction, spacing)
     _one_of("surface", surface, SURFACES)
     backend = available(backend)
-    on_device = backend == "torch"
     axes, shape, step = _as_3d(reference.shape, spacing)
     reference, prediction = (label_map(labels).reshape(shape) for labels in (reference, prediction))
     measured: dict[int, SurfaceDistances] = {}
     for layer in disjoint(structures):
         maps, wanted = relabelled(reference, prediction, {k: labels_of(structures[k]) for k in layer})
-        found = [surfaces(labels, axes, wanted, step, surface, device if on_device else None) for labels in maps]
+        found = [surfaces(labels, axes, wanted, step, surface, backend=backend, device=device) for labels in maps]
         for k, ours, theirs in zip(layer, *found, strict=True):
             measured[k] = SurfaceDistances(
                 nearest(ours.points, theirs.points, step, backend=backend, device=device),
@@ -247,7 +246,22 @@ def _percentile(values: np.ndarray, counts: np.ndarray | None, percentile: float
     if percentile == 100:
         return float(values.max())
     if counts is None:
-        return float(np.percentile(values, percentile))
+        return _interpolated(values, percentile)
     order = np.argsort(values, kind="stable")
     share = np.cumsum(counts[order]) / counts.sum()
     return float(values[order[min(int(np.searchsorted(share, percentile / 100)), len(order) - 1)]])
+
+
+def _interpolated(values: np.ndarray, percentile: float) -> float:
+    """``np.percentile`` below the 100th, sooner: by one partition, of the values above the mean where they decide.
+
+    Most surface distances are the same few small numbers, at which a partition takes long.
+    """
+    position = percentile / 100 * (values.size - 1)
+    below = int(position)
+    tail = values[values > values.mean()]
+    if (before := values.size - tail.size) <= below:
+        values, below, position = tail, below - before, position - before
+    parted = np.partition(values, below)
+    value, share = parted[below], position - below
+    return float(value + share * (parted[below + 1 :].min() - value)) if share else float(value)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nnunet_calib.metrics.binning import Bins, bin_index, empty_bins
-from nnunet_calib.metrics.overlap import Structure, label_map
+from nnunet_calib.metrics.overlap import Structure, label_map, labels_of
 from nnunet_calib.metrics.ranked import CELLS, confidence_cell
 
 SLAB = 1 << 16  # voxels handled at once: all that is made of them stays in the processor's cache
@@ -374,7 +374,7 @@ def _counted(dtype: np.dtype) -> np.dtype:
 def _membership(classes: Sequence[Structure], reference: np.ndarray) -> np.ndarray:
     """Bool (C, largest label + 1): whether a label belongs to a class."""
     highest = int(reference.max()) if reference.size else 0
-    members = [np.atleast_1d(np.array(structure)) for structure in classes]
+    members = [np.array(labels_of(structure)) for structure in classes]
     table = np.zeros((len(classes), max(highest, *(int(m.max()) for m in members)) + 1), dtype=bool)
     for row, member in zip(table, members, strict=True):
         row[member] = True

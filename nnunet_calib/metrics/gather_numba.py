@@ -5,12 +5,9 @@ What is compiled is kept on disk until this file changes: constants of other fil
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
+from nnunet_calib.metrics.compiled import compiled
 from nnunet_calib.metrics.gather import HIGHEST, LOWEST, Limits, Tally, check_probabilities
 from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 
@@ -19,13 +16,7 @@ _CLOSE = 1e-4  # to 0; a run's product of what is farther away is a normal float
 _RUN = 64  # voxels that are looked at together: long enough for vector instructions, short enough to be alike
 
 
-def _compiled(function: Callable) -> Any:
-    """Compile on first use; kept on disk where a folder can be written, the package's or the user's."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to write
-        return numba.njit(**options)(function)
+_compiled = compiled("reassoc", "nsz", "contract")
 
 
 class NumbaCounting:

@@ -2,12 +2,13 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-_PROBES = 80  # neighbours tried one after the other before the search proper
+_PROBES = 80  # neighbours, or rows of them, tried one after the other before the search proper
 _VOXELS_PER_QUERY = 25  # of a distance transform that cost about as much as one query of a tree
 
 
@@ -28,6 +29,9 @@ def nearest(
     """
     if not source.size or not target.size:
         return np.full(source.shape[1], np.inf)
+    if backend == "numba":
+        squared = _nearest_compiled(source, target, spacing)
+        return np.sqrt(squared, out=squared)
     offsets, squares = probes(tuple(spacing.tolist()))
     # Positions in a crop around both sets, with room for every probe.
     low, high = _around(source, target)
@@ -36,12 +40,8 @@ def nearest(
     shape = high - low
     at, there = (_positions(points - low[:, None], shape) for points in (source, target))
     steps, voxels = _positions(offsets, shape), int(np.prod(shape))
-    if backend == "numba":
-        from nnunet_calib.metrics import distance_kernels as loops
-
-        squared = loops.probe(at, there, voxels, steps, squares)
-        search = loops.search
-    elif backend == "torch":
+    search: Callable[..., np.ndarray]
+    if backend == "torch":
         from nnunet_calib.metrics import distances_torch
 
         squared = distances_torch.probe(at, there, voxels, steps, squares, device)
@@ -51,7 +51,18 @@ def nearest(
     far = np.isinf(squared)
     if far.any():
         squared[far] = search(source[:, far], target, spacing)
-    return np.sqrt(squared)
+    return np.sqrt(squared, out=squared)
+
+
+def _nearest_compiled(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Squared distances by the rows around each point, and a search among all targets for those that are far off."""
+    from nnunet_calib.metrics import distance_kernels
+
+    squared = distance_kernels.close(tuple(source), tuple(target), spacing, *rows(tuple(spacing.tolist())))
+    far = np.isinf(squared)
+    if far.any():
+        squared[far] = distance_kernels.search(*map(np.ascontiguousarray, (source[:, far], target)), spacing)
+    return squared
 
 
 def _around(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +86,21 @@ def probes(spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     # Only a whole ball tells that a first hit is the nearest: stop before the cube's corners cut it off.
     order = order[squares[order] <= (5 * min(spacing)) ** 2][:_PROBES]
     return np.ascontiguousarray(offsets[:, order]), squares[order]
+
+
+@functools.cache
+def rows(spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows along the last axis, a voxel's own first.
+
+    Steps along the other axes int64 (2, k) and squared distances (k + 1,), ascending, one more than there are steps.
+    """
+    radius = 10 * min(spacing[:2])
+    sides = [range(-int(radius / step), int(radius / step) + 1) for step in spacing[:2]]
+    steps = np.array(list(itertools.product(*sides, [0]))).T
+    squares = squared_length(steps, np.array(spacing))
+    order = np.argsort(squares, kind="stable")
+    order = order[squares[order] <= radius**2][: _PROBES + 1]  # as for the probes: whole discs only
+    return np.ascontiguousarray(steps[:2, order[:-1]]), squares[order]
 
 
 def squared_length(steps: np.ndarray, spacing: np.ndarray) -> np.ndarray:

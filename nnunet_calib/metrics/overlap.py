@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnunet_calib.metrics.backends import available
+
 Structure = int | tuple[int, ...]
 """What is scored: one label, or the labels whose union is a region (nnU-Net's notation)."""
 
@@ -53,6 +55,8 @@ def overlaps(
     prediction: np.ndarray,
     structures: Sequence[Structure],
     valid: np.ndarray | None = None,
+    *,
+    backend: str = "auto",
 ) -> list[Overlap]:
     """Count the overlap of every structure in one pass over the two label maps.
 
@@ -64,19 +68,23 @@ def overlaps(
         prediction: label map of the same shape.
         structures: labels, or tuples of labels that form a region.
         valid: bool, same shape: the voxels that count. None: all.
+        backend: ``numpy``, ``numba`` (extra ``fast``), or ``auto``: numba if it is installed, else numpy. ``torch``
+            is numpy here.
 
     Returns:
         One ``Overlap`` per structure, in their order, with the definitions of nnU-Net's own evaluation.
 
     Raises:
-        ValueError: the shapes differ, or labels are negative or no integers.
+        ValueError: the shapes differ, labels (of maps or structures) are negative or no integers, or the backend is
+            unknown.
+        ImportError: numba is asked for and not installed.
     """
     reference, prediction = label_map(reference), label_map(prediction)
     if reference.shape != prediction.shape or (valid is not None and valid.shape != reference.shape):
         raise ValueError(f"shapes differ: reference {reference.shape}, prediction {prediction.shape}")
     members = [set(labels_of(structure)) for structure in structures]
     values = sorted(set().union(*members))
-    joint = _joint_histogram(reference, prediction, values, valid)
+    joint = _joint_histogram(reference, prediction, values, valid, available(backend))
     total = int(joint.sum())
     counted = []
     for member in members:
@@ -90,13 +98,19 @@ def overlaps(
 
 
 def _joint_histogram(
-    reference: np.ndarray, prediction: np.ndarray, values: list[int], valid: np.ndarray | None
+    reference: np.ndarray, prediction: np.ndarray, values: list[int], valid: np.ndarray | None, backend: str
 ) -> np.ndarray:
     """Voxels by (reference, prediction) index into ``values``; all other labels share the last row and column."""
     size = len(values) + 1
-    top = max((int(labels.max()) for labels in (reference, prediction) if labels.size), default=0)
-    index = np.full(max([top, *values]) + 1, len(values), dtype=np.intp)
+    index = np.full(max([_highest(reference), _highest(prediction), *values]) + 1, len(values), dtype=np.intp)
     index[values] = np.arange(len(values))
+    if backend == "numba":
+        from nnunet_calib.metrics import label_kernels
+
+        every = np.empty(0, dtype=bool) if valid is None else valid.astype(bool, copy=False).reshape(-1)
+        return label_kernels.joint_counts(reference.reshape(-1), prediction.reshape(-1), every, index, size).reshape(
+            size, size
+        )
     joint = np.zeros(size * size, dtype=np.int64)
     flat_reference, flat_prediction = reference.reshape(-1), prediction.reshape(-1)
     flat_valid = None if valid is None else valid.reshape(-1)
@@ -110,6 +124,13 @@ def _joint_histogram(
         joint += np.bincount(pairs, minlength=size * size)
     joint[index[0] * (size + 1)] += (reference.size if valid is None else np.count_nonzero(valid)) - joint.sum()
     return joint.reshape(size, size)
+
+
+def _highest(labels: np.ndarray) -> int:
+    """The highest label there may be; of types whose every value fits into a table, without a look at the labels."""
+    if labels.dtype in (np.uint8, np.uint16):
+        return int(np.iinfo(labels.dtype).max)
+    return int(labels.max(initial=0))
 
 
 def _slabs(voxels: int) -> Iterator[slice]:
@@ -132,8 +153,15 @@ def label_map(labels: np.ndarray) -> np.ndarray:
 
 
 def labels_of(structure: Structure) -> tuple[int, ...]:
-    """The labels a structure is made of."""
-    return structure if isinstance(structure, tuple) else (structure,)
+    """The labels a structure is made of.
+
+    Raises:
+        ValueError: one is negative; as an index it would count from the end.
+    """
+    labels = structure if isinstance(structure, tuple) else (structure,)
+    if any(label < 0 for label in labels):
+        raise ValueError(f"labels must not be negative; a structure is {structure}")
+    return labels
 
 
 def _ratio(numerator: int, denominator: int) -> float:

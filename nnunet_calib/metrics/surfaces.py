@@ -8,6 +8,7 @@ The pass goes over a flattened copy with a layer of zeros around it, in which ne
 no test for the edge. An axis that the image has not (the first of a 2D image) has stride zero: nothing differs there.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,9 @@ def surfaces(
     wanted: Sequence[int],
     spacing: np.ndarray,
     surface: str = "voxel",
-    device: str | None = None,
+    *,
+    backend: str = "numpy",
+    device: str = "cpu",
 ) -> list[Surface]:
     """Find the surface of every wanted label.
 
@@ -47,33 +50,44 @@ def surfaces(
         wanted: labels, none of them 0.
         spacing: mm per axis, float64 (3,).
         surface: ``voxel`` or ``area``.
-        device: where torch looks for them; None: in numpy, with the same result.
+        backend: ``numpy``, ``numba`` or ``torch``; the same result.
+        device: of torch.
 
     Returns:
         One per wanted label, in their order.
     """
     labels = _padded(labels, axes)
     flat = labels.reshape(-1)
-    strides = np.array([labels.shape[1] * labels.shape[2], labels.shape[2], 1], dtype=np.int64)
+    positions = np.int32 if flat.size < 1 << 31 else np.int64
+    strides: np.ndarray = np.array([labels.shape[1] * labels.shape[2], labels.shape[2], 1], dtype=positions)
     strides[: 3 - axes] = 0
-    areas = None
-    if surface == "area":
-        corners = np.array(corner_offsets(axes)) @ strides[-axes:]
-        found, values, codes = _surface_cells(flat, corners, device)
-        areas = surfel_areas(spacing[-axes:].tolist())[codes]
+    corners = np.array(corner_offsets(axes), dtype=positions) @ strides[-axes:]
+    codes = None
+    if backend == "numba":
+        from nnunet_calib.metrics import label_kernels
+
+        place = np.full(1 << 8 * labels.itemsize, len(wanted))
+        place[wanted] = np.arange(len(wanted))
+        if surface == "area":
+            points, starts, codes = label_kernels.surface_cells(labels, corners, place, len(wanted))
+        else:
+            points, starts = label_kernels.surface_voxels(labels, strides, place, len(wanted))
+        parts = [slice(start, end) for start, end in itertools.pairwise(starts[:-1])]
     else:
-        found = _surface_voxels(flat, strides, device)
-        values = flat[found]
-    order = np.argsort(values, kind="stable")
-    values = values[order]
-    points = _indices(found[order], labels.shape)
-    starts, ends = (np.searchsorted(values, np.array(wanted, values.dtype), side) for side in ("left", "right"))
-    if areas is not None:
-        areas = areas[order]
-    return [
-        Surface(points[:, start:end], None if areas is None else areas[start:end])
-        for start, end in zip(starts, ends, strict=True)
-    ]
+        on_device = device if backend == "torch" else None
+        if surface == "area":
+            found, values, codes = _surface_cells(flat, corners, on_device)
+        else:
+            found = _surface_voxels(flat, strides, on_device)
+            values = flat[found]
+        order = np.argsort(values, kind="stable")
+        values = values[order]
+        points = _indices(found[order], labels.shape)
+        codes = None if codes is None else codes[order]
+        ends = (np.searchsorted(values, np.array(wanted, values.dtype), side) for side in ("left", "right"))
+        parts = [slice(start, end) for start, end in zip(*ends, strict=True)]
+    areas = None if codes is None else surfel_areas(spacing[-axes:].tolist())[codes]
+    return [Surface(points[:, part], None if areas is None else areas[part]) for part in parts]
 
 
 def _indices(positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,7 +115,7 @@ def _surface_voxels(flat: np.ndarray, strides: np.ndarray, device: str | None) -
 
         return distances_torch.surface_voxels(flat, strides, device)
     margin = int(strides.max())
-    found = [np.empty(0, dtype=np.int64)]
+    found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for start in range(margin, flat.size - margin, _CHUNK):
         stop = min(start + _CHUNK, flat.size - margin)
         here = flat[start:stop]
@@ -140,7 +154,7 @@ def _mixed_cells(flat: np.ndarray, corners: np.ndarray, device: str | None) -> n
 
         return distances_torch.mixed_cells(flat, corners, device)
     last = int(corners[-1])
-    found = [np.empty(0, dtype=np.int64)]
+    found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for start in range(0, flat.size - last, _CHUNK):
         stop = min(start + _CHUNK, flat.size - last)
         here = flat[start:stop]

@@ -1,15 +1,19 @@
 """Overlap counts: literal values, and nnU-Net's own evaluator."""
 
+import importlib.util
 import math
 
 import numpy as np
 import pytest
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
 
-from nnunet_calib.metrics import Overlap, overlaps
+from nnunet_calib.metrics import Overlap, calibration_scores, overlaps, structure_distances
 
 REFERENCE = np.array([[0, 1, 1], [2, 2, 0]])
 PREDICTION = np.array([[0, 1, 2], [2, 0, 0]])
+
+with_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+every_backend = pytest.mark.parametrize("backend", ["numpy", pytest.param("numba", marks=with_numba), "torch"])
 
 
 def test_counts_of_labels_and_of_a_region_that_overlaps_them():
@@ -38,13 +42,15 @@ def test_a_missed_structure_has_dice_zero():
     assert missed.dice == missed.iou == 0
 
 
+@every_backend
 @pytest.mark.parametrize("structures", [[1, 2, 300], [(1, 2), (2, 300), 300], [(2,), 1]])
 @pytest.mark.parametrize("masked", [False, True])
-def test_agrees_with_nnunet(structures, masked):
+def test_agrees_with_nnunet(structures, masked, backend):
     rng = np.random.default_rng(0)
-    reference, prediction = rng.choice([0, 1, 2, 7, 300], (2, 5, 6, 7))
+    reference, prediction = np.repeat(rng.choice([0, 1, 2, 7, 300], (2, 5, 6, 7)), 30, axis=2).astype(np.uint16)
     valid = rng.random(reference.shape) < 0.7 if masked else None
-    for structure, ours in zip(structures, overlaps(reference, prediction, structures, valid), strict=True):
+    counted = overlaps(reference, prediction, structures, valid, backend=backend)
+    for structure, ours in zip(structures, counted, strict=True):
         masks = (region_or_label_to_mask(labels, structure) for labels in (reference, prediction))
         tp, fp, fn, tn = compute_tp_fp_fn_tn(*masks, None if valid is None else ~valid)
         assert ours == Overlap(tp, fp, fn, tn)
@@ -57,6 +63,17 @@ def test_shapes_that_differ_and_negative_labels_are_refused():
         overlaps(REFERENCE - 1, PREDICTION, [1])
     with pytest.raises(ValueError, match="integers, not float64"):
         overlaps(REFERENCE.astype(float), PREDICTION, [1])
+
+
+@pytest.mark.parametrize("structure", [-1, (1, -2)])
+def test_a_structure_with_a_negative_label_is_refused(structure):
+    """As an index it would count from the end: another label's voxels."""
+    with pytest.raises(ValueError, match=r"negative; a structure is .*-"):
+        overlaps(REFERENCE, PREDICTION, [structure])
+    with pytest.raises(ValueError, match="negative"):
+        structure_distances(REFERENCE, PREDICTION, [structure], (1, 1))
+    with pytest.raises(ValueError, match="negative"):
+        calibration_scores(np.full((1, 2, 3), 0.5), REFERENCE, [structure], multilabel=True)
 
 
 def test_bool_masks_are_label_1():

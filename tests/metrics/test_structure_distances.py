@@ -127,6 +127,20 @@ def test_a_prediction_far_off_is_measured_exactly(definition, backend, spacing):
     assert_same(found, by_brute_force(reference, prediction, 1, spacing, definition))
 
 
+@every_backend
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (9.0, 0.7, 0.9), (0.6, 5.0, 1.0), (2.0, 3.0, 0.3)])
+@pytest.mark.parametrize("voxels", [12, 400])
+def test_scattered_voxels_near_and_far_are_measured_exactly(backend, spacing, voxels):
+    """Every distance from none to most of the image, along every axis, in one structure."""
+    rng = np.random.default_rng(voxels)
+    reference, prediction = (np.zeros((9, 30, 210), dtype=np.uint8) for _ in range(2))
+    for labels in (reference, prediction):
+        labels[tuple(rng.integers(0, labels.shape, (voxels, 3)).T)] = 1
+    prediction[:, :, 60:] &= reference[:, :, 60:]
+    (found,) = structure_distances(reference, prediction, [1], spacing, backend=backend)
+    assert_same(found, by_brute_force(reference, prediction, 1, spacing, "voxel"))
+
+
 @every_surface
 @every_backend
 def test_many_labels_in_uint16_and_wide_integers(definition, backend):
@@ -213,6 +227,14 @@ def test_pooled_percentile_and_averages_agree_with_medpy(seed, spacing):
     assert average_surface_distance(distances) == pytest.approx(binary.assd(*masks, spacing), abs=1e-9)
     directed = binary.asd(*masks, spacing), binary.asd(*masks[::-1], spacing)
     assert mean_average_surface_distance(distances) == pytest.approx(sum(directed) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("percentile", [0, 5, 50, 95, 99.9])
+@pytest.mark.parametrize("values", [np.zeros(40), np.repeat([0.0, 1.0, 7.5], [90, 9, 2]), np.linspace(0, 5, 57) ** 2])
+def test_percentiles_are_those_of_numpy(values, percentile):
+    distances = SurfaceDistances(values, values[::-1])
+    expected = np.percentile(values, percentile)
+    assert hausdorff(distances, percentile) == pytest.approx(expected, abs=1e-12)
 
 
 def test_percentiles_by_hand():
