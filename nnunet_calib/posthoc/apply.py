@@ -26,6 +26,7 @@ from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, writ
 from nnunet_calib.posthoc import load_calibrator
 from nnunet_calib.posthoc.base import Calibrator, file_of
 from nnunet_calib.posthoc.sample import decide, open_probabilities
+from nnunet_calib.posthoc.tempered import compiled_loops
 
 _SLAB = 1 << 18  # probabilities calibrated at once: all that is made of them stays in the processor's cache
 _ROW = 1 << 15  # voxels at once, at most: what torch does to more it spreads over threads, which wait for each other
@@ -260,6 +261,8 @@ def _kept(before: np.ndarray, after: np.ndarray, regions: bool) -> bool:
     rounding = 4 * np.finfo(np.float32).eps
     if regions:
         return not (((before > 0.5) != (after > 0.5)) & (np.abs(after - 0.5) > rounding)).any()
+    if before.ndim == 2 and (loops := compiled_loops()):
+        return loops.keeps_largest(before, after, rounding)
     return not ((before == before.max(axis=0)) & (after < after.max(axis=0) - rounding)).any()
 
 

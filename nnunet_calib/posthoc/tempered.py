@@ -7,17 +7,21 @@ less than 1e-6 from what float64 gives. Where T may be below 1, p is first divid
 all of its powers could end at 0.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from nnunet_calib.metrics import smallest_probability
+from nnunet_calib.metrics.backends import available
 from nnunet_calib.posthoc.base import VoxelwiseCalibrator, softmax
 
 _ADDED = 8  # classes
+_ROUNDED_DOWN = 1 - 2.0**-24  # half the spacing of float32, and four times sooner than nextafter
 
 ALONE = (1.0, 0.0, 0.0)
 """Weights w of a temperature and nothing else."""
@@ -46,7 +50,7 @@ class TemperedCalibrator(VoxelwiseCalibrator):
         self._check_fitted(probabilities)
         p = probabilities.reshape(len(probabilities), -1).astype(np.float32, copy=False)
         # a row of floors: numpy takes four times as long to compare with a single number
-        inside = np.maximum(p, np.full(p.shape[1], smallest_probability(stored), dtype=np.float32))
+        inside = np.maximum(p, np.full(p.shape[1], smallest_probability(stored), dtype=np.float32), order="C")
         if not self.multilabel:
             calibrated = _mixed(inside, *self._mixture(self.parameters[0]))
         else:
@@ -69,9 +73,7 @@ def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) ->
     if powers.ndim or powers > 1:
         p /= p.max(axis=0)
     own = _of_voxels(powers, p)
-    soft = np.log(p, out=p)
-    soft *= own
-    np.exp(soft, out=soft)
+    soft = _raised(p, own)
     soft *= _share(weights[0], soft)
     if raw is None:
         return soft
@@ -80,18 +82,38 @@ def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) ->
     return np.minimum(soft, 1, out=soft)  # rounded
 
 
+@functools.cache
+def compiled_loops() -> ModuleType | None:
+    """``tempered_numba`` where numba is installed (extra ``fast``)."""
+    if available("auto") != "numba":
+        return None
+    from nnunet_calib.posthoc import tempered_numba
+
+    return tempered_numba
+
+
+def _raised(p: np.ndarray, powers: np.ndarray) -> np.ndarray:
+    """Probabilities to a power, one or of every voxel, in their own memory."""
+    if loops := compiled_loops():
+        loops.raise_to(p, powers)
+        return p
+    np.log(p, out=p)
+    p *= powers
+    return np.exp(p, out=p)
+
+
 def _share(weight: float, p: np.ndarray) -> np.ndarray:
     """Weight by sum over the classes, float32 (N,), rounded down: no share of 1 of the sum comes out above 1.
 
     Only so many are added in float32; many small summands would be lost beside a large one.
     """
     parts = [p[c : c + _ADDED].sum(axis=0) for c in range(0, len(p), _ADDED)]
-    share = (weight / np.sum(parts, axis=0, dtype=np.float64)).astype(np.float32)
-    return np.nextafter(share, np.float32(0))
+    total = np.sum(parts, axis=0, dtype=np.float64)
+    return (weight * _ROUNDED_DOWN / total).astype(np.float32)
 
 
 def _of_voxels(powers: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """1 / T float32: one, or of every voxel that of its class, the first for which p / max p is 1."""
+    """1 / T float32: one (shape ()), or of every voxel that of its class, the first for which p / max p is 1."""
     powers = powers.astype(np.float32)
     if not powers.ndim:
         return powers

@@ -3,8 +3,25 @@
 import numpy as np
 import pytest
 
-from nnunet_calib.posthoc import ClasswiseTemperature, EnsembleTemperature, TemperatureScaling, log_probabilities
-from nnunet_calib.posthoc.apply import calibrate_case
+from nnunet_calib.posthoc import (
+    ClasswiseTemperature,
+    EnsembleTemperature,
+    TemperatureScaling,
+    apply,
+    log_probabilities,
+    tempered,
+)
+from nnunet_calib.posthoc.apply import _kept, calibrate_case
+
+
+@pytest.fixture(params=["compiled", "numpy"], autouse=True)
+def loops(request, monkeypatch):
+    """With and without numba."""
+    if request.param == "numpy":
+        for module in (tempered, apply):
+            monkeypatch.setattr(module, "compiled_loops", lambda: None)
+    else:
+        assert tempered.compiled_loops() is not None
 
 
 def with_parameters(calibrator, channels: int, parameters: list[dict]):
@@ -79,3 +96,15 @@ def test_probabilities_that_are_given_are_not_touched(multilabel):
         for calibrator in every(3, temperature, multilabel):
             calibrator.calibrate(p)
             assert np.array_equal(p, before)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_what_counts_as_the_same_label(kind):
+    """The first class of the largest probability must still have it, but for rounding."""
+    before = np.array([[0.5, 0.2, 0.4], [0.3, 0.5, 0.4], [0.2, 0.3, 0.2]], dtype=kind)
+    assert _kept(before, before**2, regions=False)
+    assert not _kept(before, before[[1, 0, 2]], regions=False)
+    for much, kept in ((1e-7, True), (1e-5, False)):
+        after = np.full((3, 3), 1 / 3, dtype=kind)
+        after[2, 1] += much
+        assert _kept(before, after, regions=False) == kept
