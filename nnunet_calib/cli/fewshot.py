@@ -67,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapt the head to each query, without labels: two more passes over each query",
     )
     fit.add_argument(
+        "--unlabelled",
+        metavar="DIR",
+        type=Path,
+        help="with --head adapter: images without label maps, in which the structure is held to the volume expected",
+    )
+    fit.add_argument(
         "--inside",
         metavar="V",
         type=int,
@@ -124,6 +130,8 @@ def _fit(args: argparse.Namespace) -> int:
 
     if args.refine and args.head != "linear":
         raise UsageError(f"--refine works with head linear, not {args.head}")
+    if args.unlabelled is not None and args.head != "adapter":
+        raise UsageError(f"--unlabelled works with head adapter, not {args.head}")
     if min(args.chunks, args.voxels) < 1:
         raise UsageError("--chunks and --voxels must be 1 or more")
     if not 0 <= args.margin < 1:
@@ -147,6 +155,7 @@ def _fit(args: argparse.Namespace) -> int:
         ignore=args.ignore,
         settings=settings,
         inside=args.inside,
+        unlabelled=args.unlabelled,
         voxels=args.voxels,
         seed=args.seed,
         **_prediction(args),

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.fewshot.heads.adapter import AdapterHead, AdapterSettings, AnnotatedImage, fit_adapters
-from nnunet_calib.fewshot.method import Support
+from nnunet_calib.fewshot.adapter_training import AdapterSettings, AnnotatedImage, fit_adapters
+from nnunet_calib.fewshot.heads.adapter import AdapterHead
+from nnunet_calib.fewshot.method import Settings, expected_without_fit
 from nnunet_calib.fewshot.model import BaseModel
 from nnunet_calib.fewshot.predictor import FeaturePredictor
+from nnunet_calib.fewshot.scan import Scan, Support
 from nnunet_calib.fewshot.volumes import IGNORED, STRUCTURE, Volume
 
 FEWEST = 3
@@ -28,7 +31,9 @@ def adapt(
     predictor: FeaturePredictor,
     volumes: Sequence[Volume],
     supports: Sequence[Support],
-    settings: AdapterSettings | None = None,
+    unlabelled: Sequence[tuple[Volume, Scan]] = (),
+    settings: Settings | None = None,
+    training: AdapterSettings | None = None,
     progress: bool = True,
 ) -> tuple[list[Support], list[AdapterHead]]:
     """Train adapters on all supports, and on all but each.
@@ -38,7 +43,10 @@ def adapt(
         predictor: of the model.
         volumes: preprocessed, with labels.
         supports: sampled from them.
-        settings: of the training.
+        unlabelled: volumes without annotation; the training keeps the structure near the volume that the supports it
+            sees lead to expect there. Of no use where they lead to expect none.
+        settings: of the structure: what volumes are aligned by; the defaults if None.
+        training: the defaults if None.
         progress: show a bar.
 
     Returns:
@@ -55,16 +63,31 @@ def adapt(
     if len(volumes) < FEWEST:
         raise InputError(f"adapters need {FEWEST} supports or more, there are {len(volumes)}; use head linear")
     images = [annotated(volume, patch) for volume in volumes]
-    multilabel = model.dataset.has_regions
-    groups = [[image for j, image in enumerate(images) if j != i] for i in range(len(images))]
-    features: list[list[torch.Tensor]] = [[] for _ in supports]
-    trained: list[list[dict[str, torch.Tensor]]] = []
-    with tqdm(total=(len(groups) + 1) * predictor.folds, desc="adapters", unit="training", disable=not progress) as bar:
-        for group in [*groups, images]:
+    without = [_padded(torch.from_numpy(volume.image), patch) for volume, _ in unlabelled]
+    scans = [scan for _, scan in unlabelled]
+    everyone = range(len(images))
+    groups = [*([j for j in everyone if j != i] for i in everyone), list(everyone)]
+    features: list[list[Tensor]] = [[] for _ in supports]
+    trained: list[list[dict[str, Tensor]]] = []
+    with tqdm(total=len(groups) * predictor.folds, desc="adapters", unit="training", disable=not progress) as bar:
+        for group in groups:
+            expected = expected_without_fit([supports[i] for i in group], settings or Settings(), scans)
+            sized = [
+                (image, volume / scan.voxel_mm3)
+                for image, scan, volume in zip(without, scans, expected, strict=True)
+                if volume is not None
+            ]
             states = []
             for weights in model.weights:
                 predictor.network.load_state_dict(weights)
-                branch = fit_adapters(predictor.network, group, patch, settings=settings, multilabel=multilabel)
+                branch = fit_adapters(
+                    predictor.network,
+                    [images[i] for i in group],
+                    patch,
+                    sized,
+                    settings=training,
+                    multilabel=model.dataset.has_regions,
+                )
                 states.append({name: parameter.detach().cpu() for name, parameter in branch.trained().items()})
                 bar.update()
             trained.append(states)
@@ -80,12 +103,15 @@ def annotated(volume: Volume, patch: Sequence[int]) -> AnnotatedImage:
     """A volume as the training takes it, at least a patch large; what is added at its ends does not count."""
     assert volume.label is not None
     label = torch.from_numpy(volume.label)
-    # torch pads the last axis first, and after the end
-    missing = [
-        part for size, own in zip(patch[::-1], volume.shape[::-1], strict=True) for part in (0, max(0, size - own))
-    ]
     return AnnotatedImage(
-        pad(torch.from_numpy(volume.image), missing),
-        pad(label == STRUCTURE, missing),
-        pad(label != IGNORED, missing, value=False),
+        _padded(torch.from_numpy(volume.image), patch),
+        _padded(label == STRUCTURE, patch),
+        _padded(label != IGNORED, patch),
     )
+
+
+def _padded(array: Tensor, patch: Sequence[int]) -> Tensor:
+    """(..., *S) with zeros after the ends of S, at least a patch large."""
+    # torch pads the last axis first
+    sizes = zip(patch[::-1], array.shape[::-1], strict=False)
+    return pad(array, [part for size, own in sizes for part in (0, max(0, size - own))])

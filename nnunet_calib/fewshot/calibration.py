@@ -54,8 +54,18 @@ class Calibration:
         """
         return float(torch.sigmoid(torch.tensor(self.bias, dtype=torch.float64)))
 
+    def cut(self, logit: np.ndarray, weight: np.ndarray | None = None) -> float:
+        """The probability above which the voxels of a volume are labelled, from their log odds and ``weight``.
 
-def best_threshold(probability: np.ndarray, prior: float = 0.5) -> float:
+        Only of honest probabilities an expected Dice means something; where nothing was fitted the volume prior draws
+        the line.
+        """
+        return self.threshold if self == Calibration() else best_threshold(logit, self, weight)
+
+
+def best_threshold(
+    logit: np.ndarray, calibration: Calibration | None = None, weight: np.ndarray | None = None
+) -> float:
     """The probability to cut at for the largest Dice that honest probabilities let expect.
 
         t* = argmax_t  2 sum_{p > t} p / (n_{p > t} + sum p)
@@ -65,23 +75,28 @@ def best_threshold(probability: np.ndarray, prior: float = 0.5) -> float:
     2014.
 
     Args:
-        probability: of every voxel, any shape.
-        prior: where the volume prior cuts, ``Calibration.threshold``.
+        logit: log odds of every voxel, any shape.
+        calibration: gives their probabilities p, and where the volume prior cuts; the identity if None.
+        weight: voxels that each stands for, of the shape of ``logit``; one if None.
 
     Returns:
         At most 1/2. At least 1/4, for what is three times as likely not to be the structure is better not labelled; or
         where the prior cuts, if that is lower: a weak head is nowhere sure, and would leave the structure out.
     """
+    calibration = calibration or Calibration()
     counts, found = np.zeros(_CELLS), np.zeros(_CELLS)
-    flat = probability.ravel()
+    flat, weights = np.ravel(logit), None if weight is None else np.ravel(weight)
     for first in range(0, flat.size, _SLAB):
-        part = flat[first : first + _SLAB]
-        cell = (part * _CELLS).astype(np.int64).clip(max=_CELLS - 1)
-        counts += np.bincount(cell, minlength=_CELLS)
-        found += np.bincount(cell, part, minlength=_CELLS)
-    counts, found = counts[::-1].cumsum(), found[::-1].cumsum()
-    dice = 2 * found / np.maximum(counts + found[-1], 1)
-    return min(0.5, max(min(_LEAST, prior), 1 - (int(dice.argmax()) + 1) / _CELLS))
+        part = slice(first, first + _SLAB)
+        p = calibration.probability(torch.from_numpy(flat[part])).numpy()
+        w = None if weights is None else weights[part]
+        cell = (p * _CELLS).astype(np.int64).clip(max=_CELLS - 1)
+        counts += np.bincount(cell, w, minlength=_CELLS)
+        found += np.bincount(cell, p if w is None else p * w, minlength=_CELLS)
+    above, inside = counts[::-1].cumsum(), found[::-1].cumsum()
+    dice = 2 * inside / np.maximum(above + inside[-1], 1)
+    best = 1 - (int(dice.argmax()) + 1) / _CELLS
+    return min(0.5, max(min(_LEAST, calibration.threshold), best))
 
 
 def out_of_fold(

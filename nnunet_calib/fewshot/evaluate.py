@@ -4,60 +4,32 @@ Features of every case are computed once (``cache``); all that is tried is fitte
 supports and query is a line of ``pairs.jsonl`` as soon as it is scored, and is not done again.
 """
 
-import csv
-import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from tqdm import tqdm
 
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.images import read_labels
-from nnunet_calib.fewshot.cache import CachedPrediction, FeatureCache
-from nnunet_calib.fewshot.chunks import alpnet_parts, alpnet_support_slices
-from nnunet_calib.fewshot.fit import nested, overlaps, scan_of
-from nnunet_calib.fewshot.merge import merge_labels
-from nnunet_calib.fewshot.method import (
-    FittedStructure,
-    NovelMap,
-    Scan,
-    Settings,
-    Support,
-    apply_structure,
-    fit_structure,
-    refine_on_query,
-)
+from nnunet_calib.fewshot.cache import FeatureCache
+from nnunet_calib.fewshot.cases import Case, Files
+from nnunet_calib.fewshot.fit import nested
+from nnunet_calib.fewshot.method import FittedStructure, NovelMap, Settings, apply_structure, fit_structure
 from nnunet_calib.fewshot.model import CHECKPOINT, BaseModel
+from nnunet_calib.fewshot.pairs import identity, read_pairs, write_results
 from nnunet_calib.fewshot.predictor import FeaturePredictor
 from nnunet_calib.fewshot.protocols import PAPER, PAPER_CHUNKS, REAL, Episode, paper_episodes, real_episodes
-from nnunet_calib.fewshot.sampling import sample_support
-from nnunet_calib.fewshot.scores import base_dice, mean_dice, novel_scores, summarise
+from nnunet_calib.fewshot.refinement import refine_on_query
+from nnunet_calib.fewshot.scores import novel_scores
 from nnunet_calib.fewshot.transduction import Objective
-from nnunet_calib.fewshot.volumes import STRUCTURE, Volume, find_supports, read_volume, to_image_grid, turn_back
+from nnunet_calib.fewshot.volumes import find_supports
 
 ORACLE = "oracle"
-GROUPS = ("structure", "protocol", "head", "chunks", "extent", "mode", "k", "entropy")
-"""What tells the rows of a summary apart."""
-
-_BOTTOM = -40.0  # log odds outside of what nnU-Net cropped to
-
-
-@dataclass(frozen=True)
-class Files:
-    """A case on disk: one image file a channel, the label map with the structure, and the base classes' if there is."""
-
-    images: tuple[Path, ...]
-    label: Path
-    base: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,131 +60,6 @@ class Trial:
             "k": self.k,
             "entropy": None if settings.objective is None else settings.objective.entropy,
         }
-
-
-class Case:
-    """One case and one structure in it, and what the base model says of it."""
-
-    def __init__(self, name: str, files: Files, model: BaseModel, value: int, cache: FeatureCache, voxels: int):
-        self.name, self._files, self._model, self._value, self._voxels = name, files, model, value, voxels
-        self.volume: Volume = read_volume(model, name, files.images, label=files.label, value=value)
-        self.predicted: CachedPrediction = cache.predict(name, self.volume.image)
-        self.scan: Scan = scan_of(model, self.volume, self.predicted.base)
-
-    @cached_property
-    def structure(self) -> np.ndarray:
-        """Bool (*S)."""
-        assert self.volume.label is not None
-        return self.volume.label == STRUCTURE
-
-    @cached_property
-    def support(self) -> Support:
-        """The case as a support."""
-        index, weight = sample_support(self.structure, self.scan.base, self.volume.spacing, voxels=self._voxels)
-        return self._support(index, weight, None)
-
-    def paper_support(self, axis: int, chunks: int) -> Support:
-        """The case as the papers' support: one annotated slice a chunk, and its chunk known."""
-        along, _ = self._along(axis)
-        planes = np.moveaxis(self.structure, along, 0)
-        held = np.flatnonzero(planes.any(axis=(1, 2)))
-        index, part = [], []
-        number = np.moveaxis(np.arange(self.structure.size).reshape(self.structure.shape), along, 0)
-        order = held if self._along(axis)[1] > 0 else held[::-1]
-        for i, z in enumerate(alpnet_support_slices(order.tolist(), chunks)):
-            index.append(number[z].ravel())
-            part.append(np.full(number[z].size, i))
-        every = np.concatenate(index)
-        return self._support(every, np.ones(every.size), np.concatenate(part))
-
-    def paper_query(self, axis: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
-        """Chunk of each voxel and whether it is scored, by the extent in the case's own labels: flat int64 and bool."""
-        along, direction = self._along(axis)
-        held = np.flatnonzero(np.moveaxis(self.structure, along, 0).any(axis=(1, 2)))
-        z = np.arange(self.structure.shape[along])
-        first, last = (held[0], held[-1]) if direction > 0 else (-held[-1], -held[0])
-        parts = alpnet_parts(z if direction > 0 else -z, int(first), int(last), chunks)
-        inside = (z >= held[0]) & (z <= held[-1])
-        shape = [1, 1, 1]
-        shape[along] = -1
-        wide = np.broadcast_to(parts.reshape(shape), self.structure.shape)
-        counted = np.broadcast_to(inside.reshape(shape), self.structure.shape)
-        return wide.ravel(), counted.ravel()
-
-    def paper_volume(self, axis: int, support: "Case", chunks: int) -> float:
-        """Volume that the support's annotated slices and the query's extent lead to expect, mm3."""
-        along, _ = self._along(axis)
-        height = np.count_nonzero(self.structure.any(axis=tuple(a for a in range(3) if a != along)))
-        drawn = support.paper_support(axis, chunks)
-        area = drawn.target.sum() / chunks * support.scan.voxel_mm3 / support.volume.spacing[support._along(axis)[0]]
-        return float(area * height * self.volume.spacing[along])
-
-    @cached_property
-    def reference(self) -> np.ndarray:
-        """Bool (z, y, x) of the image."""
-        return self._labels(self._files.label) == self._value
-
-    @cached_property
-    def base_reference(self) -> np.ndarray | None:
-        """Label map (z, y, x) of the base classes, if there is one."""
-        return None if self._files.base is None else self._labels(self._files.base)
-
-    @cached_property
-    def image_spacing(self) -> tuple[float, ...]:
-        """Mm between voxels of the image."""
-        return tuple(float(step) for step in self.volume.file_properties["spacing"])
-
-    @cached_property
-    def base(self) -> tuple[np.ndarray, np.ndarray]:
-        """The base model's labels (z, y, x) as ``nnUNetv2_predict`` writes them, and its probability of each."""
-        model, logits = self._model, self.predicted.base
-        labels = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits.numpy(), model.plans_manager, model.configuration_manager, model.label_manager,
-            self.volume.properties,
-        )  # fmt: skip
-        confidence = np.asarray(model.label_manager.apply_inference_nonlin(logits)).max(axis=0)
-        return turn_back(self.volume, labels[None])[0], to_image_grid(model, self.volume, confidence[None], 1.0)[0]
-
-    def on_image_grid(self, logit: np.ndarray) -> np.ndarray:
-        """Log odds (z, y, x) of a map (*S)."""
-        return to_image_grid(self._model, self.volume, logit[None], _BOTTOM)[0]
-
-    @cached_property
-    def overlaps(self) -> dict[int, tuple[float, float]]:
-        """As ``fit`` looks at a support: what the base model predicts in the structure."""
-        return overlaps(self.structure, self.scan.base)
-
-    def base_scores(self, probability: np.ndarray, found: NovelMap, inside: Sequence[int]) -> dict[str, float]:
-        """Mean Dice of the base classes before and after the structure is merged in; NaN without their labels."""
-        if self.base_reference is None:
-            return {"base_before": float("nan"), "base_after": float("nan")}
-        structures, value = self._model.dataset.structures, max(self._model.dataset.labels) + 1
-        labels, confidence = self.base
-        novel = np.zeros_like(probability) if found.absent else probability
-        merged = merge_labels(labels, confidence, novel[None], [value], [found.threshold], [inside])
-        merged[merged == value] = 0
-        before, after = (base_dice(self.base_reference, one, structures) for one in (labels, merged))
-        return {"base_before": mean_dice(before), "base_after": mean_dice(after)}
-
-    def _support(self, index: np.ndarray, weight: np.ndarray, part: np.ndarray | None) -> Support:
-        assert self.volume.structure_mm3 is not None
-        return Support(
-            self.scan,
-            index,
-            self.structure.ravel()[index],
-            weight,
-            self.predicted.sampled(index),
-            self.volume.structure_mm3,
-            self.volume.cut,
-            part,
-        )
-
-    def _along(self, axis: int) -> tuple[int, int]:
-        """Axis of S that runs along a patient axis, and its direction."""
-        return next((i, direction) for i, (a, direction) in enumerate(self.volume.axes) if a == axis)
-
-    def _labels(self, path: Path) -> np.ndarray:
-        return read_labels(path, self._model.plans_manager.image_reader_writer_class, range(1 << 16)).labels
 
 
 def grid(
@@ -274,20 +121,14 @@ def evaluate_structure(
     """
     output.mkdir(parents=True, exist_ok=True)
     file = output / "pairs.jsonl"
-    done = {_identity(record): record for record in read_pairs(file)}
+    done = {identity(record): record for record in read_pairs(file)}
     cases: dict[str, Case] = {}
 
     def case(name: str) -> Case:
         if name not in cases:
-            files = queries.get(name) or supports[name]
-            found = Case(name, files, model, value, cache, voxels)
-            first = next(iter(cases.values()), found).volume
-            if found.volume.orientation != first.orientation:
-                raise InputError(
-                    f"{files.images[0]}: stored {found.volume.orientation}, {first.case} is {first.orientation}; bring "
-                    "all cases to one orientation to evaluate them"
-                )
-            cases[name] = found
+            # all lie as the first support, whichever pairs are left to do
+            turned = None if name == annotated[0] else case(annotated[0]).volume.orientation
+            cases[name] = Case(name, queries.get(name) or supports[name], model, value, cache, voxels, turned)
         return cases[name]
 
     reader = model.plans_manager.image_reader_writer_class
@@ -321,7 +162,7 @@ def evaluate_structure(
                 "supports": list(episode.supports),
                 "query": episode.query,
             }
-            record = done.get(_identity(known))
+            record = done.get(identity(known))
             if record is None:
                 if fitted[0] != (trial, episode.supports):
                     fitted = ((trial, episode.supports), _fit(trial, episode, case))
@@ -414,36 +255,6 @@ def evaluate_folder(
     return [row for row in rows if row["structure"] == name]
 
 
-def read_pairs(file: Path) -> list[dict[str, Any]]:
-    """Records of ``pairs.jsonl``; a line that was cut off is left out."""
-    if not file.exists():
-        return []
-    records = []
-    for line in file.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def write_results(output: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Write ``pairs.csv`` and ``summary.json``; the rows of the summary are returned."""
-    if not records:
-        raise InputError(f"{output}: no pair was scored")
-    columns = list(dict.fromkeys(name for record in records for name in record if name != "base_classes"))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerow(dict(record) | {"supports": " ".join(record["supports"])})
-    write_whole(output / "pairs.csv", text.getvalue())
-    rows = summarise(records, GROUPS)
-    content = {"about": dict(about), "rows": [{name: _json(value) for name, value in row.items()} for row in rows]}
-    write_whole(output / "summary.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return rows
-
-
 def _fit(trial: Trial, episode: Episode, case: Callable[[str], Case]) -> FittedStructure:
     settings = trial.settings
     if trial.protocol == PAPER:
@@ -485,11 +296,3 @@ def _score(
 
 def _about(found: NovelMap) -> dict[str, Any]:
     return {"presence": float(min(found.presence, 1e6)), "absent": found.absent, "expected_mm3": found.expected_mm3}
-
-
-def _identity(record: Mapping[str, Any]) -> str:
-    return json.dumps([*(record[name] for name in GROUPS), *record["supports"], record["query"]])
-
-
-def _json(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

@@ -14,13 +14,14 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.adapt import adapt
 from nnunet_calib.fewshot.heads import AdapterHead, Head
-from nnunet_calib.fewshot.method import Scan, Settings, Support, fit_structure
+from nnunet_calib.fewshot.method import Settings, fit_structure
 from nnunet_calib.fewshot.model import CHECKPOINT, BaseModel
 from nnunet_calib.fewshot.predictor import FeaturePredictor
 from nnunet_calib.fewshot.sampling import VOXELS, sample_support
+from nnunet_calib.fewshot.scan import Scan, Support
 from nnunet_calib.fewshot.shift import Background
 from nnunet_calib.fewshot.task import ENDING, Task, thinned
-from nnunet_calib.fewshot.volumes import IGNORED, STRUCTURE, Volume, find_supports, read_volume
+from nnunet_calib.fewshot.volumes import IGNORED, STRUCTURE, Volume, find_images, find_supports, read_volume
 
 FEWEST_VOXELS = 10
 """Voxels of the structure on the network's grid without which a support cannot be used."""
@@ -67,6 +68,7 @@ def fit_folder(
     step_size: float = 0.5,
     mirroring: bool = True,
     previous: Path | None = None,
+    unlabelled: Path | None = None,
     voxels: int = VOXELS,
     seed: int = 0,
     progress: bool = True,
@@ -89,6 +91,8 @@ def fit_folder(
         step_size: of the sliding window.
         mirroring: test-time augmentation of the base classes.
         previous: of a cascade, the folder of the previous stage's segmentations.
+        unlabelled: folder of images in nnU-Net's raw layout, in which adapters are held to the volume expected
+            there; other heads have no use for it. Where it is ``images``, those without label map.
         voxels: sampled from each support.
         seed: of the samples.
         progress: show a bar.
@@ -103,21 +107,28 @@ def fit_folder(
     settings = settings or Settings()
     file = task_file(Path(output), name)
     model = BaseModel(model_folder, folds, checkpoint)
+    model.check_previous_stage(previous)
     known = model.dataset.labels
     if unknown := sorted(set(inside or ()) - set(known)):
         raise UsageError(f"--inside {unknown[0]}: the model's labels are {', '.join(map(str, known))}")
     if name in model.dataset.content["labels"]:
         raise UsageError(f"the model has a class {name!r} already; choose another --name")
     cases = find_supports(Path(images), Path(labels), model.dataset.file_ending)
+    others = {} if unlabelled is None else find_images(unlabelled, model.dataset.file_ending)
+    if unlabelled is not None and unlabelled.resolve() == Path(images).resolve():
+        others = {case: files for case, files in others.items() if case not in cases}
     predictor = FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
     supports: list[Annotated] = []
     volumes: list[Volume] = []
     notes: list[str] = []
     orientation: str | None = None
+
+    def stage(case: str) -> Path | None:
+        return None if previous is None else previous / (case + model.dataset.file_ending)
+
     for case, (files, label) in tqdm(cases.items(), desc="supports", unit="case", disable=not progress):
-        stage = None if previous is None else previous / (case + model.dataset.file_ending)
         volume = read_volume(
-            model, case, files, label=label, value=value, ignore=ignore, orientation=orientation, previous=stage
+            model, case, files, label=label, value=value, ignore=ignore, orientation=orientation, previous=stage(case)
         )
         try:
             supports.append(read_support(model, predictor, volume, voxels=voxels, seed=seed + len(supports)))
@@ -131,7 +142,12 @@ def fit_folder(
         raise InputError(f"{labels}: no support can be used; {notes[0].removeprefix('support left out: ')}")
     adapted = None
     if settings.head == AdapterHead.key:
-        adapted = adapt(model, predictor, volumes, [support.support for support in supports], progress=progress)
+        queries = []
+        for case, images_of in others.items():
+            query = read_volume(model, case, images_of, orientation=orientation, previous=stage(case))
+            queries.append((query, scan_of(model, query, predictor.predict(torch.from_numpy(query.image)).base)))
+        seen = [support.support for support in supports]
+        adapted = adapt(model, predictor, volumes, seen, queries, settings, progress=progress)
     task = fit_task(name, model, orientation, supports, settings, inside, adapted)
     task.report["notes"][:0] = notes
     task.save(file)

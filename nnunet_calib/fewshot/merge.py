@@ -23,11 +23,16 @@ def merge_probabilities(base: np.ndarray, novel: np.ndarray, *, regions: bool = 
     Returns:
         float32 (C + T, *S).
     """
+    merged = np.empty((len(base) + len(novel), *base.shape[1:]), dtype=np.float32)
     if regions:
-        return np.concatenate([base, novel]).astype(np.float32)
-    odds = novel.astype(np.float64) / np.maximum(1 - novel.astype(np.float64), np.finfo(np.float64).tiny)
-    rest = 1 / (1 + odds.sum(axis=0))
-    return np.concatenate([base * rest, odds * rest]).astype(np.float32)
+        return np.concatenate([base, novel], out=merged)
+    for plane, own in enumerate(novel.swapaxes(0, 1)):  # of a whole volume float64 would be many times as large
+        p = own.astype(np.float64)
+        odds = p / np.maximum(1 - p, np.finfo(np.float64).tiny)
+        rest = 1 / (1 + odds.sum(axis=0))
+        merged[: len(base), plane] = base[:, plane] * rest
+        merged[len(base) :, plane] = odds * rest
+    return merged
 
 
 def merge_labels(

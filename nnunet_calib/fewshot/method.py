@@ -13,24 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_calib.fewshot.calibration import Calibration, best_threshold, fit_calibration, out_of_fold
-from nnunet_calib.fewshot.chunks import (
-    Alignment,
-    Chunks,
-    Frame,
-    Landmarks,
-    frame_of_landmarks,
-    frame_of_volumes,
-    landmarks,
-)
-from nnunet_calib.fewshot.heads import HEADS, Head, LinearHead
+from nnunet_calib.fewshot.calibration import Calibration, fit_calibration, out_of_fold
+from nnunet_calib.fewshot.chunks import Alignment, Chunks, Frame, frame_of_landmarks, frame_of_volumes
+from nnunet_calib.fewshot.heads import HEADS, Head
 from nnunet_calib.fewshot.prior import (
     MARGIN,
     Places,
@@ -39,16 +31,14 @@ from nnunet_calib.fewshot.prior import (
     operating_shift,
     presence_limit,
     presence_score,
-    whole_volumes,
 )
-from nnunet_calib.fewshot.transduction import Objective, Query, refine
+from nnunet_calib.fewshot.scan import Scan, Support
+from nnunet_calib.fewshot.transduction import Objective
 
 SUPERIOR = 2
 """Patient axis from inferior to superior."""
 
 _SLAB = 1 << 19  # voxels whose log odds are computed at once
-_QUERY_VOXELS = 20_000  # of a query that a head is refined on
-_NEAR = 0.8  # share of them near where the supports have the structure
 _CERTAIN = 1e-7
 
 
@@ -77,84 +67,6 @@ class Settings:
     objective: Objective | None = None
     calibrate: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """Where the voxels S of a volume lie in the patient, and what the base model sees there.
-
-    Attributes:
-        spacing: mm along the axes of S.
-        axes: of each axis of S its patient axis and direction, as ``Volume.axes``.
-        base: integer (*S), the base model's labels.
-    """
-
-    spacing: tuple[float, float, float]
-    axes: tuple[tuple[int, int], ...]
-    base: np.ndarray
-
-    @property
-    def voxel_mm3(self) -> float:
-        """Volume of a voxel."""
-        return float(np.prod(self.spacing))
-
-    @cached_property
-    def size(self) -> np.ndarray:
-        """Mm from edge to edge along the patient axes, float64 (3,)."""
-        size = np.empty(3)
-        for (axis, _), step, voxels in zip(self.axes, self.spacing, self.base.shape, strict=True):
-            size[axis] = step * voxels
-        return size
-
-    def mm(self, index: np.ndarray) -> np.ndarray:
-        """Places (N, 3) along the patient axes of indices (N,) into the flat volume, mm from its edge."""
-        found = np.empty((len(index), 3))
-        for here, (axis, direction), step, voxels in zip(
-            np.unravel_index(index, self.base.shape), self.axes, self.spacing, self.base.shape, strict=True
-        ):
-            along = (here + 0.5) * step
-            found[:, axis] = along if direction > 0 else step * voxels - along
-        return found
-
-    @cached_property
-    def landmarks(self) -> Landmarks:
-        """Of the base classes, along the patient axes."""
-        order = [next(i for i, (axis, _) in enumerate(self.axes) if axis == wanted) for wanted in range(3)]
-        turned = np.flip(self.base, tuple(i for i, (_, direction) in enumerate(self.axes) if direction < 0)).transpose(
-            order
-        )
-        classes = [int(c) for c in np.unique(self.base) if c > 0]
-        return landmarks(turned, classes, [self.spacing[i] for i in order])
-
-    @cached_property
-    def body(self) -> dict[int, float]:
-        """Volumes of the base classes that are whole in it, mm3."""
-        return whole_volumes(self.base, self.voxel_mm3)
-
-
-@dataclass(frozen=True)
-class Support:
-    """Sampled voxels of an annotated volume.
-
-    Attributes:
-        scan: the volume.
-        index: int64 (N,), into the flat volume.
-        target: bool (N,).
-        weight: float64 (N,), voxels that each stands for.
-        features: of each fold float32 (N, F).
-        structure_mm3: volume of the structure.
-        cut: the structure touches an end of the volume.
-        part: int64 (N,), chunk of each voxel where the pairing is given; None: by the extent.
-    """
-
-    scan: Scan
-    index: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-    features: list[Tensor]
-    structure_mm3: float
-    cut: bool = False
-    part: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +112,7 @@ class NovelMap:
 
     Attributes:
         logit: float32 (*S), log odds with the volume prior, before the calibration.
-        probability: float32 (*S), calibrated.
+        calibration: of the structure.
         threshold: probability above which is the structure.
         presence: score; below the limit of the fit the structure is called absent.
         absent: it is.
@@ -209,12 +121,17 @@ class NovelMap:
     """
 
     logit: np.ndarray
-    probability: np.ndarray
+    calibration: Calibration
     threshold: float
     presence: float
     absent: bool
     expected_mm3: float | None
     shift: float
+
+    @property
+    def probability(self) -> np.ndarray:
+        """Calibrated, float32 (*S); computed anew."""
+        return self.calibration.probability(torch.from_numpy(self.logit)).numpy()
 
 
 def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStructure:
@@ -224,19 +141,7 @@ def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStru
         supports: one or more, each with voxels of the structure.
         settings: see there.
     """
-    sizes = [support.scan.size for support in supports]
-    if settings.extent == "aligned":
-        frame, alignments = frame_of_landmarks(sizes, [support.scan.landmarks for support in supports])
-    else:
-        frame, alignments = frame_of_volumes(sizes, settings.extent)
-    position = torch.from_numpy(
-        np.concatenate(
-            [
-                frame.position(alignment(support.scan.mm(support.index)))
-                for support, alignment in zip(supports, alignments, strict=True)
-            ]
-        ).astype(np.float32)
-    )
+    frame, position = _placed(supports, settings)
     target = torch.from_numpy(np.concatenate([support.target for support in supports]))
     weight = torch.from_numpy(np.concatenate([support.weight for support in supports]))
     number = torch.cat([torch.full((len(support.index),), i) for i, support in enumerate(supports)])
@@ -248,14 +153,14 @@ def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStru
     ]
     fit: Callable[..., Head] = partial(HEADS[settings.head].fit, **settings.options)
     prior = _prior(supports)
-    found = target.numpy()
-    places = Places.of(position.numpy()[found], weight.numpy()[found])
+    places = _places(position, target, weight)
     heads = [fit(*sample) for sample in samples]
     calibration, dice = Calibration(), list[float]()
     if len(supports) > 1:
-        logit, scores, dice = _left_out(supports, samples, fit, settings)
+        logit, scores = _left_out(supports, samples, fit, settings)
         if settings.calibrate:
             calibration = fit_calibration(logit, target, weight, number)
+        dice = [_dice(logit[number == i], support, calibration) for i, support in enumerate(supports)]
     else:
         own = ensemble([head(*_seen(sample)) for head, sample in zip(heads, samples, strict=True)])
         scores = [presence_score(_curve(own, supports[0]), supports[0].structure_mm3)]
@@ -308,66 +213,24 @@ def apply_structure(
         absent = presence < fitted.presence_limit
         shift = operating_shift(curve, expected, fitted.settings.margin, present=not absent)
     logit += shift
-    shaped = logit.reshape(scan.base.shape)
-    probability = fitted.calibration.probability(torch.from_numpy(shaped)).numpy()
-    # Only of honest probabilities an expected Dice means something; else the volume prior draws the line.
-    threshold = fitted.calibration.threshold
-    if fitted.calibrated:
-        threshold = best_threshold(probability, threshold)
-    return NovelMap(shaped, probability, threshold, presence, absent, expected, shift)
+    threshold = fitted.calibration.cut(logit)
+    return NovelMap(logit.reshape(scan.base.shape), fitted.calibration, threshold, presence, absent, expected, shift)
 
 
 def expected_volume(fitted: FittedStructure, scan: Scan, alignment: Alignment) -> float | None:
     """Volume of the structure to expect in a query, mm3; None without prior or out of view."""
-    if fitted.prior is None:
-        return None
-    low, high = (fitted.frame.position(alignment(end)) for end in (np.zeros(3), scan.size))
-    return fitted.prior.expected(scan.body, fitted.places.share_inside(low, high)) or None
+    return _expected(fitted.prior, fitted.frame, fitted.places, scan, alignment)
 
 
-def refine_on_query(
-    fitted: FittedStructure,
-    scan: Scan,
-    sampled: Callable[[np.ndarray], list[Tensor]],
-    objective: Objective,
-    seed: int = 0,
-) -> list[Head]:
-    """Heads refined on a query without its labels.
-
-    Args:
-        fitted: linear heads.
-        scan: the query.
-        sampled: features of each fold, float (N, F), at indices (N,) into its flat volume.
-        objective: what is minimised.
-        seed: of the voxels drawn.
-    """
-    alignment = fitted.frame.align(scan.size, scan.landmarks)
-    expected = expected_volume(fitted, scan, alignment)
-    every = np.arange(scan.base.size)
-    near = np.concatenate(
-        [
-            fitted.places.reach(fitted.frame.position(alignment(scan.mm(index))))
-            for index in np.array_split(every, max(1, every.size // _SLAB))
-        ]
+def expected_without_fit(supports: Sequence[Support], settings: Settings, scans: Sequence[Scan]) -> list[float | None]:
+    """As ``expected_volume`` of each scan, from supports that nothing was fitted to yet."""
+    frame, position = _placed(supports, settings)
+    target, weight = (
+        torch.from_numpy(np.concatenate([getattr(support, name) for support in supports]))
+        for name in ("target", "weight")
     )
-    rng = np.random.default_rng(seed)
-    index, weight = [], []
-    for members, share in ((every[near], _NEAR), (every[~near], 1 - _NEAR)):
-        if members.size:
-            drawn = rng.choice(members, min(members.size, round(share * _QUERY_VOXELS)), replace=False)
-            index.append(drawn)
-            weight.append(np.full(drawn.size, members.size / drawn.size))
-    chosen, weights = np.concatenate(index), torch.from_numpy(np.concatenate(weight))
-    position = torch.from_numpy(fitted.frame.position(alignment(scan.mm(chosen))).astype(np.float32))
-    chunk = chunk_weights(fitted.settings, position)
-    within = torch.from_numpy(near[chosen])
-    share_expected = None if expected is None else expected / (scan.base.size * scan.voxel_mm3)
-    refined: list[Head] = []
-    for head, sample, features in zip(fitted.heads, fitted.samples, sampled(chosen), strict=True):
-        assert isinstance(head, LinearHead)
-        query = Query(features, position, chunk, weights, within)
-        refined.append(refine(head, sample, query, share_expected, objective))
-    return refined
+    prior, places = _prior(supports), _places(position, target, weight)
+    return [_expected(prior, frame, places, scan, frame.align(scan.size, scan.landmarks)) for scan in scans]
 
 
 def chunk_weights(settings: Settings, position: Tensor, part: np.ndarray | None = None) -> Tensor:
@@ -383,6 +246,32 @@ def ensemble(logits: Sequence[Tensor]) -> Tensor:
         return logits[0]
     mean = torch.stack([logit.double().sigmoid() for logit in logits]).mean(dim=0)
     return torch.logit(mean.clamp(_CERTAIN, 1 - _CERTAIN)).float()
+
+
+def _placed(supports: Sequence[Support], settings: Settings) -> tuple[Frame, Tensor]:
+    """The frame of the supports, and the positions float32 (N, 3) in it of all that was sampled of them."""
+    sizes = [support.scan.size for support in supports]
+    if settings.extent == "aligned":
+        frame, alignments = frame_of_landmarks(sizes, [support.scan.landmarks for support in supports])
+    else:
+        frame, alignments = frame_of_volumes(sizes, settings.extent)
+    positions = [
+        frame.position(alignment(support.scan.mm(support.index)))
+        for support, alignment in zip(supports, alignments, strict=True)
+    ]
+    return frame, torch.from_numpy(np.concatenate(positions).astype(np.float32))
+
+
+def _places(position: Tensor, target: Tensor, weight: Tensor) -> Places:
+    found = target.numpy()
+    return Places.of(position.numpy()[found], weight.numpy()[found])
+
+
+def _expected(prior: SizePrior | None, frame: Frame, places: Places, scan: Scan, alignment: Alignment) -> float | None:
+    if prior is None:
+        return None
+    low, high = (frame.position(alignment(end)) for end in (np.zeros(3), scan.size))
+    return prior.expected(scan.body, places.share_inside(low, high)) or None
 
 
 def _prior(supports: Sequence[Support]) -> SizePrior | None:
@@ -407,21 +296,24 @@ def _left_out(
     samples: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
     fit: Callable[..., Head],
     settings: Settings,
-) -> tuple[Tensor, list[float], list[float]]:
-    """Log odds with the volume prior, presence score and Dice of every support, as the others predict it."""
-    number, target, weight = samples[0][5], samples[0][1], samples[0][2]
+) -> tuple[Tensor, list[float]]:
+    """Log odds with the volume prior, and presence score, of every support as the others predict it."""
+    number = samples[0][5]
     logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
-    scores, dice = [], []
+    scores = []
     for i, support in enumerate(supports):
-        own = number == i
-        found = logit[own]
         prior = _prior([other for j, other in enumerate(supports) if j != i])
         if prior is not None:
-            expected, curve = prior.expected(support.scan.body), _curve(found, support)
+            own = number == i
+            expected, curve = prior.expected(support.scan.body), _curve(logit[own], support)
             scores.append(presence_score(curve, expected))
-            found = found + operating_shift(curve, expected, settings.margin)
-        logit[own] = found
-        inside, w = found > 0, weight[own]
-        both = float(w[inside & target[own]].sum())
-        dice.append(2 * both / max(float(w[inside].sum() + w[target[own]].sum()), 1e-12))
-    return logit, scores or [np.inf], dice
+            logit[own] += operating_shift(curve, expected, settings.margin)
+    return logit, scores or [np.inf]
+
+
+def _dice(logit: Tensor, support: Support, calibration: Calibration) -> float:
+    """Of a support's sample with these log odds, labelled as ``apply_structure`` would label it."""
+    threshold = calibration.cut(logit.numpy(), support.weight)
+    found = calibration.probability(logit).numpy() > threshold
+    both = float(support.weight[found & support.target].sum())
+    return 2 * both / max(float(support.weight[found].sum() + support.weight[support.target].sum()), 1e-12)

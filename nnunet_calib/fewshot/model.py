@@ -103,6 +103,23 @@ class BaseModel:
         """Configuration whose segmentations a cascade takes besides the image."""
         return self.configuration_manager.previous_stage_name
 
+    def check_previous_stage(self, segmentations: Path | None) -> None:
+        """Refuse a cascade without the segmentations of its previous stage, and these without a cascade.
+
+        Args:
+            segmentations: where they are; None: there are none.
+
+        Raises:
+            UsageError: as said.
+        """
+        if segmentations is not None and self.previous_stage is None:
+            raise UsageError(f"{self.folder} is not a cascade; leave -prev_stage_predictions out")
+        if segmentations is None and self.previous_stage is not None:
+            raise UsageError(
+                f"{self.folder} continues {self.previous_stage}; name the folder of its segmentations with "
+                "-prev_stage_predictions, or use a model that is no cascade"
+            )
+
     def fingerprint(self) -> dict[str, Any]:
         """What a task file records of the model it was fitted to; JSON types."""
         return {
@@ -112,8 +129,12 @@ class BaseModel:
             "plans": json_sha256(self.plans_manager.plans),
             "trainer": self.trainer_name,
             "configuration": self.configuration_name,
-            "checkpoints": {fold: file_sha256(file) for fold, file in self._files.items()},
+            "checkpoints": dict(self._checksums),
         }
+
+    @cached_property
+    def _checksums(self) -> dict[str, str]:
+        return {fold: file_sha256(file) for fold, file in self._files.items()}
 
     def _checkpoints(self, folds: Sequence[str | int] | None, checkpoint: str) -> dict[str, Path]:
         there = {

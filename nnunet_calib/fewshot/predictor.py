@@ -7,12 +7,10 @@ over windows with nnU-Net's own Gaussian weights. Only projections of all voxels
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
@@ -20,9 +18,7 @@ from torch import Tensor
 from nnunet_calib.fewshot.features import DecoderFeatures
 from nnunet_calib.fewshot.heads.adapter import BranchFeatures
 from nnunet_calib.fewshot.model import BaseModel
-
-HALF_ABOVE = 2 << 30
-"""Bytes of projections above which they are accumulated in half precision, as nnU-Net accumulates its logits."""
+from nnunet_calib.fewshot.windows import Windows
 
 Reduce = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -87,7 +83,7 @@ class FeaturePredictor(nnUNetPredictor):
         self.network: torch.nn.Module = getattr(self.network, "_orig_mod", model.network)
         self.features = DecoderFeatures(self.network)
         self._request: _Request | None = None
-        self._window: _Window | None = None
+        self._windows: Windows | None = None
         self._adapters: Sequence[Mapping[str, Tensor]] | None = None
 
     @property
@@ -108,8 +104,8 @@ class FeaturePredictor(nnUNetPredictor):
             data: float32 (channels, *S), S of three axes, as nnU-Net's preprocessor leaves it.
             projections: W of each fold, float (R, F).
             voxels: int64 (N, 3), indices into S of voxels whose features are wanted.
-            reduce: called after each fold with its number, its logits (C, *S) and its projections (R, *S), on any
-                device; what it returns is kept instead of the projections, whose memory is used again.
+            reduce: called after each fold with its number, its logits (C, *S), on any device, and its projections
+                (R, *S), on the CPU; what it returns is kept instead of the projections, whose memory is used again.
 
         Returns:
             Logits as ``nnUNetv2_predict`` computes them, and what was asked for.
@@ -120,7 +116,7 @@ class FeaturePredictor(nnUNetPredictor):
         try:
             base = self.predict_logits_from_preprocessed_data(data)
         finally:
-            request, self._request, self._window = self._request, None, None
+            request, self._request, self._windows = self._request, None, None
         return Prediction(base, request.projected, request.sampled)
 
     def features_at(self, data: Tensor, voxels: Tensor) -> list[Tensor]:
@@ -153,13 +149,13 @@ class FeaturePredictor(nnUNetPredictor):
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """One fold: nnU-Net's logits; the features of its windows go to the request."""
         base = super().predict_sliding_window_return_logits(input_image)
-        if self._request is not None and self._window is not None:
-            self._request.finish(base, self._window)
+        if self._request is not None and self._windows is not None:
+            self._request.finish(base, self._windows)
         return base
 
     def _internal_predict_sliding_window_return_logits(self, data: Tensor, slicers: list, do_on_device: bool = True):
         # A second call for the same fold, when nnU-Net ran out of the device's memory, starts again.
-        self._window = None
+        self._windows = None
         if self._request is not None and self._request.wants_features:
             results = self.device if do_on_device else torch.device("cpu")
             patch = tuple(self.configuration_manager.patch_size)
@@ -169,15 +165,25 @@ class FeaturePredictor(nnUNetPredictor):
             if self._adapters is not None:  # beside the weights of this fold, which the network has now
                 regions = self.label_manager.has_regions
                 features = BranchFeatures(self.network, self._adapters[self._request.fold], regions)
-            self._window = _Window(features, self._request, slicers, data.shape[1:], patch, gaussian.float())
+            request = self._request
+            self._windows = Windows(
+                features,
+                [place[1:] for place in slicers],
+                request.shape,
+                data.shape[1:],
+                gaussian.float(),
+                None if request.projections is None else request.projections[request.fold],
+                request.voxels,
+                self.folds,
+            )
         return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-        if self._window is None:
+        if self._windows is None:
             return super()._internal_maybe_mirror_and_predict(x)
-        with self._window.features.first_forward() as stages:
+        with self._windows.features.first_forward() as stages:
             prediction = super()._internal_maybe_mirror_and_predict(x)
-        self._window.add(stages)
+        self._windows.add(stages)
         return prediction
 
 
@@ -200,91 +206,13 @@ class _Request:
     def wants_features(self) -> bool:
         return self.projections is not None or self.voxels is not None
 
-    def finish(self, base: Tensor, window: "_Window") -> None:
+    def finish(self, base: Tensor, windows: Windows) -> None:
         """Take a fold's results; they are ordinary tensors, which can be part of a gradient's computation."""
         with torch.inference_mode(False), torch.no_grad():
-            if window.projected is not None:
-                projected = window.mean_projections()
+            projected, sampled = windows.projected(), windows.sampled()
+            if projected is not None:
                 kept = projected if self.reduce is None else self.reduce(self.fold, base, projected)
                 self.projected.append(kept.cpu())
-            if window.sampled is not None:
-                self.sampled.append(window.mean_samples().cpu())
+            if sampled is not None:
+                self.sampled.append(sampled)
         self.fold += 1
-
-
-class _Window:
-    """Means over the windows of one fold, weighted by the Gaussian.
-
-    Weights are divided by their sum, which the places of the windows tell, before and not after: near the volume's
-    corners the Gaussian is so small that half precision would lose what it is multiplied with.
-    """
-
-    def __init__(
-        self,
-        features: DecoderFeatures | BranchFeatures,
-        request: _Request,
-        slicers: list,
-        padded: Sequence[int],
-        patch: tuple[int, ...],
-        gaussian: Tensor,
-    ):
-        self.features, self.patch, self.gaussian = features, patch, gaussian
-        places = [place[1:] for place in slicers]
-        self.places = iter(places)
-        empty = torch.empty((1, *request.shape), dtype=torch.uint8)
-        _, inside = pad_nd_image(empty, patch, "constant", {"value": 0}, True, None)
-        self.inside = inside[1:]
-        self.projected: Tensor | None = None
-        self.sampled: Tensor | None = None
-        device = gaussian.device
-        with torch.inference_mode(False):
-            if request.projections is not None:
-                self.weight = request.projections[request.fold].detach().float()
-                size = len(self.weight) * math.prod(padded) * gaussian.element_size()
-                kind = torch.float32 if size <= HALF_ABOVE else torch.float16
-                self.projected = torch.zeros((len(self.weight), *padded), dtype=kind, device=device)
-                self.total = torch.zeros(tuple(padded), device=device)
-                for place in places:
-                    self.total[place] += gaussian
-            if request.voxels is not None:
-                offset = torch.tensor([part.start for part in self.inside])
-                self.voxels = (request.voxels + offset).to(device)
-                self.sampled = torch.zeros((len(self.voxels), features.size), device=device)
-                self.sample_total = torch.zeros(len(self.voxels), device=device)
-
-    def add(self, stages: Sequence[Tensor]) -> None:
-        """Add the stages of the next window."""
-        place = next(self.places)
-        if self.projected is not None:
-            weight = self.weight.to(stages[0].device)
-            part = self.features.project(stages, weight, self.patch)[0].to(self.gaussian.device)
-            self.projected[tuple([slice(None), *place])] += part.mul_(self.gaussian / self.total[place])
-        if self.sampled is not None:
-            chosen, local = self._within(place)
-            if len(chosen):
-                here = local.to(stages[0].device)
-                part = self.features.at(stages, here, self.patch).to(self.gaussian.device)
-                importance = self.gaussian[tuple(local.unbind(1))]
-                self.sampled.index_add_(0, chosen, part * importance[:, None])
-                self.sample_total.index_add_(0, chosen, importance)
-
-    def mean_projections(self) -> Tensor:
-        assert self.projected is not None
-        return self.projected[tuple([slice(None), *self.inside])]
-
-    def mean_samples(self) -> Tensor:
-        assert self.sampled is not None
-        return self.sampled.div_(self.sample_total[:, None])
-
-    def _within(self, place: Sequence[slice | int]) -> tuple[Tensor, Tensor]:
-        """Which sampled voxels lie in a window, and where in it; a number in ``place`` is a slice of a 2d model."""
-        inside = torch.ones(len(self.voxels), dtype=torch.bool, device=self.voxels.device)
-        local = []
-        for part, index in zip(place, self.voxels.unbind(1), strict=True):
-            if isinstance(part, slice):
-                inside &= (index >= part.start) & (index < part.stop)
-                local.append(index - part.start)
-            else:
-                inside &= index == part
-        chosen = inside.nonzero()[:, 0]
-        return chosen, torch.stack(local, dim=1)[chosen]

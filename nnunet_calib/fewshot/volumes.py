@@ -189,13 +189,7 @@ def read_volume(
         InputError: files that cannot be used, do not fit each other, or do not say how they lie in the patient where
             that is needed.
     """
-    if (previous is None) != (model.previous_stage is None):
-        if previous is not None:
-            raise UsageError(f"{model.folder} is not a cascade; leave -prev_stage_predictions out")
-        raise UsageError(
-            f"{model.folder} continues {model.previous_stage}; name the folder of its segmentations with "
-            "-prev_stage_predictions"
-        )
+    model.check_previous_stage(previous)
     reader = model.plans_manager.image_reader_writer_class
     image, properties = _read(reader, images)
     channels = len(model.dataset.content.get("channel_names", model.dataset.content.get("modality", ())))

@@ -87,6 +87,8 @@ def test_warnings_go_to_the_error_stream(made, tmp_path, capsys):
         (["--name", "a"], 2, "the model has a class 'a' already"),
         (["--chunks", "0"], 2, "--chunks and --voxels must be 1 or more"),
         (["--refine", "--head", "prototype"], 2, "--refine works with head linear"),
+        (["--unlabelled", "images"], 2, "--unlabelled works with head adapter, not linear"),
+        (["-prev_stage_predictions", "."], 2, "is not a cascade; leave -prev_stage_predictions out"),
         (["-f", "4"], 2, "no checkpoint_final.pth in fold 4; there are 0"),
         (["-step_size", "2"], 2, "-step_size 2: it must be above 0"),
         (["--images", "nowhere"], 2, "nowhere is not a folder"),

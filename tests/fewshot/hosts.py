@@ -38,9 +38,13 @@ def write_model(
     spacing: float = 1.0,
     transpose: tuple[int, int, int] = (0, 1, 2),
     reader: str = "SimpleITKIO",
+    cascade: bool = False,
     **configuration: Any,
 ) -> Path:
-    """A trained model's folder; ``kind`` is ``plain`` or ``residual``, ``labels`` as in ``toy.dataset_json``."""
+    """A trained model's folder; ``kind`` is ``plain`` or ``residual``, ``labels`` as in ``toy.dataset_json``.
+
+    With ``cascade`` the second stage of one, of labels.
+    """
     network = architecture(axes, features=8)
     if kind == "residual":
         network = residual(network)
@@ -56,6 +60,9 @@ def write_model(
             f"resampling_fn_{name}": "resample_data_or_seg_to_shape",
             f"resampling_fn_{name}_kwargs": resampling | change,
         }
+    if cascade:
+        content["configurations"]["base"]["previous_stage"] = "first"
+        content["configurations"]["first"] = {"inherits_from": "base", "previous_stage": None}
     dataset = dataset_json(labels)
     folder = root / content["dataset_name"] / "nnUNetTrainer__nnUNetPlans__base"
     folder.mkdir(parents=True)
@@ -65,13 +72,17 @@ def write_model(
     for number, fold in enumerate(folds):
         torch.manual_seed(number)
         built = get_network_from_plans(
-            network["network_class_name"], network["arch_kwargs"], network["_kw_requires_import"], 1, heads
+            network["network_class_name"],
+            network["arch_kwargs"],
+            network["_kw_requires_import"],
+            3 if cascade else 1,
+            heads,
         )
         # Other norms than all ones.
         for parameter in built.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.3 * torch.randn_like(parameter)
-        _fit_last_layer(built, axes, labels.startswith("regions"))
+        _fit_last_layer(built, axes, labels.startswith("regions"), cascade)
         (folder / f"fold_{fold}").mkdir()
         checkpoint = {
             "network_weights": built.state_dict(),
@@ -107,14 +118,22 @@ def _phantom(seed: int, shape) -> tuple[np.ndarray, np.ndarray]:
     return ndimage.gaussian_filter(image, 0.5).astype(np.float32), labels
 
 
-def _fit_last_layer(network: torch.nn.Module, axes: int, regions: bool) -> None:
+def landmarks(seed: int, shape=(20, 26, 24)) -> np.ndarray:
+    """The landmarks of a phantom, as a first stage would predict them: uint8 (z, y, x), labels 1 and 2."""
+    labels = _phantom(seed, shape)[1]
+    return np.where(labels == 3, 0, labels).astype(np.uint8)
+
+
+def _fit_last_layer(network: torch.nn.Module, axes: int, regions: bool, cascade: bool) -> None:
     """Logistic regression of the landmarks on the last stage's features."""
     images, targets = [], []
     for seed in (100, 101):
         image, labels = _phantom(seed, (16, 32, 32))
         image = (image - image.mean()) / image.std()
         labels = np.where(labels == 3, 0, labels)
-        images += [torch.from_numpy(image)[None, None]] if axes == 3 else [torch.from_numpy(image)[:, None]]
+        stage = [labels == 1, labels == 2] if cascade else []
+        channels = torch.from_numpy(np.stack([image, *stage]).astype(np.float32))
+        images += [channels[None]] if axes == 3 else [channels.transpose(0, 1)]
         targets.append(torch.from_numpy(labels.astype(np.int64)).flatten())
     seen: list[torch.Tensor] = []
     hook = network.decoder.stages[-1].register_forward_hook(lambda *given: seen.append(given[2]))

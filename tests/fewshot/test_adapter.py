@@ -10,16 +10,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.adapt import adapt
+from nnunet_calib.fewshot.adapter_training import AdapterSettings, AnnotatedImage, fit_adapters, stage_inputs
 from nnunet_calib.fewshot.apply import apply_folder
-from nnunet_calib.fewshot.heads.adapter import (
-    AdapterBranch,
-    AdapterSettings,
-    AnnotatedImage,
-    ParallelAdapter,
-    against_base,
-    fit_adapters,
-    stage_inputs,
-)
+from nnunet_calib.fewshot.heads.adapter import AdapterBranch, ParallelAdapter, against_base
 from nnunet_calib.fewshot.method import Settings
 from nnunet_calib.fewshot.model import BaseModel
 from nnunet_calib.fewshot.predictor import FeaturePredictor
@@ -168,7 +161,7 @@ def test_adapters_of_another_network_are_refused():
 
 
 def test_a_task_with_adapters_is_fitted_and_applied(supports, tmp_path, monkeypatch):
-    monkeypatch.setattr("nnunet_calib.fewshot.heads.adapter.AdapterSettings", partial(AdapterSettings, steps=10))
+    monkeypatch.setattr("nnunet_calib.fewshot.adapter_training.AdapterSettings", partial(AdapterSettings, steps=10))
     task = supports.fit(tmp_path / "ball.fewshot", settings=Settings(head="adapter", chunks=1), voxels=2000)
     again = Task.load(tmp_path / "ball.fewshot")
     assert again.structure.settings.head == "adapter"
@@ -179,6 +172,31 @@ def test_a_task_with_adapters_is_fitted_and_applied(supports, tmp_path, monkeypa
         supports.model, [tmp_path / "ball.fewshot"], tmp_path / "images", tmp_path / "out", merge=False, progress=False
     )
     assert np.isfinite(report["structures"]["ball"]["presence_score"])
+
+
+def test_images_without_annotation_are_held_to_the_volume_that_the_others_lead_to_expect(
+    supports, tmp_path, monkeypatch
+):
+    given = []
+
+    def watched(*arguments, **options):
+        given.append(arguments[3])
+        return fit_adapters(*arguments, **options | {"settings": AdapterSettings(steps=2, size_from=0.0)})
+
+    monkeypatch.setattr("nnunet_calib.fewshot.adapt.fit_adapters", watched)
+    write_case(tmp_path, "query", 7)
+    settings = Settings(head="adapter", chunks=1)
+    supports.fit(tmp_path / "ball.fewshot", settings=settings, voxels=2000, unlabelled=tmp_path / "images")
+    volumes = [row["volume_mm3"] for row in supports.fitted.report["supports"]]
+    groups = [volumes[1:], [volumes[0], volumes[2]], volumes[:2], volumes]
+    bodies = [expected / np.exp(np.log(group).mean()) for ((_, expected),), group in zip(given, groups, strict=True)]
+    assert all(0.6 < ratio < 1.5 for ratio in bodies)  # the size of the body
+    ((image, _),) = given[-1]
+    assert image.shape == (1, 20, 26, 24)
+    # of the folder of the supports, what has no label map: nothing here
+    given.clear()
+    supports.fit(tmp_path / "ball.fewshot", settings=settings, voxels=2000, unlabelled=supports.root / "images")
+    assert given == [[]] * 4
 
 
 def test_what_the_predictor_gathers_is_the_branchs_log_odds(supports):

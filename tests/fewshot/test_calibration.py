@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy.special import logit as log_odds
 
 from nnunet_calib.fewshot.calibration import Calibration, best_threshold, fit_calibration, out_of_fold
 from nnunet_calib.fewshot.heads import LinearHead
@@ -118,17 +119,30 @@ def test_the_threshold_is_that_of_the_largest_expected_dice():
     candidates = np.arange(250, 1000) / 1000
     dice = [2 * p[p > t].sum() / ((p > t).sum() + p.sum()) for t in candidates]
     best = max(dice)
-    found = best_threshold(p)
+    found = best_threshold(log_odds(p))
     assert 2 * p[p > found].sum() / ((p > found).sum() + p.sum()) == pytest.approx(best, abs=1e-4)
     assert found == pytest.approx(best / 2, abs=0.01)  # Lipton et al., theorem 1
 
 
 def test_a_sure_map_is_cut_at_one_half_at_most_and_an_empty_one_at_a_quarter_at_least():
-    assert best_threshold(np.repeat([0.001, 0.999], 100)) <= 0.5
-    assert best_threshold(np.full(100, 0.01)) == 0.25
+    assert best_threshold(log_odds(np.repeat([0.001, 0.999], 100))) <= 0.5
+    assert best_threshold(log_odds(np.full(100, 0.01))) == 0.25
 
 
 def test_a_head_that_is_nowhere_sure_is_cut_where_the_volume_prior_cuts():
     weak = np.concatenate([np.full(100, 0.1), np.full(10_000, 0.001)])
-    assert best_threshold(weak) == 0.25
-    assert best_threshold(weak, 0.08) < 0.1
+    assert best_threshold(log_odds(weak)) == 0.25
+    low = Calibration(2.0, float(log_odds(0.08)))
+    assert best_threshold((log_odds(weak) - low.bias) / low.slope, low) < 0.1
+
+
+def test_weights_stand_for_voxels():
+    generator = np.random.default_rng(0)
+    s, weight = generator.normal(-2, 2, 500), generator.integers(1, 5, 500)
+    assert best_threshold(s, weight=weight) == best_threshold(np.repeat(s, weight))
+
+
+def test_without_a_fit_the_volume_prior_cuts():
+    s = np.linspace(-6, 1, 100)
+    assert Calibration().cut(s) == 0.5
+    assert Calibration(0.9).cut(s) == best_threshold(s, Calibration(0.9)) < 0.5

@@ -11,13 +11,14 @@ from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.apply import apply_folder
 from nnunet_calib.fewshot.cache import FeatureCache
-from nnunet_calib.fewshot.evaluate import evaluate_folder, grid, read_pairs
+from nnunet_calib.fewshot.evaluate import evaluate_folder, grid
 from nnunet_calib.fewshot.method import Settings
 from nnunet_calib.fewshot.model import BaseModel
+from nnunet_calib.fewshot.pairs import read_pairs
 from nnunet_calib.fewshot.predictor import FeaturePredictor
 from nnunet_calib.fewshot.volumes import read_volume
 
-from .conftest import STRUCTURE, write_case
+from .conftest import STRUCTURE, Supports, write_case
 from .hosts import phantom
 
 ALL = 1_000_000  # voxels: the samples hold every voxel, whatever their seed
@@ -157,6 +158,22 @@ def test_volumes_without_the_structure_are_queries_only(supports, tmp_path):
     assert {name for record in records for name in record["supports"]} == {"case_0", "case_1", "case_2"}
     assert {record["query"] for record in records if record["protocol"] == "P1"} == {"case_0", "case_1", "case_2"}
     assert "case_9" in {record["query"] for record in records if record["protocol"] == "P2"}
+
+
+def test_cases_in_another_orientation_are_turned_as_fit_and_apply_turn_them(tmp_path):
+    straight, turned = Supports(tmp_path / "straight"), tmp_path / "turned"
+    for i in range(3):
+        write_case(turned, f"case_{i}", i, "PIR" if i == 1 else "LPS")
+    trials = grid(["linear"], [2], ["aligned"], [2])
+    given = {"name": "ball", "value": STRUCTURE, "trials": trials, "voxels": ALL, "progress": False}
+    for root in (straight.root, turned):
+        evaluate_folder(straight.model, root / "images", root / "labels", root / "out", **given)
+    ours, theirs = (read_pairs(root / "out" / "pairs.jsonl") for root in (turned, straight.root))
+    assert len(ours) == len(theirs) == 6
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["query"] == other["query"]
+        assert one["Dice"] == pytest.approx(other["Dice"], abs=1e-6)
+        assert one["HD95"] == pytest.approx(other["HD95"], abs=1e-6)
 
 
 def test_no_support_with_the_structure_is_refused(supports, tmp_path):

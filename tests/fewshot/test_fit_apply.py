@@ -13,12 +13,14 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.apply import apply_folder
+from nnunet_calib.fewshot.evaluate import evaluate_folder
+from nnunet_calib.fewshot.fit import fit_folder
 from nnunet_calib.fewshot.method import Settings
 from nnunet_calib.fewshot.task import Task
 from nnunet_calib.fewshot.transduction import Objective
 
 from .conftest import STRUCTURE, Supports, write_case
-from .hosts import phantom, write_image, write_model
+from .hosts import landmarks, phantom, write_image, write_model
 
 
 def read(path: Path) -> np.ndarray:
@@ -45,11 +47,13 @@ def found(root: Path, output: Path, case: str = "query_10") -> float:
     return dice(read(output / "ball" / f"{case}.nii.gz") > 0, read(root / "labels" / f"{case}.nii.gz") > 0)
 
 
-def stock(model: Path, images: Path, output: Path, folds=(0,), mirroring: bool = True, probabilities=False) -> Path:
+def stock(
+    model: Path, images: Path, output: Path, folds=(0,), mirroring: bool = True, probabilities=False, **options
+) -> Path:
     predictor = nnUNetPredictor(use_mirroring=mirroring, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), folds)
     output.mkdir()
-    predictor.predict_from_files_sequential(str(images), str(output), save_probabilities=probabilities)
+    predictor.predict_from_files_sequential(str(images), str(output), save_probabilities=probabilities, **options)
     return output
 
 
@@ -138,6 +142,31 @@ def test_without_merge_base_classes_are_nnunets_to_the_byte(tmp_path, options, m
     )
 
 
+def test_the_second_stage_of_a_cascade_goes_the_whole_road(tmp_path):
+    model, previous, images = write_model(tmp_path / "model", cascade=True), tmp_path / "previous", queries(tmp_path)
+    for i in range(2):
+        write_case(tmp_path / "supports", f"case_{i}", i)
+        write_image(previous / f"case_{i}.nii.gz", landmarks(i))
+    write_image(previous / "query_10.nii.gz", landmarks(10))
+    task, given = tmp_path / "ball.fewshot", {"progress": False, "previous": previous}
+    folders = [tmp_path / "supports" / name for name in ("images", "labels")]
+    fit_folder(model, *folders, task, name="ball", value=STRUCTURE, **given)
+    apply_folder(model, [task], images, tmp_path / "out", merge=False, readers=0, **given)
+    assert found(tmp_path, tmp_path / "out") > 0.5
+    expected = stock(model, images, tmp_path / "stock", folder_with_segs_from_prev_stage=str(previous))
+    ours, theirs = tmp_path / "out" / "query_10.nii.gz", expected / "query_10.nii.gz"
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert len(np.unique(read(ours))) > 1
+    # without the first stage nothing is begun
+    with pytest.raises(UsageError, match="continues first; name the folder of its segmentations with -prev_stage_pre"):
+        fit_folder(model, *folders, tmp_path / "other.fewshot", name="ball", value=STRUCTURE, progress=False)
+    with pytest.raises(UsageError, match="or use a model that is no cascade"):
+        apply_folder(model, [task], images, tmp_path / "nothing", progress=False)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(UsageError, match="evaluate a model that is no cascade"):
+        evaluate_folder(model, *folders, tmp_path / "nothing", name="ball", value=STRUCTURE, trials=[])
+
+
 def test_merged_labels_are_base_labels_where_no_structure_is(supports, tmp_path):
     images = queries(tmp_path)
     apply(supports, images, tmp_path / "merged")
@@ -222,14 +251,16 @@ def test_labels_of_queries_have_no_place_in_apply(supports, tmp_path, monkeypatc
 def test_no_parameter_of_apply_can_take_labels_or_an_oracle():
     import inspect
 
-    from nnunet_calib.fewshot import apply as module
+    from nnunet_calib.fewshot import apply as whole
+    from nnunet_calib.fewshot import query, refinement, report, results
 
-    for function in (module.apply_folder, module.find_structures):
+    for function in (whole.apply_folder, query.find_structures, refinement.refine_on_query):
         names = set(inspect.signature(function).parameters)
         assert not {name for name in names if "label" in name or "reference" in name or "oracle" in name}
-    source = inspect.getsource(module)
-    for forbidden in ("read_labels", "find_supports", "expected_mm3=", "parts=", "counted=", "label=", "scores"):
-        assert forbidden not in source.replace("expected_volume_mm3", "")
+    for module in (whole, query, refinement, report, results):
+        source = inspect.getsource(module)
+        for forbidden in ("read_labels", "find_supports", "expected_mm3=", "parts=", "counted=", "label=", "scores"):
+            assert forbidden not in source.replace("expected_volume_mm3", "")
 
 
 def test_an_empty_support_is_left_out_and_told(tmp_path):
@@ -250,8 +281,6 @@ def test_an_empty_support_is_left_out_and_told(tmp_path):
 def test_without_any_usable_support_nothing_is_written(tmp_path):
     model = write_model(tmp_path / "model")
     write_case(tmp_path, "case_0", 0, structure=np.zeros((20, 26, 24), bool))
-    from nnunet_calib.fewshot.fit import fit_folder
-
     with pytest.raises(InputError, match="no support can be used; case_0: 0 voxels"):
         fit_folder(
             model, tmp_path / "images", tmp_path / "labels", tmp_path, name="ball", value=STRUCTURE, progress=False

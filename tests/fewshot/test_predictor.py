@@ -1,12 +1,17 @@
 """One pass over a volume: nnU-Net's logits to the bit, and features averaged over its windows."""
 
+import errno
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
-from nnunet_calib.fewshot import predictor as module
+from nnunet_calib.data.errors import UsageError
+from nnunet_calib.fewshot import windows as module
 from nnunet_calib.fewshot.predictor import FeaturePredictor
 
 from .hosts import KINDS, PATCH, model
@@ -104,6 +109,30 @@ def test_many_projections_are_accumulated_in_half_precision_and_stay_close(tmp_p
     torch.testing.assert_close(half.float(), exact, rtol=0, atol=float(exact.abs().max()) * 3e-3)
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+def test_projections_of_large_volumes_lie_on_disk_and_are_the_same(tmp_path, monkeypatch, axes):
+    predictor, data = FeaturePredictor(model(tmp_path, axes=axes, folds=("0", "1"))), volume((40, 12, 30))
+    expected = predictor.predict(data, weights(predictor)).projected
+    monkeypatch.setattr(module, "ON_DISK_ABOVE", 0)
+    monkeypatch.setattr(module._Memory, "write", None)
+    found = predictor.predict(data, weights(predictor)).projected
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == (3, 40, 12, 30)
+        assert torch.equal(ours, theirs)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "ON_DISK_ABOVE", 0)
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", Full)
+    predictor = FeaturePredictor(model(tmp_path))
+    with pytest.raises(UsageError, match="No space left on device; a volume of this size takes .* GB there"):
+        predictor.predict(volume(), weights(predictor))
+
+
 def test_projections_are_reduced_fold_by_fold(tmp_path):
     predictor, data, seen = FeaturePredictor(model(tmp_path, folds=("0", "1"))), volume(), []
 
@@ -129,7 +158,7 @@ def test_a_device_without_memory_falls_back_as_nnunet_does(tmp_path, monkeypatch
     expected = predictor.predict(data, weights(predictor), torch.tensor([[1, 2, 3]]))
     predictor.perform_everything_on_device = True  # what a CUDA device has
     calls = []
-    stock_add = module._Window.add
+    stock_add = module.Windows.add
 
     def fails_once(window, stages):
         calls.append(1)
@@ -137,7 +166,7 @@ def test_a_device_without_memory_falls_back_as_nnunet_does(tmp_path, monkeypatch
             raise RuntimeError("out of memory")
         stock_add(window, stages)
 
-    monkeypatch.setattr(module._Window, "add", fails_once)
+    monkeypatch.setattr(module.Windows, "add", fails_once)
     found = predictor.predict(data, weights(predictor), torch.tensor([[1, 2, 3]]))
     assert torch.equal(found.base, expected.base)
     assert torch.equal(found.projected[0], expected.projected[0])

@@ -1,7 +1,5 @@
 """Reading cases: patient axes, labels on the network's grid, and the way back."""
 
-import json
-
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -203,14 +201,6 @@ def test_supports_are_the_cases_with_a_label_map(tmp_path):
         find_images(tmp_path / "labelsTr", ".nii.gz")
     with pytest.raises(UsageError, match="is not a folder"):
         find_images(tmp_path / "nowhere", ".nii.gz")
-
-
-def cascade(tmp_path):
-    of = model(tmp_path / "model")
-    content = json.loads((of.folder / "plans.json").read_text())
-    content["configurations"]["first"] = {"inherits_from": "base"}
-    content["configurations"]["base"]["previous_stage"] = "first"
-    return of, content
 
 
 def test_a_model_that_is_no_cascade_takes_no_previous_stage(tmp_path):

@@ -29,10 +29,12 @@ class Head(ABC):
 
     Attributes:
         key: its name in commands, files and tables.
+        parts: names of the tensors that it is made of, in the order in which they make it.
         projections: W, float32 (R, F).
     """
 
     key: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ()
     projections: Tensor
 
     @classmethod
@@ -40,7 +42,7 @@ class Head(ABC):
     def fit(
         cls, features: Tensor, target: Tensor, weight: Tensor, position: Tensor, chunk: Tensor, support: Tensor
     ) -> Self:
-        """Fit on sampled voxels of all supports.
+        """Fit on sampled voxels of all supports; heads have options of their own besides.
 
         Args:
             features: float (N, F).
@@ -58,18 +60,18 @@ class Head(ABC):
     def logit(self, projected: Tensor, position: Tensor, chunk: Tensor) -> Tensor:
         """Log odds (N,) of the structure, from W f (N, R), positions (N, 3) and weights of the chunks (N, n)."""
 
-    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """All that ``from_state`` needs; tensors only, so that it can be written to a safetensors file."""
+        return {name: getattr(self, name).cpu().contiguous() for name in self.parts}
 
     @classmethod
-    @abstractmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """The head that gave the state.
 
         Raises:
             KeyError, ValueError: not a state of this head.
         """
+        return cls(*(state[name] for name in cls.parts))
 
     def __call__(self, features: Tensor, position: Tensor, chunk: Tensor) -> Tensor:
         """Log odds (N,) straight from features (N, F), as for sampled voxels."""

@@ -16,8 +16,6 @@ few-shot parameter-efficient fine-tuning for volumetric organ segmentation, MedI
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -49,9 +47,16 @@ class LinearHead(Head):
         bias: float32 (R,).
         row: int64 (n,), which of the R each chunk uses.
         offset: float32 (n,), log odds of absence.
+
+    Options of ``fit``:
+        ridge: of the head for all chunks.
+        chunk_ridge: of what a chunk's head differs from it.
+        foreground: smallest share of the structure in the fit; 0: the natural one.
+        with_position: use g.
     """
 
     key = "linear"
+    parts = ("projections", "position_terms", "bias", "row", "offset")
 
     def __init__(self, projections: Tensor, position_terms: Tensor, bias: Tensor, row: Tensor, offset: Tensor):
         heads, chunks = len(projections), len(row)
@@ -77,20 +82,7 @@ class LinearHead(Head):
         foreground: float = 0.0,
         with_position: bool = True,
     ) -> LinearHead:
-        """As ``Head.fit``.
-
-        Args:
-            features: as there.
-            target: as there.
-            weight: as there.
-            position: as there.
-            chunk: as there.
-            support: as there.
-            ridge: of the head for all chunks.
-            chunk_ridge: of what a chunk's head differs from it.
-            foreground: smallest share of the structure in the fit; 0: the natural one.
-            with_position: use g.
-        """
+        """As ``Head.fit``, with the options of the class."""
         check_sample(features, target, weight, position, chunk, support)
         w = balanced(target, weight, support, foreground)
         terms = position_terms(position) if with_position else features.new_zeros(len(features), _POSITION_TERMS)
@@ -128,16 +120,6 @@ class LinearHead(Head):
         """As ``Head.logit``."""
         of_heads = projected + position_terms(position).to(projected) @ self.position_terms.T + self.bias
         return (chunk.to(projected) * (of_heads[:, self.row] + self.offset)).sum(dim=1)
-
-    def state(self) -> dict[str, Tensor]:
-        """As ``Head.state``."""
-        names = ("projections", "position_terms", "bias", "row", "offset")
-        return {name: getattr(self, name).cpu().contiguous() for name in names}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> LinearHead:
-        """As ``Head.from_state``."""
-        return cls(*(state[name] for name in ("projections", "position_terms", "bias", "row", "offset")))
 
 
 def position_terms(position: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ sphere. The length of f(v) is taken as in ``heads.prototype``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -38,9 +36,16 @@ class LocalPrototypeHead(Head):
         novel: bool (R,), of the structure, not of background.
         row: int64 (n,), the set that each chunk uses.
         offset: float32 (n,), log odds of absence.
+
+    Options of ``fit``:
+        alpha: scale of the cosine.
+        cells: along each axis of the frame.
+        filled: share of a cell that a class must have more of.
+        most: prototypes in all, but for two in each set.
     """
 
     key = "local_prototypes"
+    parts = ("projections", "group", "novel", "row", "offset")
 
     def __init__(self, projections: Tensor, group: Tensor, novel: Tensor, row: Tensor, offset: Tensor):
         if not len(projections) == len(group) == len(novel) or len(row) != len(offset):
@@ -66,20 +71,7 @@ class LocalPrototypeHead(Head):
         filled: float = FILLED,
         most: int = MOST,
     ) -> LocalPrototypeHead:
-        """As ``Head.fit``.
-
-        Args:
-            features: as there.
-            target: as there.
-            weight: as there.
-            position: as there.
-            chunk: as there.
-            support: as there.
-            alpha: scale of the cosine.
-            cells: along each axis of the frame.
-            filled: share of a cell that a class must have more of.
-            most: prototypes in all, but for two in each set.
-        """
+        """As ``Head.fit``, with the options of the class."""
         check_sample(features, target, weight, position, chunk, support)
         f, w = features.float(), weight.double()
         counts = chunks_with(target, chunk, support)
@@ -124,16 +116,6 @@ class LocalPrototypeHead(Head):
             a = chunk[:, users].to(projected)
             logit += a.sum(dim=1) * (novel - background) + a @ self.offset[users]
         return logit
-
-    def state(self) -> dict[str, Tensor]:
-        """As ``Head.state``."""
-        names = ("projections", "group", "novel", "row", "offset")
-        return {name: getattr(self, name).cpu().contiguous() for name in names}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> LocalPrototypeHead:
-        """As ``Head.from_state``."""
-        return cls(*(state[name] for name in ("projections", "group", "novel", "row", "offset")))
 
 
 def _soft_maximum(scores: Tensor) -> Tensor:

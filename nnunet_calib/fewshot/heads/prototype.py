@@ -13,8 +13,6 @@ mean square over the fit: the same for features of one length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
@@ -30,9 +28,14 @@ class PrototypeHead(Head):
     Args:
         projections: float32 (n, F), alpha (p_novel / |p_novel| - p_background / |p_background|) / |f| of each chunk.
         offset: float32 (n,), log odds of absence.
+
+    Options of ``fit``:
+        alpha: scale of the cosine.
+        aligned: refine the prototypes by ``align_prototypes``.
     """
 
     key = "prototype"
+    parts = ("projections", "offset")
 
     def __init__(self, projections: Tensor, offset: Tensor):
         if len(projections) != len(offset):
@@ -52,18 +55,7 @@ class PrototypeHead(Head):
         alpha: float = ALPHA,
         aligned: bool = False,
     ) -> PrototypeHead:
-        """As ``Head.fit``.
-
-        Args:
-            features: as there.
-            target: as there.
-            weight: as there.
-            position: as there; not used.
-            chunk: as there.
-            support: as there.
-            alpha: scale of the cosine.
-            aligned: refine the prototypes by ``align_prototypes``.
-        """
+        """As ``Head.fit``, with the options of the class."""
         check_sample(features, target, weight, position, chunk, support)
         f, w, member = features.float(), weight.double(), chunk.argmax(dim=1)
         everywhere = masked_averages(f, target, w, support, torch.zeros_like(member), 1)[0]
@@ -87,15 +79,6 @@ class PrototypeHead(Head):
     def logit(self, projected: Tensor, position: Tensor, chunk: Tensor) -> Tensor:
         """As ``Head.logit``."""
         return (chunk.to(projected) * (projected + self.offset)).sum(dim=1)
-
-    def state(self) -> dict[str, Tensor]:
-        """As ``Head.state``."""
-        return {name: getattr(self, name).cpu().contiguous() for name in ("projections", "offset")}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> PrototypeHead:
-        """As ``Head.from_state``."""
-        return cls(state["projections"], state["offset"])
 
 
 def masked_averages(
