@@ -2,7 +2,7 @@
 
 import itertools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,8 @@ def evaluate_case(
     if stored is not None:
         stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
         passes = _passes(stored, calibration, 2 if protocol.nacl else 1)
-        statistics, decided = _statistics(passes[0], dataset, reference, prediction, valid, protocol)
+        parts = _slabs(stored) if stored.in_slabs and calibration is None else [(slice(None), passes[0])]
+        statistics, decided = _statistics(parts, dataset, reference, prediction, valid, protocol)
         notes = _notes(decided, prediction.labels, stored, calibration is not None)
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
@@ -147,33 +148,49 @@ def _passes(stored: ProbabilityFile, calibration: Calibration | None, number: in
     return itertools.tee(calibration(stored), number)
 
 
+def _slabs(stored: ProbabilityFile) -> Iterator[tuple[slice, np.ndarray]]:
+    """Some slices after the others, and all channels of them: what was read is counted before it leaves the cache."""
+    z = 0
+    for slab in stored.slabs():
+        yield slice(z, z + slab.shape[1]), slab
+        z += slab.shape[1]
+
+
 def _statistics(
-    channels: Iterator[np.ndarray],
+    parts: Iterable[tuple[slice, Iterable[np.ndarray]]],
     dataset: Dataset,
     reference: LabelImage,
     prediction: LabelImage,
     valid: np.ndarray | None,
     protocol: Protocol,
 ) -> tuple[dict[str, metrics.CalibrationStatistics], np.ndarray]:
-    """Calibration statistics by region, and the segmentation that the probabilities decide for."""
-    if dataset.region_order is not None:
-        decided = np.zeros(prediction.labels.shape, dtype=np.uint16)
-        channels = _deciding(channels, dataset.region_order, decided)
+    """Calibration statistics by region, and the segmentation that the probabilities decide for.
+
+    ``parts`` are slices of the volume and their channels.
+    """
     labels = _without_ignored(reference.labels, valid)
-    statistics, top = metrics.calibration_statistics(
-        channels,
-        labels,
-        dataset.channels,
-        _regions(labels, prediction, valid, protocol),
-        bins=protocol.bins,
-        threshold=protocol.threshold,
-        backend=_backend(protocol),
-        device=protocol.device,
-        multilabel=dataset.has_regions,
-    )
-    if top is not None:
-        decided = np.array(dataset.labels, dtype=np.uint16)[top]
-    return statistics, decided
+    regions = _regions(labels, prediction, valid, protocol)
+    decided = np.zeros(labels.shape, dtype=np.min_scalar_type(max(dataset.labels)))
+    label_of = None if dataset.labels == tuple(range(len(dataset.labels))) else np.array(dataset.labels)
+    total: dict[str, metrics.CalibrationStatistics] = {}
+    for z, channels in parts:
+        if dataset.region_order is not None:
+            channels = _deciding(channels, dataset.region_order, decided[z])
+        statistics, top = metrics.calibration_statistics(
+            channels,
+            labels[z],
+            dataset.channels,
+            {name: region[z] for name, region in regions.items()},
+            bins=protocol.bins,
+            threshold=protocol.threshold,
+            backend=_backend(protocol),
+            device=protocol.device,
+            multilabel=dataset.has_regions,
+        )
+        total = {name: total[name] + part for name, part in statistics.items()} if total else statistics
+        if top is not None:
+            decided[z] = top if label_of is None else label_of[top]
+    return total, decided
 
 
 def _notes(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile, calibrated: bool) -> list[str]:
@@ -196,7 +213,7 @@ def _regions(
     return regions
 
 
-def _deciding(channels: Iterator[np.ndarray], order: tuple[int, ...], decided: np.ndarray) -> Iterator[np.ndarray]:
+def _deciding(channels: Iterable[np.ndarray], order: tuple[int, ...], decided: np.ndarray) -> Iterator[np.ndarray]:
     """Pass the regions' channels on, writing nnU-Net's segmentation of them into ``decided``."""
     for label, channel in zip(order, channels, strict=True):
         decided[channel > 0.5] = label

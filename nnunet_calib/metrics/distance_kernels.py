@@ -6,7 +6,6 @@ Imported only where numba is there and asked for.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -25,7 +24,7 @@ def _zeros(side: str) -> Any:
     @intrinsic
     def count(typing, bits):
         def instruction(context, builder, signature, arguments):
-            return getattr(builder, side)(arguments[0], ir.Constant(ir.IntType(1), 0))
+            return getattr(builder, side)(arguments[0], context.get_constant(types.boolean, False))
 
         return types.uint64(types.uint64), instruction
 

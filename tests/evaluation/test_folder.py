@@ -17,6 +17,7 @@ from skimage import io
 
 from nnunet_calib import metrics
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.probabilities import write_compact_slabs
 from nnunet_calib.evaluation import Protocol, evaluate_folder, read_reliability
 
 from ..folders import Folders, ambiguous, assert_same, write_labels
@@ -260,6 +261,31 @@ def test_regions_have_nnunets_keys_and_binary_calibration(tmp_path):
         load_summary_json(str(folders.output / "summary.json"))["mean"][(1, 2)]["Dice"]
         == summary["mean"]["(1, 2)"]["Dice"]
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("has_regions", [False, True])
+def test_slabs_of_the_compact_format_give_the_numbers_of_the_whole_volume(tmp_path, has_regions, dtype):
+    reference, p = ambiguous(5, (7, 14, 12))
+    labels = (REGIONS if has_regions else LABELS) | {"ignore": 3}
+    options = {"regions_class_order": [1, 2]} if has_regions else {}
+    prediction = p.argmax(axis=0)
+    if has_regions:
+        p, prediction = region_probabilities(2, (7, 14, 12))
+    reference[:, :4] = 3
+    p = p.astype(dtype)
+    records = []
+    for name in ("npz", "compact"):
+        folders = Folders(tmp_path / name, labels, **options)
+        folders.add("case", reference, prediction, p if name == "npz" else None)
+        if name == "compact":
+            slabs = (p[:, z : z + 3] for z in range(0, 7, 3))
+            write_compact_slabs(folders.prediction / "case.nncp", slabs, p.shape, dtype)
+        records += evaluate(folders, protocol=Protocol(boundary=True, dilate=2.0))["metric_per_case"]
+    whole, in_slabs = records
+    assert in_slabs["probabilities_file"].endswith(".nncp")
+    assert whole["notes"] == in_slabs["notes"]
+    assert_same(in_slabs["calibration"], whole["calibration"])
 
 
 def test_distances_of_regions_are_those_of_their_masks(tmp_path):

@@ -115,6 +115,11 @@ class ProbabilityFile:
             row[...] = channel
         return whole
 
+    @property
+    def in_slabs(self) -> bool:
+        """Some slices of all channels can be read without the others: the file is of the compact format."""
+        return isinstance(self._stored, CompactReader)
+
     def slabs(self) -> Iterator[np.ndarray]:
         """Yield all channels of some slices after the others, (C, slab, y, x), in the order of z.
 
