@@ -63,24 +63,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "methods with the voxels whose decision changes, which are counted."
     )
     apply.epilog = "example:\n  nnunet-calib calibrate apply calibrator -i predictions -o calibrated"
-    apply.add_argument("calibrator", metavar="FILE", type=Path, help="calibrator.json, or its folder")
-    apply.add_argument("-i", dest="predictions", metavar="DIR", type=Path, required=True, help="predictions")
+    _add_predictions(apply)
     apply.add_argument("-o", dest="output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    apply.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near the predictions")
-    apply.add_argument("--model", metavar="DIR", type=Path, help="trained model of the predictions, to be compared")
-    apply.add_argument("--any-model", action="store_true", help="also for another model than it was fitted to")
 
     check = steps.add_parser(
         "check", help="are new cases like those of the fit? needs no references", formatter_class=raw
     )
     check.description = (
         "Compare the confidences of new cases, without references, with those of the cases the\n"
-        "calibrator was fitted to, and warn where they differ more than chance explains."
+        "calibrator was fitted to, and warn where they differ more than chance explains. PSI, the\n"
+        "population stability index, is 0 for the same confidences and grows with the difference."
     )
     check.epilog = "example:\n  nnunet-calib calibrate check calibrator -i predictions"
-    check.add_argument("calibrator", metavar="FILE", type=Path, help="calibrator.json, or its folder")
-    check.add_argument("-i", dest="predictions", metavar="DIR", type=Path, required=True, help="predictions")
-    check.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near the predictions")
+    _add_predictions(check)
+
+
+def _add_predictions(parser: argparse.ArgumentParser) -> None:
+    """A calibrator and what it is used on."""
+    parser.add_argument("calibrator", metavar="FILE", type=Path, help="calibrator.json, or its folder")
+    parser.add_argument("-i", dest="predictions", metavar="DIR", type=Path, required=True, help="predictions")
+    parser.add_argument("-djfile", type=Path, help="dataset.json; else the one in or near the predictions")
+    parser.add_argument("--model", metavar="DIR", type=Path, help="trained model of the predictions, to be compared")
+    parser.add_argument("--any-model", action="store_true", help="also for another model than it was fitted to")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,6 +125,7 @@ def _apply(args: argparse.Namespace) -> int:
     cases = done["cases"].values()
     changed, voxels = (sum(case[name] for case in cases) for name in ("changed", "voxels"))
     labels = "segmentations unchanged" if done["keeps_labels"] else f"{changed} of {voxels} voxels have another label"
+    _tell_left_out(done["without_probabilities"])
     print(f"{len(cases)} cases calibrated ({done['method']}); {labels}; written to {args.output}")
     return 0
 
@@ -128,22 +133,33 @@ def _apply(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from nnunet_calib.posthoc.shift import check_folder
 
-    found = check_folder(args.calibrator, args.predictions, args.djfile)
+    found = check_folder(args.calibrator, args.predictions, args.djfile, model=args.model, any_model=args.any_model)
     for name, psi in sorted(found["cases"].items(), key=lambda item: -item[1]):
-        print(f"{name:<32} PSI {psi:.3f}")
+        print(f"{name:<32} PSI {psi:.3f}" + ("  more than chance" if psi > found["case_limit"] else ""))
     for name in found["left_out"]:
         print(f"{name:<32} no foreground predicted")
-    told = f"PSI {found['psi']:.3f} of all; up to {found['limit']:.3f} is chance"
+    _tell_left_out(found["without_probabilities"])
+    if found["cases"]:
+        limits = f"{found['case_limit']:.3f} is chance for one case, up to {found['limit']:.3f} for all of these"
+        sure = f"{found['confidence']:.2f} here, {found['fit_confidence']:.2f} in the cases of the fit"
+        print(f"up to {limits}\nmean confidence in the predicted foreground: {sure}")
+        like = "do not look" if found["shifted"] else "look"
+        print(f"PSI {found['psi']:.3f} of all: these cases {like} like those of the fit")
+    else:
+        print("no foreground is predicted in any case: nothing to compare")
     if not found["shifted"]:
-        print(f"{told}: these cases look like those of the fit")
         return 0
-    print(told)
     print(
         "nnunet-calib calibrate: warning: the confidences of these cases are not like those of the fit; "
         "do not rely on the calibrator here before checking it on cases with references",
         file=sys.stderr,
     )
     return 0
+
+
+def _tell_left_out(names: list[str]) -> None:
+    if names:
+        print(f"left out, for they have no probabilities: {', '.join(names)}")
 
 
 def _table(content: dict[str, Any]) -> Iterator[str]:

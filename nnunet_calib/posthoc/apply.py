@@ -121,6 +121,56 @@ def open_calibration(
     return Calibration(calibrator, dataset)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """A folder of predictions to use a calibrator on.
+
+    Attributes:
+        calibration: the calibrator and the folder's labels.
+        cases: those with probabilities.
+        without_probabilities: names of the others.
+        reader: of the label maps.
+        dataset_json: of the folder.
+        plans: of the folder, if any.
+    """
+
+    calibration: Calibration
+    cases: list[CaseFiles]
+    without_probabilities: list[str]
+    reader: type[BaseReaderWriter]
+    dataset_json: Path
+    plans: Path | None
+
+
+def open_predictions(
+    calibrator_file: str | Path,
+    folder: str | Path,
+    dataset_json: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    any_model: bool = False,
+) -> Predictions:
+    """Find the cases of a folder; arguments as ``apply_folder``.
+
+    Raises:
+        UsageError: there is no such folder.
+        InputError: files that cannot be used, no probabilities, or a calibrator of another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    found = Path(dataset_json) if dataset_json else require_dataset_json(folder, folder)
+    plans = find_model_file("plans.json", folder)
+    calibration = open_calibration(calibrator_file, folder, found, plans, model=model, any_model=any_model)
+    pairs = pair_cases(folder, folder, calibration.dataset.file_ending)
+    cases = [case for case in pairs if case.probabilities]
+    if not cases:
+        raise InputError(f"{folder}: no probabilities beside the predictions; predict with --save_probabilities")
+    reader = choose_reader(calibration.dataset, [case.prediction for case in cases])
+    without = [case.name for case in pairs if not case.probabilities]
+    return Predictions(calibration, cases, without, reader, found, plans)
+
+
 def apply_folder(
     calibrator_file: str | Path,
     predictions: str | Path,
@@ -145,36 +195,30 @@ def apply_folder(
         any_model: do not compare models.
 
     Returns:
-        ``method``, ``keeps_labels`` and ``cases``: by name, ``voxels`` and ``changed`` (voxels with another label).
+        ``method``, ``keeps_labels``, ``cases``: by name, ``voxels`` and ``changed`` (voxels with another label), and
+        ``without_probabilities``: names of the cases left out.
 
     Raises:
         UsageError: folders that make no sense.
         InputError: files that cannot be used, or a calibrator of another model.
     """
     predictions, output = Path(predictions), Path(output)
-    if not predictions.is_dir():
-        raise UsageError(f"{predictions} is not a folder")
-    if output.resolve() == predictions.resolve():
+    if predictions.is_dir() and output.resolve() == predictions.resolve():
         raise UsageError(f"{output} holds the predictions themselves; name another folder for the calibrated ones")
-    found = Path(dataset_json) if dataset_json else require_dataset_json(predictions, predictions)
-    plans = find_model_file("plans.json", predictions)
-    calibration = open_calibration(calibrator_file, predictions, found, plans, model=model, any_model=any_model)
-    calibrator, dataset = calibration.calibrator, calibration.dataset
-    pairs = pair_cases(predictions, predictions, dataset.file_ending)
-    if not (cases := [case for case in pairs if case.probabilities]):
-        raise InputError(f"{predictions}: no probabilities beside the predictions; predict with --save_probabilities")
-    reader = choose_reader(dataset, [case.prediction for case in cases])
+    given = open_predictions(calibrator_file, predictions, dataset_json, model=model, any_model=any_model)
+    calibrator, dataset = given.calibration.calibrator, given.calibration.dataset
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{output} cannot be made a folder for the results ({error.strerror})") from error
     done = {}
-    for case in tqdm(cases, desc="calibrate", unit="case"):
-        done[case.name] = _apply_case(calibrator, case, dataset, reader, output)
-    for name, source in (("dataset.json", found), ("plans.json", plans)):
+    for case in tqdm(given.cases, desc="calibrate", unit="case"):
+        done[case.name] = _apply_case(calibrator, case, dataset, given.reader, output)
+    for name, source in (("dataset.json", given.dataset_json), ("plans.json", given.plans)):
         if source is not None:
             _copy_file(source, output / name)
-    return {"method": calibrator.key, "keeps_labels": calibrator.keeps_labels, "cases": done}
+    about = {"method": calibrator.key, "keeps_labels": calibrator.keeps_labels, "cases": done}
+    return about | {"without_probabilities": given.without_probabilities}
 
 
 def _apply_case(

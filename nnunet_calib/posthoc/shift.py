@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_calib.data.cases import pair_cases
-from nnunet_calib.data.dataset import find_model_file, read_dataset, require_dataset_json
-from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import read_json
-from nnunet_calib.data.images import choose_reader
-from nnunet_calib.posthoc import load_calibrator
+from nnunet_calib.posthoc.apply import open_predictions
 from nnunet_calib.posthoc.base import file_of
 from nnunet_calib.posthoc.sample import CONFIDENCE_BINS, confidences_of
 
@@ -65,33 +62,61 @@ def check_shift(fitted: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray])
         new: likewise; cases without any predicted foreground have NaN and are left out.
 
     Returns:
-        ``psi``, ``limit``, ``shifted`` (psi above the limit), ``cases`` (PSI of each new case) and ``left_out``.
+        ``psi`` and ``limit``, how large it is by chance; ``shifted`` (psi above the limit); ``confidence``, the mean
+        of the new cases, and ``fit_confidence``, exact to half a bin; ``cases`` (PSI of each new case) and
+        ``case_limit``, how large that of a single case is by chance; ``left_out``.
     """
     cases = np.stack(list(fitted.values()))
     usable = {name: shares for name, shares in new.items() if not np.isnan(shares).any()}
-    left_out = sorted(new.keys() - usable.keys())
-    if not usable:
-        return {"psi": float("inf"), "limit": USUAL_LIMIT, "shifted": True, "cases": {}, "left_out": left_out}
     usual = cases.mean(axis=0)
-    psi = population_stability(np.stack(list(usable.values())).mean(axis=0), usual)
-    limit = largest_without_shift(cases, len(usable))
-    each = {name: population_stability(shares, usual) for name, shares in usable.items()}
-    return {"psi": psi, "limit": limit, "shifted": psi > limit, "cases": each, "left_out": left_out}
+    found = {
+        "psi": float("inf"),
+        "limit": USUAL_LIMIT,
+        "shifted": True,
+        "confidence": float("nan"),
+        "fit_confidence": _mean_confidence(usual),
+        "cases": {name: population_stability(shares, usual) for name, shares in usable.items()},
+        "case_limit": largest_without_shift(cases, 1),
+        "left_out": sorted(new.keys() - usable.keys()),
+    }
+    if usable:
+        mean = np.stack(list(usable.values())).mean(axis=0)
+        psi, limit = population_stability(mean, usual), largest_without_shift(cases, len(usable))
+        found |= {"psi": psi, "limit": limit, "shifted": psi > limit, "confidence": _mean_confidence(mean)}
+    return found
+
+
+def _mean_confidence(shares: np.ndarray) -> float:
+    return float(shares @ ((np.arange(shares.size) + 0.5) / shares.size))
 
 
 def check_folder(
-    calibrator_file: str | Path, predictions: str | Path, dataset_json: str | Path | None = None
+    calibrator_file: str | Path,
+    predictions: str | Path,
+    dataset_json: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    any_model: bool = False,
 ) -> dict[str, Any]:
     """``check_shift`` for a folder of predictions with probabilities; no references are needed.
 
+    Args:
+        calibrator_file: from ``fit_folder``.
+        predictions: label maps and probabilities.
+        dataset_json: found in or near the predictions if None.
+        model: as for ``apply_folder``.
+        any_model: as for ``apply_folder``.
+
+    Returns:
+        As ``check_shift``, and ``without_probabilities``: names of the cases that have none.
+
     Raises:
-        UsageError: folders that make no sense.
-        InputError: files that cannot be used, or a calibrator whose file does not know its cases' confidences.
+        UsageError: there is no such folder.
+        InputError: files that cannot be used, a calibrator of another model, or one whose file does not know its cases'
+            confidences.
     """
-    file, predictions = file_of(calibrator_file), Path(predictions)
-    if not predictions.is_dir():
-        raise UsageError(f"{predictions} is not a folder")
-    calibrator = load_calibrator(file)
+    given = open_predictions(calibrator_file, predictions, dataset_json, model=model, any_model=any_model)
+    file = file_of(calibrator_file)
     try:
         known = {name: np.array(v, dtype=float) for name, v in read_json(file)["confidences"]["cases"].items()}
         if not known or any(shares.shape != (CONFIDENCE_BINS,) for shares in known.values()):
@@ -100,13 +125,6 @@ def check_folder(
         raise InputError(
             f"{file}: does not hold the confidences of the cases it was fitted to; fit it again"
         ) from error
-    found = Path(dataset_json) if dataset_json else require_dataset_json(predictions, predictions)
-    dataset = read_dataset(found, find_model_file("plans.json", predictions))
-    if calibrator.channels != len(dataset.channels) or calibrator.multilabel != dataset.has_regions:
-        raise InputError(f"{file}: fitted to other classes than {found} has")
-    cases = [case for case in pair_cases(predictions, predictions, dataset.file_ending) if case.probabilities]
-    if not cases:
-        raise InputError(f"{predictions}: no probabilities beside the predictions; predict with --save_probabilities")
-    reader = choose_reader(dataset, [case.prediction for case in cases])
-    new = {case.name: confidences_of(case, dataset, reader) for case in tqdm(cases, desc="check", unit="case")}
-    return check_shift(known, new)
+    cases = tqdm(given.cases, desc="check", unit="case")
+    new = {case.name: confidences_of(case, given.calibration.dataset, given.reader) for case in cases}
+    return check_shift(known, new) | {"without_probabilities": given.without_probabilities}

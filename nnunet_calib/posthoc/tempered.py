@@ -109,7 +109,7 @@ def _share(weight: float, p: np.ndarray) -> np.ndarray:
     """
     parts = [p[c : c + _ADDED].sum(axis=0) for c in range(0, len(p), _ADDED)]
     total = np.sum(parts, axis=0, dtype=np.float64)
-    return (weight * _ROUNDED_DOWN / total).astype(np.float32)
+    return np.asarray(weight * _ROUNDED_DOWN / total, dtype=np.float32)
 
 
 def _of_voxels(powers: np.ndarray, relative: np.ndarray) -> np.ndarray:

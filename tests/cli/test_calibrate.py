@@ -44,7 +44,7 @@ def test_fit_apply_check_evaluate(folders, capsys, tmp_path):
     assert main(["calibrate", "apply", str(folders.output), *words, "-o", str(calibrated)]) == 0
     assert "3 cases calibrated" in capsys.readouterr().out
     assert main(["calibrate", "check", str(folders.output), *words]) == 0
-    assert "look like those of the fit" in capsys.readouterr().out
+    assert "these cases look like those of the fit" in capsys.readouterr().out
     nll = []
     for prediction in (folders.prediction, calibrated):
         scores = tmp_path / f"scores_{prediction.name}"
@@ -84,8 +84,47 @@ def test_a_shift_is_warned_of(folders, capsys, tmp_path):
         other.add(f"case_{seed}", reference, flat.argmax(axis=0), flat)
     capsys.readouterr()
     assert main(["calibrate", "check", str(folders.output), "-i", str(other.prediction)]) == 0
-    (line,) = error_lines(capsys)
-    assert "warning" in line
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].endswith("these cases do not look like those of the fit")
+    assert "mean confidence in the predicted foreground: 0." in printed.out
+    assert "nnunet-calib calibrate: warning: the confidences of these cases" in printed.err
+
+
+def test_cases_without_probabilities_are_told(folders, capsys, tmp_path):
+    assert main(fit(folders, "--method", "temperature")) == 0
+    (folders.prediction / "case_1.npz").unlink()
+    capsys.readouterr()
+    for words in (["apply", "-o", str(tmp_path / "calibrated")], ["check"]):
+        step, *more = words
+        assert main(["calibrate", step, str(folders.output), "-i", str(folders.prediction), *more]) == 0
+        assert "left out, for they have no probabilities: case_1\n" in capsys.readouterr().out
+
+
+def test_nothing_to_compare(folders, capsys, tmp_path):
+    assert main(fit(folders, "--method", "temperature")) == 0
+    empty = Folders(tmp_path / "empty")
+    p = np.zeros((len(ambiguous(0, SHAPE)[1]), *SHAPE), dtype=np.float32)
+    p[0] = 1
+    empty.add("case_0", p.argmax(axis=0), p.argmax(axis=0), p)
+    capsys.readouterr()
+    assert main(["calibrate", "check", str(folders.output), "-i", str(empty.prediction)]) == 0
+    assert "no foreground is predicted in any case" in capsys.readouterr().out
+
+
+def test_another_model_is_refused_unless_told(folders, capsys, tmp_path):
+    plans = folders.prediction / "plans.json"
+    plans.write_text(json.dumps({"dataset_name": "Dataset001_Fitted"}))
+    assert main(fit(folders, "--method", "temperature")) == 0
+    plans.write_text(json.dumps({"dataset_name": "Dataset002_Other"}))
+    capsys.readouterr()
+    for step, *more in (["apply", "-o", str(tmp_path / "calibrated")], ["check"]):
+        words = ["calibrate", step, str(folders.output), "-i", str(folders.prediction), *more]
+        assert main(words) == 1
+        (line,) = error_lines(capsys)
+        assert "other plans" in line
+        assert "--any-model" in line
+        assert main([*words, "--any-model"]) == 0
+        capsys.readouterr()
 
 
 def test_what_the_command_offers_is_what_there_is():

@@ -140,6 +140,48 @@ def test_regions(tmp_path):
     assert np.abs(p - 0.5).mean() < np.abs(before - 0.5).mean()
 
 
+@pytest.mark.parametrize("method", ["temperature", "vector", "isotonic"])
+def test_an_ignore_label(tmp_path, method):
+    """What the network says where the reference is ignored does not matter; what is calibrated has no such label."""
+    fitted = []
+    for name in ("ignored", "other"):
+        made = Folders(tmp_path / name, labels=LABELS | {"ignore": 3})
+        for seed in range(2):
+            reference, p = too_sure(seed)
+            prediction = p.argmax(axis=0)
+            if name == "other":
+                p[:, :, 15:] = p[[2, 0, 1], :, 15:]
+            reference[:, 15:] = 3
+            made.add(f"case_{seed}", reference, prediction, p)
+        content = fit_folder(made.prediction, tmp_path / f"{name}_out", made.reference, methods=[method])
+        fitted.append({key: content[key] for key in ("temperature", "slope", "offset", "curves") if key in content})
+    assert fitted[0] == fitted[1]
+    if method == "temperature":
+        assert fitted[0]["temperature"] == pytest.approx(2, rel=0.1)
+    done = apply_folder(tmp_path / "ignored_out", tmp_path / "ignored" / "predicted", tmp_path / "calibrated")
+    assert done["cases"].keys() == {"case_0", "case_1"}
+    assert labels_of(tmp_path / "calibrated" / "case_0.nii.gz").max() == 2
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize("method", ["temperature", "classwise", "ensemble", "vector", "isotonic", "dirichlet"])
+def test_probabilities_of_exactly_0_and_1(tmp_path, method, kind):
+    """A network that is sure everywhere, rightly in most voxels: finite, sums of 1, less sure than before."""
+    made = Folders(tmp_path, labels=LABELS)
+    for seed in range(2):
+        reference, p = too_sure(seed)
+        p = (p == p.max(axis=0)).astype(kind)
+        made.add(f"case_{seed}", reference, p.argmax(axis=0), p)
+    content = fit_folder(made.prediction, tmp_path / "out", made.reference, methods=[method], voxels=2_000)
+    table = content["cross_fit"]
+    assert table[method]["volume"]["NLL"]["mean"] < table["none"]["volume"]["NLL"]["mean"]
+    apply_folder(tmp_path / "out", made.prediction, tmp_path / "calibrated")
+    p = ProbabilityFile(tmp_path / "calibrated" / "case_0.npz").whole().astype(np.float64)
+    assert np.isfinite(p).all()
+    assert np.allclose(p.sum(axis=0), 1, atol=2e-3 if kind == np.float16 else 1e-5)
+    assert p.max(axis=0).mean() < 0.98  # log of the smallest float32 by the largest temperature: 87.3 / 20
+
+
 def test_only_right_predictions(tmp_path):
     made = Folders(tmp_path, labels=LABELS)
     for seed in range(2):
@@ -299,6 +341,8 @@ def test_new_cases_like_the_old_and_unlike(tmp_path):
     found = check_folder(tmp_path / "out", other.prediction)
     assert found["shifted"]
     assert found["psi"] > found["limit"]
+    assert min(found["cases"].values()) > found["case_limit"]
+    assert found["confidence"] < found["fit_confidence"] - 0.1
     assert sorted(found["cases"]) == ["case_20", "case_21", "case_22"]
 
 
