@@ -144,6 +144,12 @@ def runs() -> list[Run]:
         ordered = []
         for first in range(0, PAIRS, 2):
             ordered += stocks[first : first + 2] + sum(ours[first : first + 2], [])
+        for dice in (0.6, CHOSEN):
+            weight = f"Dice weight {dice:g}, the first {SHARE:.0%} of its pair"
+            for name in names:
+                configuration = name.replace("pair", f"pair_dice{dice:g}".replace(".", "p"))
+                settings = {**PAIR, "dice_weight": dice}
+                ordered.append(Run(configuration, focal, weight, settings, after=name, paired=True))
         return ordered
 
     margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"

@@ -96,18 +96,26 @@ def by_dice_weight(rows: list[dict]) -> list[str]:
 
 
 def by_pair(rows: list[dict]) -> list[str]:
-    """Markdown: what only changing ``-tr`` does from the same first part, mean over pairs and each of them."""
+    """Markdown: what changing ``-tr`` does from the same first part, mean over pairs and each of them.
+
+    Without a Dice weight it is the trainer's default.
+    """
     stocks = {row["training"]: row for row in runs_of(rows, "StockTrainer__pair")}
     ours = [row for row in rows if row["control"] == "pair" and row["start"] in stocks]
     columns = ("DSC", "ECE foreground", "NLL foreground", "ECE volume", "NLL volume")
-    lines = [f"| loss | pairs | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    lines = [f"| loss | Dice weight | pairs | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     if stocks:
         cells = [f"{mean_of(list(stocks.values()), column):.4f}" for column in columns]
-        lines.append(f"| Stock itself | {len(stocks)} | {' | '.join(cells)} |")
-    for loss in dict.fromkeys(row["loss"] for row in ours):
-        own, cells = [row for row in ours if row["loss"] == loss], []
+        lines.append(f"| Stock itself | | {len(stocks)} | {' | '.join(cells)} |")
+    for loss, weight in dict.fromkeys((row["loss"], dice_weight(row)) for row in ours):
+        own, cells = [row for row in ours if (row["loss"], dice_weight(row)) == (loss, weight)], []
         for column in columns:
             away = [float(row["means"][column]) - float(stocks[row["start"]]["means"][column]) for row in own]
             cells.append(f"{np.mean(away):+.4f} ({', '.join(f'{value:+.3f}' for value in away)})")
-        lines.append(f"| {loss} | {len(own)} | {' | '.join(cells)} |")
+        lines.append(f"| {loss} | {weight} | {len(own)} | {' | '.join(cells)} |")
     return lines
+
+
+def dice_weight(row: dict) -> str:
+    """What was set, or nothing where the default was left alone."""
+    return f"{row['settings']['dice_weight']:g}" if "dice_weight" in row["settings"] else "default"
