@@ -1,9 +1,11 @@
 """All that is known of nnU-Net's trainer, in one class; the trainers are in `nnunet_calib.training.trainers`."""
 
+import warnings
 from collections.abc import Mapping
 from os.path import isfile, join
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -21,6 +23,7 @@ from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings, loss_a
 
 _CUDA = torch.device("cuda")
 _STATE_KEY = "nnunet_calib_state"
+_STILL_RISING = 0.05  # of Dice; what a network that has learned its structures does by chance is less
 _SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "save_every")
 
 
@@ -114,6 +117,8 @@ class CalibrationTrainer(nnUNetTrainer):
         # Rounded down, so that even one epoch is the objective's.
         first_calibrated = int(self.settings["calibrate_from"] * self.num_epochs)
         objective.calibrating = self.current_epoch >= first_calibrated
+        if self.current_epoch == first_calibrated:
+            self._warn_of_late_learning()
         self.print_to_log_file(f"Objective: {self.LOSS if objective.calibrating else 'nnU-Net (until calibrate_from)'}")
 
     def on_validation_epoch_start(self) -> None:
@@ -148,6 +153,29 @@ class CalibrationTrainer(nnUNetTrainer):
             )
         if self.LOSS is not None and _STATE_KEY in self.my_init_kwargs:
             self._objective().calibration.load_state_dict(self.my_init_kwargs[_STATE_KEY])
+
+    def _warn_of_late_learning(self) -> None:
+        """Say so if a structure is still being learned when the objective takes over: it can be lost then.
+
+        Measured by nnU-Net's own Dice of its validation patches, the last tenth of the epochs so far against the tenth
+        before.
+        """
+        dice = np.array(self.logger.get_value("dice_per_class_or_region", step=None), dtype=np.float64)
+        tenth = max(1, len(dice) // 10)
+        if len(dice) < 2 * tenth:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a structure in none of these patches: NaN, never rising
+            before, now = np.nanmean(dice[-2 * tenth : -tenth], axis=0), np.nanmean(dice[-tenth:], axis=0)
+        manager = self.label_manager
+        names = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        each = zip(names, before, now, strict=False)
+        late = [f"{name} (Dice {b:.2f}, now {n:.2f})" for name, b, n in each if n - b > _STILL_RISING]
+        if late:
+            self.print_to_log_file(
+                f"WARNING nnunet-calib: still being learned: {', '.join(late)}. An objective that begins now can lose "
+                "such a structure; train more epochs, or finish with nnU-Net's loss and use finetune_from"
+            )
 
     def _objective(self) -> Objective:
         return self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss

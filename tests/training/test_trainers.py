@@ -234,6 +234,23 @@ def test_a_training_of_one_epoch_is_the_objectives():
     assert inner(trainer).calibrating
 
 
+@kinds
+@pytest.mark.parametrize(("last", "warned"), [(0.59, True), (0.44, False), (float("nan"), False)])
+def test_a_structure_that_is_still_being_learned_at_the_switch_is_named(kind, last, warned):
+    """0.42 and then 0.59 is what a run had that lost the structure when NACL began: docs/results.md."""
+    trainer = build("NACLTrainer", {"num_epochs": 8}, kind=kind)
+    manager = trainer.label_manager
+    names = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    for epoch, dice in enumerate([0.0, 0.0, 0.0, 0.01, 0.42, last]):
+        trainer.logger.log("lrs", 0.01, epoch)
+        trainer.logger.log("dice_per_class_or_region", [0.8] * (len(names) - 1) + [dice], epoch)
+    trainer.current_epoch = 6
+    trainer.on_train_epoch_start()
+    log = Path(trainer.log_file).read_text()
+    assert (f"still being learned: {names[-1]} (Dice 0.42, now 0.59)." in log) == warned
+    assert ("WARNING" in log) == warned
+
+
 # ----------------------------------------------------------------------------------------------------------- discovery
 
 
