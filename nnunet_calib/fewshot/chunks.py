@@ -59,8 +59,13 @@ class Chunks:
             own = place.long().clamp_max(self.count - 1)
             return torch.nn.functional.one_hot(own, self.count).float()
         centred = (place - 0.5).clamp(0, self.count - 1)
-        away = centred[:, None] - torch.arange(self.count, device=t.device)
-        return (1 - away.abs()).clamp_min(0).float()
+        below = centred.long()
+        weights = torch.zeros((len(t), self.count), device=t.device)
+        # every other chunk has none: distances to all of them would cost several times as much
+        for chunk in (below + 1, below):  # in this order, for the last chunk has none above
+            share = (1 - (centred - chunk).abs()).float()
+            weights.scatter_(1, chunk.clamp_max(self.count - 1)[:, None], share[:, None])
+        return weights
 
 
 def landmarks(labels: np.ndarray, classes: Iterable[int], spacing: Sequence[float]) -> dict[int, np.ndarray]:

@@ -119,7 +119,9 @@ class LinearHead(Head):
     def logit(self, projected: Tensor, position: Tensor, chunk: Tensor) -> Tensor:
         """As ``Head.logit``."""
         of_heads = projected + position_terms(position).to(projected) @ self.position_terms.T + self.bias
-        return (chunk.to(projected) * (of_heads[:, self.row] + self.offset)).sum(dim=1)
+        a = chunk.to(projected)
+        share = a @ torch.nn.functional.one_hot(self.row, len(self.bias)).to(a)  # of each head
+        return torch.linalg.vecdot(share, of_heads) + a @ self.offset
 
 
 def position_terms(position: Tensor) -> Tensor:
