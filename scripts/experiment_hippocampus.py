@@ -223,6 +223,10 @@ class Bench:
     def model(self, row: Run) -> Path:
         return self.results / self.dataset.name / f"{row.trainer}__nnUNetPlans__{row.configuration}"
 
+    def dice_weight(self, row: Run) -> float | None:
+        """What the training had, by setting or by the default of its day; None of nnU-Net's own loss."""
+        return json.loads((self.model(row) / "plans.json").read_text())[RESOLVED_KEY].get("dice_weight")
+
     def fingerprint(self, row: Run) -> str:
         """What tells a training from others of the same row."""
         checkpoint = self.model(row) / "fold_0" / "checkpoint_final.pth"
@@ -330,6 +334,7 @@ def keep(bench: Bench, row: Run, file: Path = KEPT) -> str:
             "run": run_of(name),
             "control": row.control,
             "settings": row.settings,
+            "dice_weight": bench.dice_weight(row),
             "training": network,
             "start": bench.fingerprint(row.start) if row.start else None,
             "date": day(scores),

@@ -5,6 +5,7 @@ from kept import machines
 
 from nnunet_calib.metrics.intervals import percentile_interval, resampled_means
 from nnunet_calib.training.settings import CALIBRATE_FROM, DICE_WEIGHT, DICE_WEIGHT_OF
+from nnunet_calib.training.trainers import TRAINERS
 
 REGIONS = ("volume", "reference_foreground", "foreground")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
@@ -89,17 +90,13 @@ def by_dice_weight(rows: list[dict]) -> list[str]:
                 told = f"{np.mean(away):+.{digits}f}" if own else "not run"
                 if len(own) > 1:
                     told += f" ({', '.join(f'{value:+.{digits}f}' for value in away)})"
-                default = DICE_WEIGHT_OF.get(loss.lower(), DICE_WEIGHT) == weight
-                cells.append(f"**{told}**" if default and own else told)
+                cells.append(f"**{told}**" if own and is_default(loss, weight) else told)
             lines.append(f"| {weight:g} | {column} | {' | '.join(cells)} |")
     return lines
 
 
 def by_pair(rows: list[dict]) -> list[str]:
-    """Markdown: what changing ``-tr`` does from the same first part, mean over pairs and each of them.
-
-    Without a Dice weight it is the trainer's default.
-    """
+    """Markdown: what another trainer does from the same first part, mean over pairs and each of them."""
     stocks = {row["training"]: row for row in runs_of(rows, "StockTrainer__pair")}
     ours = [row for row in rows if row["control"] == "pair" and row["start"] in stocks]
     columns = ("DSC", "ECE foreground", "NLL foreground", "ECE volume", "NLL volume")
@@ -107,15 +104,16 @@ def by_pair(rows: list[dict]) -> list[str]:
     if stocks:
         cells = [f"{mean_of(list(stocks.values()), column):.4f}" for column in columns]
         lines.append(f"| Stock itself | | {len(stocks)} | {' | '.join(cells)} |")
-    for loss, weight in dict.fromkeys((row["loss"], dice_weight(row)) for row in ours):
-        own, cells = [row for row in ours if (row["loss"], dice_weight(row)) == (loss, weight)], []
+    for loss, weight in dict.fromkeys((row["loss"], row["dice_weight"]) for row in ours):
+        own, cells = [row for row in ours if (row["loss"], row["dice_weight"]) == (loss, weight)], []
         for column in columns:
             away = [float(row["means"][column]) - float(stocks[row["start"]]["means"][column]) for row in own]
             cells.append(f"{np.mean(away):+.4f} ({', '.join(f'{value:+.3f}' for value in away)})")
-        lines.append(f"| {loss} | {weight} | {len(own)} | {' | '.join(cells)} |")
+        told = f"**{weight:g}**" if is_default(loss, weight) else f"{weight:g}"
+        lines.append(f"| {loss} | {told} | {len(own)} | {' | '.join(cells)} |")
     return lines
 
 
-def dice_weight(row: dict) -> str:
-    """What was set, or nothing where the default was left alone."""
-    return f"{row['settings']['dice_weight']:g}" if "dice_weight" in row["settings"] else "default"
+def is_default(loss: str, weight: float) -> bool:
+    """The trainer's default of today."""
+    return DICE_WEIGHT_OF.get(TRAINERS[f"{loss}Trainer"].LOSS, DICE_WEIGHT) == weight
