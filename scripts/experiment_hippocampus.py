@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from kept import FOLDER, day, measured, number, put, read_rows, run_of, write_between, write_rows
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from tables_hippocampus import MEASURES, PAIRED, tables
+from tables_hippocampus import ALONE, MEASURES, PAIRED, tables
 
 from nnunet_calib.data.files import whole_file, write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
@@ -55,7 +55,9 @@ FINETUNE = {
     "initial_lr": 1e-3,
     "finetune_from": "StockTrainer",
 }
-PAIRS = 4
+PAIRS = 6
+AT_ONCE = {"MEEPTrainer": (0.6,), "NACLTrainer": (0.6,), "MbLSTrainer": (1,), "FLTrainer": (1, 0.6, CHOSEN)}
+"""Dice weights with which trainers took over at once, in four pairs at most: the defaults before there was a ramp."""
 SHARED = "shared.pth"  # checkpoint of stock at ``CALIBRATE_FROM``, beside those of nnU-Net
 PAIR = {**FULL, "save_every": round(EPOCHS * CALIBRATE_FROM)}  # one checkpoint before the last
 
@@ -136,7 +138,7 @@ def runs() -> list[Run]:
         stocks = [Run(name, "StockTrainer", route, PAIR, paired=True) for name in names]
         ours = [
             [
-                Run(name, trainer, f"`-tr` alone, the first {SHARE:.0%} of its pair", PAIR, after=name, paired=True)
+                Run(name, trainer, ALONE, PAIR, after=name, paired=True)
                 for trainer in (entropy, neighbours, margin, focal)
             ]
             for name in names
@@ -144,13 +146,14 @@ def runs() -> list[Run]:
         ordered = []
         for first in range(0, PAIRS, 2):
             ordered += stocks[first : first + 2] + sum(ours[first : first + 2], [])
-        for dice in (0.6, CHOSEN):
-            weight = f"Dice weight {dice:g}, the first {SHARE:.0%} of its pair"
-            for name in names:
-                configuration = name.replace("pair", f"pair_dice{dice:g}".replace(".", "p"))
-                settings = {**PAIR, "dice_weight": dice}
-                ordered.append(Run(configuration, focal, weight, settings, after=name, paired=True))
-        return ordered
+        first = [at_once(trainer, dice, name) for name in names[:4] for trainer in AT_ONCE for dice in AT_ONCE[trainer]]
+        return ordered + first
+
+    def at_once(trainer: str, dice: float, pair: str) -> Run:
+        settings = {**PAIR, "dice_weight": dice, "ramp": 0} | ({"weight": 0.1} if trainer == neighbours else {})
+        configuration = pair.replace("pair", f"at_once_dice{dice:g}".replace(".", "p"))
+        route = f"at once, Dice weight {dice:g}, the first {SHARE:.0%} of its pair"
+        return Run(configuration, trainer, route, settings, after=pair, paired=True)
 
     margin, neighbours, entropy, focal = "MbLSTrainer", "NACLTrainer", "MEEPTrainer", "FLTrainer"
     rows = [stock(), Run("first", "StockTrainer", f"the first {SHARE:.0%} of stock", FIRST)]

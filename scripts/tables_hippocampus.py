@@ -9,6 +9,7 @@ from nnunet_calib.training.trainers import TRAINERS
 
 REGIONS = ("volume", "reference_foreground", "foreground")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
+ALONE = "`-tr` alone, the first 75% of its pair"
 PAIRED = ("DSC", "NLL foreground", "ECE foreground", "ECE volume")
 
 
@@ -98,19 +99,24 @@ def by_dice_weight(rows: list[dict]) -> list[str]:
 def by_pair(rows: list[dict]) -> list[str]:
     """Markdown: what another trainer does from the same first part, mean over pairs and each of them."""
     stocks = {row["training"]: row for row in runs_of(rows, "StockTrainer__pair")}
+    number = {training: row["run"] for training, row in stocks.items()}
     ours = [row for row in rows if row["control"] == "pair" and row["start"] in stocks]
     columns = ("DSC", "ECE foreground", "NLL foreground", "ECE volume", "NLL volume")
-    lines = [f"| loss | Dice weight | pairs | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    lines = [f"| loss | how | pairs | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     if stocks:
         cells = [f"{mean_of(list(stocks.values()), column):.4f}" for column in columns]
         lines.append(f"| Stock itself | | {len(stocks)} | {' | '.join(cells)} |")
-    for loss, weight in dict.fromkeys((row["loss"], row["dice_weight"]) for row in ours):
-        own, cells = [row for row in ours if (row["loss"], row["dice_weight"]) == (loss, weight)], []
+    kinds = dict.fromkeys((row["loss"], row["route"]) for row in sorted(ours, key=lambda row: row["route"] != ALONE))
+    for loss, route in kinds:
+        own = sorted(
+            (row for row in ours if (row["loss"], row["route"]) == (loss, route)), key=lambda r: number[r["start"]]
+        )
+        cells = []
         for column in columns:
             away = [float(row["means"][column]) - float(stocks[row["start"]]["means"][column]) for row in own]
             cells.append(f"{np.mean(away):+.4f} ({', '.join(f'{value:+.3f}' for value in away)})")
-        told = f"**{weight:g}**" if is_default(loss, weight) else f"{weight:g}"
-        lines.append(f"| {loss} | {told} | {len(own)} | {' | '.join(cells)} |")
+        told = "**`-tr` alone**" if route == ALONE else route.rpartition(",")[0]
+        lines.append(f"| {loss} | {told} | {', '.join(str(number[r['start']]) for r in own)} | {' | '.join(cells)} |")
     return lines
 
 

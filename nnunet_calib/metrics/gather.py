@@ -14,7 +14,6 @@ from nnunet_calib.metrics.binning import Bins, bin_index, empty_bins
 from nnunet_calib.metrics.overlap import Structure, label_map, labels_of
 from nnunet_calib.metrics.ranked import CELLS, confidence_cell
 
-SLAB = 1 << 16  # voxels handled at once: all that is made of them stays in the processor's cache
 _MAX_SETS = 8  # one bit each of a uint8
 
 LOWEST, HIGHEST = -1e-5, 1 + 1e-5
@@ -100,9 +99,13 @@ class Volume:
         """A map and the value it has on the voxels of class ``c``."""
         return (self._member[c][self._labels[part]].view(np.uint8), 1) if self.multilabel else (self._channel[part], c)
 
-    def slabs(self) -> list[slice]:
-        """Slices of the flat volume that hold a voxel of any set."""
-        parts = (slice(start, min(start + SLAB, self.size)) for start in range(0, self.size, SLAB))
+    def labels(self, part: slice) -> np.ndarray:
+        """A map that is the same wherever no class begins or ends."""
+        return self._labels[part] if self.multilabel else self._channel[part]
+
+    def slabs(self, size: int) -> list[slice]:
+        """Slices of the flat volume, of so many voxels, that hold a voxel of any set."""
+        parts = (slice(start, min(start + size, self.size)) for start in range(0, self.size, size))
         return [part for part in parts if self.code[part].any()]
 
 
@@ -133,25 +136,49 @@ class Tally:
         return self
 
 
+class Slab:
+    """Some voxels of a volume and what is found out about them, class after class; maps are flat.
+
+    Attributes:
+        code: as the volume's.
+        notes: what a way of counting found out before the first class.
+        top: the channel with the largest probability so far; empty if multilabel.
+        largest: that probability.
+    """
+
+    def __init__(self, volume: Volume, part: slice, counting: Counting, top: np.ndarray, largest: np.ndarray):
+        self._volume, self._part = volume, part
+        self.code = volume.code[part]
+        self.notes = counting.look(volume.labels(part), self.code)
+        self.top, self.largest = top, largest
+
+    def truth(self, c: int) -> tuple[np.ndarray, int]:
+        """A map and the value it has on the voxels of class ``c``."""
+        return self._volume.truth(c, self._part)
+
+
 class Counting(Protocol):
-    """How one slab is counted; the arrays of a slab are flat and of equal length."""
+    """How one slab is counted.
 
-    def add_class(
-        self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
-    ) -> None:
-        """Count the binary problem of class ``c`` of exclusive classes: all but ``top`` and ``ranked``."""
+    Attributes:
+        voxels: of a slab.
+    """
 
-    def add_region(
-        self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
-    ) -> None:
+    voxels: int
+
+    def look(self, labels: np.ndarray, code: np.ndarray) -> Any:
+        """What helps with all classes of a slab; ``labels`` is the same wherever no class begins or ends."""
+
+    def add_class(self, tally: Tally, c: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
+        """Count the binary problem of class ``c`` of exclusive classes, all but ``top`` and ``ranked``.
+
+        Where its p exceeds the largest so far, it becomes the top label. The first class of a slab is 0.
+        """
+
+    def add_region(self, tally: Tally, r: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
         """Count region ``r``: as a class, the logarithm of its complement and ``ranked`` besides."""
 
-    def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
-        """Where class ``c`` exceeds the largest so far, it becomes the top label."""
-
-    def add_top(
-        self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
-    ) -> None:
+    def add_top(self, tally: Tally, slab: Slab, limits: Limits) -> None:
         """Count the top label: ``top`` and ``ranked``."""
 
 
@@ -163,33 +190,29 @@ def gather(
     An array is read slab after slab, all channels of one before the next, so that it passes through memory once;
     other iterables channel after channel.
     """
-    top = None if volume.multilabel else np.zeros(volume.size, dtype=np.min_scalar_type(volume.classes))
-    slabs = volume.slabs()
-    share = -(-len(slabs) // threads) or 1
+    top = np.zeros(0 if volume.multilabel else volume.size, dtype=np.min_scalar_type(volume.classes))
+    parts = volume.slabs(counting.voxels)
+    share = -(-len(parts) // threads) or 1
     workers = [
-        _Worker(volume, slabs[i : i + share], counting, Tally(volume, bins, threshold), top)
-        for i in range(0, len(slabs), share)
+        _Worker(volume, parts[i : i + share], counting, Tally(volume, bins, threshold), top)
+        for i in range(0, len(parts), share)
     ]
     flat = checked_channels(channels, volume)
     with ThreadPoolExecutor(threads) as pool:
         run = map if threads == 1 else pool.map
         if isinstance(channels, np.ndarray):
             whole = list(flat)
-            list(run(lambda worker: worker.add_array(whole, bins, threshold), workers))
+            limits = Limits.of(channels.dtype, bins, threshold)
+            list(run(lambda worker: worker.add_array(whole, limits), workers))
         else:
-            streamed: dict[str, Any] = {}
             for c, channel in enumerate(flat):
-                if not c:
-                    size = 0 if volume.multilabel else volume.size
-                    streamed["largest"] = np.full(size, -1, dtype=_counted(channel.dtype))
-                streamed["limits"] = Limits.of(channel.dtype, bins, threshold)
-                list(run(functools.partial(_Worker.add_channel, c=c, channel=channel, **streamed), workers))
-            if not volume.multilabel:
-                list(run(functools.partial(_Worker.add_top, **streamed), workers))
+                limits = Limits.of(channel.dtype, bins, threshold)
+                list(run(functools.partial(_Worker.add_channel, c=c, channel=channel, limits=limits), workers))
+            list(run(functools.partial(_Worker.finish, limits=limits), workers))
     total = Tally(volume, bins, threshold)
     for worker in workers:
         total += worker.tally
-    return total, None if top is None else top.reshape(volume.shape)
+    return total, None if volume.multilabel else top.reshape(volume.shape)
 
 
 def checked_channels(channels: Iterable[Any], volume: Volume) -> Iterator[Any]:
@@ -223,41 +246,44 @@ def check_probabilities(p: Any) -> None:
 class _Worker:
     """One thread's share of the slabs."""
 
-    def __init__(self, volume: Volume, slabs: list[slice], counting: Counting, tally: Tally, top: np.ndarray | None):
-        self._volume, self._slabs, self._counting, self._top = volume, slabs, counting, top
+    def __init__(self, volume: Volume, parts: list[slice], counting: Counting, tally: Tally, top: np.ndarray):
+        self._volume, self._parts, self._counting, self._top = volume, parts, counting, top
+        self._slabs: list[Slab] = []
         self.tally = tally
 
-    def add_array(self, channels: list[np.ndarray], bins: int, threshold: float) -> None:
-        limits = Limits.of(channels[0].dtype, bins, threshold)
-        largest = np.empty(SLAB, dtype=_counted(channels[0].dtype))
-        for part in self._slabs:
-            largest[:] = -1
+    def add_array(self, channels: list[np.ndarray], limits: Limits) -> None:
+        """Count slab after slab."""
+        largest = np.empty(self._counting.voxels, dtype=_counted(channels[0].dtype))
+        for part in self._parts:
+            slab = self._slab(part, largest)
             for c, channel in enumerate(channels):
-                self._add(c, part, channel, limits, largest[: part.stop - part.start])
-            if self._top is not None:
-                self._add_top(part, largest[: part.stop - part.start], limits)
+                self._add(c, channel[part], slab, limits)
+            self._finish(slab, limits)
 
-    def add_channel(self, c: int, channel: np.ndarray, limits: Limits, largest: np.ndarray) -> None:
-        for part in self._slabs:
-            self._add(c, part, channel, limits, largest[part])
+    def add_channel(self, c: int, channel: np.ndarray, limits: Limits) -> None:
+        """Count one channel of all slabs; ``finish`` follows the last."""
+        if c == 0:
+            kind = _counted(channel.dtype)
+            self._slabs = [self._slab(part, np.empty(self._top[part].size, kind)) for part in self._parts]
+        for part, slab in zip(self._parts, self._slabs, strict=True):
+            self._add(c, channel[part], slab, limits)
 
-    def add_top(self, largest: np.ndarray, limits: Limits) -> None:
-        for part in self._slabs:
-            self._add_top(part, largest[part], limits)
+    def finish(self, limits: Limits) -> None:
+        """Count what is known only after the last channel."""
+        for slab in self._slabs:
+            self._finish(slab, limits)
 
-    def _add(self, c: int, part: slice, channel: np.ndarray, limits: Limits, largest: np.ndarray) -> None:
-        p = _in_full(channel[part])
-        truth, code = self._volume.truth(c, part), self._volume.code[part]
-        if self._top is None:
-            self._counting.add_region(self.tally, c, p, truth, code, limits)
-        else:
-            self._counting.add_class(self.tally, c, p, truth, code, limits)
-            self._counting.update_top(c, p, largest, self._top[part])
+    def _slab(self, part: slice, largest: np.ndarray) -> Slab:
+        top = self._top[part]
+        return Slab(self._volume, part, self._counting, top, largest[: top.size])
 
-    def _add_top(self, part: slice, largest: np.ndarray, limits: Limits) -> None:
-        assert self._top is not None
-        truth, _ = self._volume.truth(0, part)
-        self._counting.add_top(self.tally, largest, self._top[part], truth, self._volume.code[part], limits)
+    def _add(self, c: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
+        add = self._counting.add_region if self._volume.multilabel else self._counting.add_class
+        add(self.tally, c, _in_full(p), slab, limits)
+
+    def _finish(self, slab: Slab, limits: Limits) -> None:
+        if not self._volume.multilabel:
+            self._counting.add_top(self.tally, slab, limits)
 
 
 class NumpyCounting:
@@ -267,29 +293,67 @@ class NumpyCounting:
     they go to bin 0 together, and only the others are sorted into bins one by one.
     """
 
-    def add_class(
-        self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
-    ) -> None:
-        """Count the binary problem of class ``c``."""
-        if not (p.min() >= LOWEST and p.max() <= HIGHEST):  # NaN fails too
-            check_probabilities(p[code != 0])
-        positive = truth[0] == truth[1]
+    voxels = 1 << 16  # all that is made of them stays in the processor's cache
+
+    def look(self, labels: np.ndarray, code: np.ndarray) -> tuple[int, np.ndarray | None]:
+        """The code of most voxels, and which have another one; None if all have it."""
         usual = int(code[0])
-        single = (p >= p.dtype.type(limits.edges[1])) | positive
-        alike = not (code != usual).any()
-        if not alike:
-            usual = int(np.bincount(code).argmax())
-            single |= code != usual
+        if not (code != usual).any():
+            return usual, None
+        usual = int(np.bincount(code).argmax())
+        return usual, code != usual
+
+    def add_class(self, tally: Tally, c: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
+        """Count the binary problem of class ``c``; it becomes the top label where it is the largest."""
+        least, most = p.min(), p.max()
+        self._add(tally, c, p, (least, most), slab, limits)
+        if c == 0:
+            slab.top[:], slab.largest[:] = 0, p
+        elif not most <= slab.largest.min():  # NaN too
+            larger = p > slab.largest
+            np.copyto(slab.top, c, where=larger, casting="unsafe")
+            np.copyto(slab.largest, p, where=larger)
+
+    def add_region(self, tally: Tally, r: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
+        """Count region ``r``."""
+        self._add(tally, r, p, (p.min(), p.max()), slab, limits)
+        inside, truth = slab.code != 0, slab.truth(r)
+        p, y, code = p[inside].astype(np.float64), truth[0][inside] == truth[1], slab.code[inside]
+        _sum(tally.log_loss, r, code[~y], -np.log(np.maximum(1 - p[~y], limits.spacing)))
+        _count(tally.ranked, r, code, confidence_cell(np.minimum(p, 1 - p)), np.maximum(p, 1 - p), (p > 0.5) == y)
+
+    def add_top(self, tally: Tally, slab: Slab, limits: Limits) -> None:
+        """Count the top label."""
+        (usual, others), p, code = slab.notes, slab.largest, slab.code
+        truth, _ = slab.truth(0)
+        hit, codes = slab.top == truth, usual if others is None else code
+        if others is not None and not code.all():
+            inside = code != 0
+            p, hit, codes = p[inside], hit[inside], code[inside]
+        confidence = p.astype(np.float64)
+        _count(tally.top, ..., codes, bin_index(confidence, limits.bins), confidence, hit)
+        _count(tally.ranked, ..., codes, confidence_cell(1 - confidence), confidence, hit)
+
+    def _add(self, tally: Tally, c: int, p: np.ndarray, extremes: tuple, slab: Slab, limits: Limits) -> None:
+        (usual, others), (truth, value), (least, most) = slab.notes, slab.truth(c), extremes
+        if not (least >= LOWEST and most <= HIGHEST):  # NaN fails too
+            check_probabilities(p[slab.code != 0])
+        positive = truth == value
+        single = positive if most < limits.edges[1] else positive | (p >= p.dtype.type(limits.edges[1]))
+        if others is not None:
+            single = single | others
         singles: Any = np.flatnonzero(single)
         if 2 * singles.size > p.size:
             singles = slice(None)
         elif usual:
             self._add_rest(tally, c, p, singles, usual, limits)
-        codes: Any = usual if alike else code[singles]
+        codes: Any = usual if others is None else slab.code[singles]
         one, y = p[singles].astype(np.float64), positive[singles]
-        if not alike and not codes.all():
+        if others is not None and not codes.all():
             inside = codes != 0
             one, y, codes = one[inside], y[inside], codes[inside]
+        if not one.size:
+            return
         index = bin_index(one, limits.bins)
         _count(tally.classes, c, codes, index, one, y)
         small = one <= limits.threshold
@@ -303,41 +367,21 @@ class NumpyCounting:
         """Count all but ``singles``: voxels of code ``usual`` in bin 0, none of the class."""
         rest = p.astype(np.float64)
         rest[singles] = 0
+        total = rest.sum()
         small = p <= p.dtype.type(limits.threshold)
+        small[singles] = False
+        few = np.count_nonzero(small)
         tally.classes.n[c, usual, 0] += p.size - singles.size
-        tally.classes.confidence[c, usual, 0] += rest.sum()
+        tally.classes.confidence[c, usual, 0] += total
         tally.squared_error[c, usual] += np.einsum("i,i->", rest, rest)
-        tally.negligible.n[c, usual, 0] += np.count_nonzero(small) - np.count_nonzero(small[singles])
-        rest *= small
-        tally.negligible.confidence[c, usual, 0] += rest.sum()
-
-    def add_region(
-        self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
-    ) -> None:
-        """Count region ``r``."""
-        self.add_class(tally, r, p, truth, code, limits)
-        inside = code != 0
-        p, y, code = p[inside].astype(np.float64), truth[0][inside] == truth[1], code[inside]
-        _sum(tally.log_loss, r, code[~y], -np.log(np.maximum(1 - p[~y], limits.spacing)))
-        _count(tally.ranked, r, code, confidence_cell(np.minimum(p, 1 - p)), np.maximum(p, 1 - p), (p > 0.5) == y)
-
-    def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
-        """Where class ``c`` exceeds the largest so far, it becomes the top label."""
-        larger = p > largest
-        np.copyto(top, c, where=larger, casting="unsafe")
-        np.copyto(largest, p, where=larger)
-
-    def add_top(
-        self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
-    ) -> None:
-        """Count the top label."""
-        hit, codes = top == truth, code if (code != code[0]).any() else int(code[0])
-        if codes is code and not code.all():
-            inside = code != 0
-            p, hit, codes = p[inside], hit[inside], code[inside]
-        confidence = p.astype(np.float64)
-        _count(tally.top, ..., codes, bin_index(confidence, limits.bins), confidence, hit)
-        _count(tally.ranked, ..., codes, confidence_cell(1 - confidence), confidence, hit)
+        tally.negligible.n[c, usual, 0] += few
+        if 2 * few > p.size - singles.size:
+            np.logical_not(small, out=small)
+            small[singles] = False
+            total -= rest[small].sum()
+        else:
+            total = rest[small].sum()
+        tally.negligible.confidence[c, usual, 0] += total
 
 
 def _count(

@@ -1,6 +1,8 @@
 """Counting compiled by numba: the same sums as in numpy, at the speed of memory. Import it only where it is wanted.
 
-What is compiled is kept on disk until this file changes: constants of other files are arguments here.
+A slab is counted stretch by stretch: voxels that follow each other and have the same label and code. Most of them lie
+within one bin, and are added with vector instructions; the others one by one. What is compiled is kept on disk until
+this file changes: constants of other files are arguments here.
 """
 
 from __future__ import annotations
@@ -8,12 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 from nnunet_calib.metrics.compiled import compiled
-from nnunet_calib.metrics.gather import HIGHEST, LOWEST, Limits, Tally, check_probabilities
+from nnunet_calib.metrics.gather import HIGHEST, LOWEST, Limits, Slab, Tally, check_probabilities
 from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 
 _TINY = 1e-100  # its cube is still a normal float64
-_CLOSE = 1e-4  # to 0; a run's product of what is farther away is a normal float64
-_RUN = 64  # voxels that are looked at together: long enough for vector instructions, short enough to be alike
+_LONGEST = 256  # voxels of a stretch: more are seldom within one bin
+_SHORTEST = 16  # voxels that vector instructions pay for
+_FAR = 0.1  # from 0: a stretch's product of what is farther away is a normal float64
+_PART = 32  # voxels looked at together where a stretch is not within one bin
+_BLOCK = 64  # voxels compared at once
 
 
 _compiled = compiled("reassoc", "nsz", "contract")
@@ -22,67 +27,86 @@ _compiled = compiled("reassoc", "nsz", "contract")
 class NumbaCounting:
     """Counting in compiled loops; see ``gather.Counting``."""
 
-    def add_class(
-        self, tally: Tally, c: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
-    ) -> None:
-        """Count the binary problem of class ``c``."""
-        self._add(tally, c, p, truth, code, limits, binary=False)
+    voxels = 1 << 18  # few calls; little is made of them
 
-    def add_region(
-        self, tally: Tally, r: int, p: np.ndarray, truth: tuple[np.ndarray, int], code: np.ndarray, limits: Limits
-    ) -> None:
+    def look(self, labels: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where stretches start, with the end of the last; what the largest p so far is at least in each, as bits."""
+        starts = _stretches(labels, code)
+        return starts, np.full(starts.size - 1, -1, np.int64)
+
+    def add_class(self, tally: Tally, c: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
+        """Count the binary problem of class ``c``; it becomes the top label where it is the largest."""
+        self._add(tally, c, p, slab, limits, slab.notes[1])
+
+    def add_region(self, tally: Tally, r: int, p: np.ndarray, slab: Slab, limits: Limits) -> None:
         """Count region ``r``."""
-        self._add(tally, r, p, truth, code, limits, binary=True)
+        self._add(tally, r, p, slab, limits, np.empty(0, np.int64))
         ranked = tally.ranked
         sums = (ranked.n[r], ranked.confidence[r], ranked.correct[r])
-        _rank_region(p, *truth, code, *sums, CELL_SHIFT, CELL_OFFSET)
+        _rank_region(p, *slab.truth(r), slab.code, *sums, CELL_SHIFT, CELL_OFFSET)
 
-    def update_top(self, c: int, p: np.ndarray, largest: np.ndarray, top: np.ndarray) -> None:
-        """Where class ``c`` exceeds the largest so far, it becomes the top label."""
-        _update_top(c, p, largest, top)
-
-    def add_top(
-        self, tally: Tally, p: np.ndarray, top: np.ndarray, truth: np.ndarray, code: np.ndarray, limits: Limits
-    ) -> None:
+    def add_top(self, tally: Tally, slab: Slab, limits: Limits) -> None:
         """Count the top label."""
         bins, ranked = tally.top, tally.ranked
         sums = (bins.n, bins.confidence, bins.correct, ranked.n, ranked.confidence, ranked.correct)
-        _add_top(p, top, truth, code, *sums, CELL_SHIFT, CELL_OFFSET)
+        voxels = (slab.largest, slab.top, slab.truth(0)[0], slab.code, slab.notes[0])
+        _add_top(*voxels, limits.edges.astype(slab.largest.dtype), *sums, CELL_SHIFT, CELL_OFFSET)
 
-    def _add(
-        self,
-        tally: Tally,
-        c: int,
-        p: np.ndarray,
-        truth: tuple[np.ndarray, int],
-        code: np.ndarray,
-        limits: Limits,
-        *,
-        binary: bool,
-    ) -> None:
+    def _add(self, tally: Tally, c: int, p: np.ndarray, slab: Slab, limits: Limits, floor: np.ndarray) -> None:
         every, small = tally.classes, tally.negligible
-        cuts = (limits.edges.astype(p.dtype), p.dtype.type(limits.threshold), limits.smallest, limits.spacing)
-        belongs, value = truth[0], truth[0].dtype.type(truth[1])
+        # floats that are not negative are in the order of their bits
+        whole = np.int32 if p.dtype == np.float32 else np.int64
+        edges, threshold = limits.edges.astype(p.dtype), np.array(limits.threshold, p.dtype)
+        in_bits = (edges.view(whole), threshold[()], threshold.view(whole)[()])
+        cuts = (*in_bits, limits.smallest, limits.spacing, LOWEST, HIGHEST)
+        truth, value = slab.truth(c)
         fit = _add_class(
-            *(p, belongs, value, code, *cuts, binary, every.n[c], every.confidence[c], every.correct[c]),
-            *(small.n[c], small.confidence[c], small.correct[c], tally.squared_error[c], tally.log_loss[c]),
-            *(LOWEST, HIGHEST),
+            *(p, p.view(whole), truth, truth.dtype.type(value), slab.code, slab.notes[0]),
+            *(floor, slab.largest, slab.top, c, cuts),
+            *(every.n[c], every.confidence[c], every.correct[c], small.n[c], small.confidence[c], small.correct[c]),
+            *(tally.squared_error[c], tally.log_loss[c]),
         )
         if not fit:
-            check_probabilities(p[code != 0])
+            check_probabilities(p[slab.code != 0])
+
+
+@_compiled
+def _stretches(labels, code):
+    """Starts of the stretches of equal label and code, int32, with the end of the last."""
+    starts = np.empty(labels.size + 1, np.int32)
+    count = 0
+    begin = 0
+    for block in range(0, labels.size, _BLOCK):
+        label, at = labels[begin], code[begin]
+        some, others = labels[block : block + _BLOCK], code[block : block + _BLOCK]
+        differ = False
+        for i in range(some.size):
+            differ |= (some[i] != label) | (others[i] != at)
+        if not differ and block - begin + some.size <= _LONGEST:
+            continue
+        for i in range(some.size):
+            if some[i] != label or others[i] != at or block + i - begin == _LONGEST:
+                starts[count] = begin
+                count += 1
+                begin, label, at = block + i, some[i], others[i]
+    starts[count] = begin
+    starts[count + 1] = labels.size
+    return starts[: count + 2].copy()
 
 
 @_compiled
 def _add_class(
     p,
+    bits,
     truth,
     value,
     code,
-    edges,
-    threshold,
-    smallest,
-    spacing,
-    binary,
+    starts,
+    floor,
+    largest,
+    top,
+    c,
+    cuts,
     n,
     confidence,
     correct,
@@ -91,155 +115,203 @@ def _add_class(
     small_correct,
     squared_error,
     log_loss,
-    lowest,
-    highest,
 ):
-    """False, and the sums are worth nothing, if a p that counts is none: its bin would be in foreign memory."""
-    bins = n.shape[1]
-    own_n = np.zeros(n.shape, np.int64)  # sums of one slab before they join the volume's: less rounding
-    own_confidence = np.zeros(n.shape, np.float64)
-    own_squared = np.zeros(n.shape[0], np.float64)
-    own_log = np.zeros(n.shape[0], np.float64)
-    product = np.ones(n.shape[0], np.float64)
-    for start in range(0, p.size, _RUN):
-        size = min(_RUN, p.size - start)
-        begin, end = np.uint64(start), np.uint64(start + size)  # unsigned: no index counts from the end
-        at = code[begin]
-        hit = truth[begin] == value
-        some = False
-        every = True
-        mixed = False
-        for i in range(begin, end):
-            some |= truth[i] == value
-            every &= truth[i] == value
-            mixed |= code[i] != at
-        mixed |= some != every
-        if not mixed:
+    """False, and the sums are worth nothing, if a p that counts is none: its bin would be in foreign memory.
+
+    Classes have a ``floor``; without one it is a region, which is a binary problem with two logarithms.
+    """
+    region = floor.size == 0
+    edges, threshold, threshold_bits, smallest, spacing, lowest, highest = cuts
+    bins, negligible, zero = n.shape[1], small_n.shape[1], threshold - threshold  # of the type of p
+    # sums of one slab before they join the volume's: less rounding
+    own_confidence, own_small = np.zeros(confidence.shape, np.float64), np.zeros(small_confidence.shape, np.float64)
+    own_squared, own_log = np.zeros(n.shape[0], np.float64), np.zeros(n.shape[0], np.float64)
+    for stretch in range(starts.size - 1):
+        start, stop = np.uint64(starts[stretch]), np.uint64(starts[stretch + 1])  # no index counts from the end
+        at, hit = code[start], truth[start] == value
+        begin, end = start, stop
+        while begin < stop:
+            k, least, most = -1, bits[begin], bits[begin]
+            if end - begin >= _SHORTEST:
+                first = np.float64(p[begin])
+                k = min(int(first * bins), bins - 1) if 0 <= first <= 1 else 0
+                for i in range(begin, end):
+                    least = min(least, bits[i])
+                    most = max(most, bits[i])
+                if least < edges[k] or most >= edges[k + 1]:
+                    k = -1
+
+            if begin == start and end == stop and not region:
+                if c == 0:
+                    for i in range(begin, end):
+                        largest[i] = p[i]
+                    for i in range(begin, end):
+                        top[i] = 0
+                elif k < 0 or most > floor[stretch]:
+                    for i in range(begin, end):
+                        top[i] = c if p[i] > largest[i] else top[i]
+                    for i in range(begin, end):
+                        largest[i] = p[i] if p[i] > largest[i] else largest[i]
+                if k >= 0:
+                    floor[stretch] = max(floor[stretch], np.int64(least))
             if at == 0:
+                break
+
+            # few p of a class are negligible, and the products below must not end at 0
+            together = k >= 0
+            together &= not hit or (k >= negligible and k >= _FAR * bins)
+            together &= hit or not region or k + 1 <= (1 - _FAR) * bins
+            if together:
+                total = 0.0
+                square = 0.0
+                whole = 1.0
+                if hit:
+                    for i in range(begin, end):
+                        x = np.float64(p[i])
+                        total += x
+                        square += (1 - x) * (1 - x)
+                    for i in range(begin, end):
+                        whole *= np.float64(p[i])
+                    correct[at, k] += np.int64(end - begin)
+                else:
+                    for i in range(begin, end):
+                        x = np.float64(p[i])
+                        total += x
+                        square += x * x
+                    if region:
+                        for i in range(begin, end):
+                            whole *= 1 - np.float64(p[i])
+                if hit or region:
+                    own_log[at] -= np.log(whole)
+                n[at, k] += np.int64(end - begin)
+                own_confidence[at, k] += total
+                own_squared[at] += square
+                if k < negligible and least <= threshold_bits:
+                    few = np.int32(end - begin)
+                    if most > threshold_bits:
+                        few = np.int32(0)
+                        for i in range(begin, end):
+                            few += np.int32(bits[i] <= threshold_bits)
+                        total = 0.0
+                        for i in range(begin, end):
+                            total += np.float64(p[i] if bits[i] <= threshold_bits else zero)
+                    small_n[at, k] += few
+                    own_small[at, k] += total
+                begin, end = end, min(end + np.uint64(_PART), stop)
                 continue
-            first = np.float64(p[begin])
-            k = min(int(first * bins), bins - 1) if 0 <= first <= 1 else 0
-            low, high = edges[k], edges[k + 1]
-            for i in range(begin, end):
-                mixed |= not ((p[i] >= low) & (p[i] < high))  # NaN too
-            if hit:
-                mixed |= k < small_n.shape[1] or low < _CLOSE  # the product below would end at 0
-            elif binary:
-                mixed |= high > 1 - _CLOSE
-        if not mixed:
-            y = 1.0 if hit else 0.0
-            total = 0.0
-            square = 0.0
+
+            if end - begin > _PART:
+                end = begin + np.uint64(_PART)
+                continue
+            product = 1.0
             for i in range(begin, end):
                 x = np.float64(p[i])
-                total += x
-                square += (x - y) * (x - y)
-            own_n[at, k] += size
-            own_confidence[at, k] += total
-            own_squared[at] += square
-            if k < small_n.shape[1]:
-                few = 0
-                little = 0.0
-                for i in range(begin, end):
-                    is_small = p[i] <= threshold
-                    few += is_small
-                    little += np.float64(p[i]) if is_small else 0.0
-                small_n[at, k] += few
-                small_confidence[at, k] += little
+                if not lowest <= x <= highest:
+                    return False
+                k = min(int(x * bins), bins - 1)
+                n[at, k] += 1
+                own_confidence[at, k] += x
+                if p[i] <= threshold:
+                    small_n[at, k] += 1
+                    own_small[at, k] += x
+                    small_correct[at, k] += hit
+                if hit:
+                    correct[at, k] += 1
+                    own_squared[at] += (1 - x) * (1 - x)
+                    x = max(x, smallest)
+                    if x < _TINY:
+                        own_log[at] -= np.log(x)
+                    else:  # one logarithm for many voxels
+                        product *= x
+                        if product < _TINY * _TINY:
+                            own_log[at] -= np.log(product)
+                            product = 1.0
+                else:
+                    own_squared[at] += x * x
+                    if region:
+                        own_log[at] -= np.log(max(1 - x, spacing))
             if hit:
-                correct[at, k] += size
-            if hit or binary:
-                whole = 1.0
-                for i in range(begin, end):
-                    whole *= np.float64(p[i]) if hit else 1 - np.float64(p[i])
-                own_log[at] -= np.log(whole)
-            continue
-        for i in range(begin, end):
-            at = code[i]
-            if at == 0:
-                continue
-            x = np.float64(p[i])
-            if not lowest <= x <= highest:
-                return False
-            k = min(int(x * bins), bins - 1)
-            own_n[at, k] += 1
-            own_confidence[at, k] += x
-            hit = truth[i] == value
-            if p[i] <= threshold:
-                small_n[at, k] += 1
-                small_confidence[at, k] += x
-                small_correct[at, k] += hit
-            if hit:
-                correct[at, k] += 1
-                own_squared[at] += (1 - x) * (1 - x)
-                x = max(x, smallest)
-                if x < _TINY:
-                    own_log[at] -= np.log(x)
-                else:  # one logarithm for many voxels
-                    product[at] *= x
-                    if product[at] < _TINY * _TINY:
-                        own_log[at] -= np.log(product[at])
-                        product[at] = 1
-            else:
-                own_squared[at] += x * x
-                if binary:
-                    own_log[at] -= np.log(max(1 - x, spacing))
-    n += own_n
+                own_log[at] -= np.log(product)
+            begin, end = end, min(end + np.uint64(_PART), stop)
     confidence += own_confidence
+    small_confidence += own_small
     squared_error += own_squared
-    log_loss += own_log - np.log(product)
+    log_loss += own_log
     return True
 
 
 @_compiled
-def _update_top(c, p, largest, top):
-    for i in range(p.size):
-        larger = p[i] > largest[i]
-        largest[i] = p[i] if larger else largest[i]
-        top[i] = c if larger else top[i]
+def _cells(doubts, cells, shift, offset, index):
+    """The cell of each doubt, as ``ranked.confidence_cell``; all arrays have one length."""
+    bits = doubts.view(np.int32)
+    for i in range(bits.size):
+        inside = min(max((bits[i] >> shift) - offset, 1), cells - 1)
+        index[i] = inside if bits[i] > 0 else 0
 
 
 @_compiled
-def _cell(doubt, cells, shift, offset):
-    u = np.float32(doubt)
-    if not u > 0:
-        return 0
-    return min(max((u.view(np.int32) >> shift) - offset, 1), cells - 1)
-
-
-@_compiled
-def _add_top(p, top, truth, code, n, confidence, correct, cell_n, cell_confidence, cell_correct, shift, offset):
-    bins = n.shape[1]
+def _add_top(
+    p, top, truth, code, starts, edges, n, confidence, correct, cell_n, cell_confidence, cell_correct, shift, offset
+):
+    bins, cells = n.shape[1], cell_n.shape[1]
     own = np.zeros(n.shape, np.float64)
-    own_cell = np.zeros(cell_n.shape, np.float64)
-    for i in range(p.size):
-        at = code[i]
+    counts, own_cell = np.zeros((*cell_n.shape, 2), np.int64), np.zeros(cell_n.shape, np.float64)
+    doubts, index = np.empty(_LONGEST, np.float32), np.empty(_LONGEST, np.int32)
+    for stretch in range(starts.size - 1):
+        start, stop = starts[stretch], starts[stretch + 1]
+        size, at, label = stop - start, code[start], truth[start]
         if at == 0:
             continue
-        x = np.float64(p[i])
-        hit = top[i] == truth[i]
-        k = min(int(x * bins), bins - 1)
-        n[at, k] += 1
-        own[at, k] += x
-        correct[at, k] += hit
-        j = _cell(1 - x, cell_n.shape[1], shift, offset)
-        cell_n[at, j] += 1
-        own_cell[at, j] += x
-        cell_correct[at, j] += hit
+        q, winners = p[start:stop], top[start:stop]
+        hits = 0
+        for i in range(q.size):
+            hits += winners[i] == label
+        first = min(int(np.float64(q[0]) * bins), bins - 1)
+        inside = 0
+        for i in range(q.size):
+            inside += (q[i] >= edges[first]) & (q[i] < edges[first + 1])
+        if inside == size:
+            total = 0.0
+            for i in range(q.size):
+                total += np.float64(q[i])
+            n[at, first] += size
+            own[at, first] += total
+            correct[at, first] += hits
+        else:
+            for i in range(q.size):
+                x = np.float64(q[i])
+                k = min(int(x * bins), bins - 1)
+                n[at, k] += 1
+                own[at, k] += x
+                correct[at, k] += winners[i] == label
+        for i in range(q.size):
+            doubts[i] = np.float32(1 - np.float64(q[i]))
+        _cells(doubts[:size], cells, shift, offset, index[:size])
+        count, sums = counts[at], own_cell[at]
+        for i in range(q.size):
+            count[index[i], np.int64(winners[i] == label)] += 1
+            sums[index[i]] += np.float64(q[i])
     confidence += own
     cell_confidence += own_cell
+    cell_n += counts.sum(axis=2)
+    cell_correct += counts[:, :, 1]
 
 
 @_compiled
 def _rank_region(p, truth, value, code, n, confidence, correct, shift, offset):
     own = np.zeros(n.shape, np.float64)
-    for i in range(p.size):
-        at = code[i]
-        if at == 0:
-            continue
-        x = np.float64(p[i])
-        j = _cell(min(x, 1 - x), n.shape[1], shift, offset)
-        n[at, j] += 1
-        own[at, j] += max(x, 1 - x)
-        correct[at, j] += (x > 0.5) == (truth[i] == value)
+    doubts, index = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
+    for start in range(0, p.size, _BLOCK):
+        size = min(_BLOCK, p.size - start)
+        q = p[start : start + size]
+        for i in range(q.size):
+            x = np.float64(q[i])
+            doubts[i] = np.float32(min(x, 1 - x))
+        _cells(doubts[:size], n.shape[1], shift, offset, index[:size])
+        for i in range(q.size):
+            at, j, x = code[start + i], index[i], np.float64(q[i])
+            if at != 0:
+                n[at, j] += 1
+                own[at, j] += max(x, 1 - x)
+                correct[at, j] += (x > 0.5) == (truth[start + i] == value)
     confidence += own

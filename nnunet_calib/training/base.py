@@ -56,6 +56,7 @@ class CalibrationTrainer(nnUNetTrainer):
         )
         self._continue = plans.get("continue_training", False)
         self._loaded_checkpoint = False
+        self._steps = 0  # of this epoch
         # In the plans they land in the checkpoint, the results folder's plans.json, the log and wandb.
         plans[RESOLVED_KEY] = {"trainer": type(self).__name__, **self.settings}
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -112,14 +113,21 @@ class CalibrationTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         if self.LOSS is None:
             return
-        objective = self._objective()
-        objective.calibration.train()
-        # Rounded down, so that even one epoch is the objective's.
-        first_calibrated = int(self.settings["calibrate_from"] * self.num_epochs)
-        objective.calibrating = self.current_epoch >= first_calibrated
-        if self.current_epoch == first_calibrated:
+        self._objective().calibration.train()
+        self._steps = 0
+        if self.current_epoch == self._first_calibrated:
             self._warn_of_late_learning()
-        self.print_to_log_file(f"Objective: {self.LOSS if objective.calibrating else 'nnU-Net (until calibrate_from)'}")
+        first, last = (self._share(steps) for steps in (0, self.num_iterations_per_epoch - 1))
+        self._objective().share = first
+        coming = "" if first == last else f", its share {first:.2f} to {last:.2f}"
+        self.print_to_log_file(f"Objective: {self.LOSS + coming if last > 0 else 'nnU-Net (until calibrate_from)'}")
+
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's step, with the objective's share of the loss that this step has."""
+        if self.LOSS is not None:
+            self._objective().share = self._share(self._steps)
+            self._steps += 1
+        return super().train_step(batch)
 
     def on_validation_epoch_start(self) -> None:
         """Let the loss take note of the validation batches."""
@@ -153,6 +161,20 @@ class CalibrationTrainer(nnUNetTrainer):
             )
         if self.LOSS is not None and _STATE_KEY in self.my_init_kwargs:
             self._objective().calibration.load_state_dict(self.my_init_kwargs[_STATE_KEY])
+
+    @property
+    def _first_calibrated(self) -> int:
+        """The first epoch of the objective; rounded down, so that even one epoch is the objective's."""
+        return int(self.settings["calibrate_from"] * self.num_epochs)
+
+    def _share(self, steps: int) -> float:
+        """The objective's share of the loss after so many steps of this epoch.
+
+        All at once, its slopes are far from those that the network had settled on: structures are lost.
+        """
+        behind = (self.current_epoch - self._first_calibrated) * self.num_iterations_per_epoch + steps
+        ramp = self.settings["ramp"] * (self.num_epochs - self._first_calibrated) * self.num_iterations_per_epoch
+        return min(1.0, (behind + 1) / max(ramp, 1)) if behind >= 0 else 0.0
 
     def _warn_of_late_learning(self) -> None:
         """Say so if a structure is still being learned when the objective takes over: it can be lost then.

@@ -1,4 +1,4 @@
-"""The loss nnU-Net calls at each scale: its own until calibration begins, then the calibration objective."""
+"""The loss nnU-Net calls at each scale: its own until calibration begins, then more and more the objective."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from nnunet_calib.losses import CalibrationLoss
 
 
 class Objective(nn.Module):
-    """nnU-Net's own loss, or the calibration loss plus nnU-Net's Dice, for outputs and targets as nnU-Net has them.
+    """nnU-Net's own loss, the calibration loss plus nnU-Net's Dice, or a mean of both, as nnU-Net calls its loss.
 
     Args:
         stock: nnU-Net's loss, with its Dice as ``dc``.
@@ -17,6 +17,7 @@ class Objective(nn.Module):
         patch_size: spatial shape of the full resolution.
         all_scales: False leaves scales coarser than the patch to nnU-Net's loss.
 
+    ``share`` in [0, 1] is the objective's weight in that mean; nnU-Net's own loss has the rest.
     In evaluation mode (``eval()``) the calibration loss takes note of what it sees at full resolution.
     """
 
@@ -36,7 +37,7 @@ class Objective(nn.Module):
         self.ignore_label = ignore_label
         self.patch_size = patch_size
         self.all_scales = all_scales
-        self.calibrating = True
+        self.share = 1.0
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Loss of one scale.
@@ -46,16 +47,16 @@ class Objective(nn.Module):
             target: (B, 1, *S) labels, or (B, R, *S) bool regions with the ignore mask as one more channel.
         """
         full_resolution = tuple(output.shape[2:]) == self.patch_size
-        if not self.calibrating or not (full_resolution or self.all_scales):
+        if self.share == 0 or not (full_resolution or self.all_scales):
             return self.stock(output, target)
         labels, valid = self._labels_and_valid(target)
         if full_resolution and not self.calibration.training:
             self.calibration.observe(output, labels, valid)
         loss = self.calibration(output, labels, valid)
-        if self.dice_weight == 0:
-            return loss
-        known = labels if valid is None else labels.masked_fill(~valid, 0)
-        return loss + self.dice_weight * self.stock.get_submodule("dc")(output, known, loss_mask=valid)
+        if self.dice_weight != 0:
+            known = labels if valid is None else labels.masked_fill(~valid, 0)
+            loss = loss + self.dice_weight * self.stock.get_submodule("dc")(output, known, loss_mask=valid)
+        return loss if self.share == 1 else self.share * loss + (1 - self.share) * self.stock(output, target)
 
     def _labels_and_valid(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.calibration.multilabel:

@@ -14,6 +14,9 @@ RESOLVED_KEY = "nnunet_calib_resolved"
 DICE_WEIGHT = 1.0
 DICE_WEIGHT_OF = {"nacl": 0.6, "meep": 0.6, "focal": 0.6}
 CALIBRATE_FROM = 0.75
+RAMP = 0.5
+ARGUMENTS_OF = {"nacl": {"weight": 0.03}}
+"""Loss arguments whose default is another in a trainer, beside nnU-Net's Dice, than in the paper."""
 
 
 class RefusedSettings(SystemExit, ValueError):
@@ -45,8 +48,10 @@ def resolve_settings(
         defaults |= {
             "dice_weight": DICE_WEIGHT_OF.get(loss, DICE_WEIGHT),
             "calibrate_from": 0.0 if given.get("finetune_from") is not None else CALIBRATE_FROM,
+            "ramp": RAMP,
             "deep_supervision": "all",
             **loss_defaults(loss, fixed, kernel_size),
+            **ARGUMENTS_OF.get(loss, {}),
         }
     unknown = sorted(set(given) - set(defaults))
     if unknown:
@@ -54,6 +59,8 @@ def resolve_settings(
             f"unknown setting {', '.join(map(repr, unknown))}; allowed: {', '.join(sorted(defaults))}"
         )
     settings = defaults | dict(given)
+    if loss is not None and settings["calibrate_from"] == 0:
+        settings["ramp"] = given.get("ramp", 0.0)  # the objective is there from the first step
     try:
         for name, check in _CHECKS.items():
             if name in settings:
@@ -126,5 +133,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "finetune_from": _trainer_name,
     "dice_weight": number,
     "calibrate_from": lambda name, value: number(name, value, maximum=1.0),
+    "ramp": lambda name, value: number(name, value, maximum=1.0),
     "deep_supervision": lambda name, value: choice(name, value, ("all", "full_resolution")),
 }

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunet_calib import metrics
 from nnunet_calib.metrics import calibration_statistics, scores
+from nnunet_calib.metrics.ranked import CELLS
 
 from ..folders import assert_same
 
@@ -66,6 +68,59 @@ def test_backends_count_the_same(backend, dtype, multilabel):
             if not multilabel:
                 inside = masks["most"]
                 assert np.array_equal(ours_top[inside], top[inside])
+
+
+def smooth_volume(seed: int, dtype=np.float32, size: int = 20_000):
+    """As a network's: long runs of labels and sets; p close to 0 or 1, or just that; here and there others."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(rng.integers(0, 3, size), rng.integers(1, 2000, size))[:size].astype(np.uint8)
+    logits = 6 * (np.arange(3)[:, None] == labels) + rng.normal(0, 0.3, (3, size)) + rng.normal(0, 1, (3, 1))
+    unusual = rng.integers(0, size, size // 500)
+    logits[:, unusual] = rng.normal(0, 9, (3, unusual.size))
+    logits *= np.where(np.arange(size) // 700 % 3 == 0, 40, 1)
+    p = np.exp(logits - logits.max(axis=0))
+    masks = {name: np.arange(size) // run % 4 != 2 for name, run in (("some", 901), ("others", 477))}
+    return (p / p.sum(axis=0)).astype(dtype), labels, masks
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("bins", [3, 15])
+def test_voxels_that_are_alike_are_counted_together_and_the_same(backend, dtype, multilabel, bins):
+    """Against the plain sums of every voxel on its own."""
+    for seed in range(2):
+        p, labels, masks = smooth_volume(seed, dtype)
+        options = {"multilabel": multilabel, "bins": bins}
+        ours, top = statistics(p, labels, masks, backend=backend, **options)
+        classes = [(1, 2), (2,), (0, 1)] if multilabel else [(0,), (1,), (2,)]
+        for name, mask in masks.items():
+            q, inside = p[:, mask].astype(np.float64), labels[mask]
+            for c, of_class in enumerate(classes):
+                y, counted = np.isin(inside, of_class), ours[name].classes[c]
+                index = np.minimum((q[c] * bins).astype(int), bins - 1)
+                assert counted.n.tolist() == np.bincount(index, minlength=bins).tolist()
+                assert counted.correct.tolist() == np.bincount(index, y, bins).tolist()
+                np.testing.assert_allclose(counted.confidence, np.bincount(index, q[c], bins), rtol=1e-12)
+                small = q[c] <= dtype(0.001)
+                assert ours[name].negligible[c].n.sum() == small.sum()
+                assert ours[name].negligible[c].correct.sum() == (small & y).sum()
+                np.testing.assert_allclose(ours[name].negligible[c].confidence.sum(), q[c][small].sum(), rtol=1e-12)
+                np.testing.assert_allclose(ours[name].squared_error[c], np.square(q[c] - y).sum(), rtol=1e-12)
+                least = metrics.smallest_probability(np.dtype(dtype))
+                log = np.log(np.maximum(q[c][y], least)).sum()
+                if multilabel:
+                    log += np.log(np.maximum(1 - q[c][~y], np.finfo(dtype).epsneg)).sum()
+                np.testing.assert_allclose(ours[name].log_loss[c], -log, rtol=1e-11, atol=1e-11)
+            if not multilabel:
+                assert np.array_equal(top[mask], q.argmax(axis=0))
+                index = np.minimum((q.max(axis=0) * bins).astype(int), bins - 1)
+                hit = inside == q.argmax(axis=0)
+                assert ours[name].top.n.tolist() == np.bincount(index, minlength=bins).tolist()
+                assert ours[name].top.correct.tolist() == np.bincount(index, hit, bins).tolist()
+                np.testing.assert_allclose(ours[name].top.confidence, np.bincount(index, q.max(axis=0), bins))
+                cells = metrics.ranked.confidence_cell(1 - q.max(axis=0))
+                assert ours[name].ranked.n.tolist() == np.bincount(cells, minlength=CELLS).tolist()
+                assert ours[name].ranked.correct.tolist() == np.bincount(cells, hit, CELLS).tolist()
 
 
 @settings(max_examples=25, deadline=None)

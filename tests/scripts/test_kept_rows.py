@@ -127,7 +127,7 @@ def test_a_pair_is_compared_with_the_stock_network_whose_first_part_it_shares(ex
     kept = experiment.read_rows(tmp_path / "kept.json")
     found = [tables.differences(row, kept)[:3:2] for row in kept if row["loss"] == "MEEP"]
     assert found == [["run 1", "-0.2000 [-0.2000, -0.2000]"], ["run 2", "-0.4000 [-0.4000, -0.4000]"]]
-    assert "| MEEP | **0.6** | 2 |" in "\n".join(tables.by_pair(kept))
+    assert "| MEEP | **`-tr` alone** | 1, 2 |" in "\n".join(tables.by_pair(kept))
     assert "-0.3000 (-0.200, -0.400)" in "\n".join(tables.by_pair(kept))
 
 

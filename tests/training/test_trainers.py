@@ -198,7 +198,7 @@ def test_full_resolution_works_without_deep_supervision():
 def test_until_calibrate_from_the_loss_is_exactly_nnunets(name, kind):
     options = {"kind": kind, "axes": 2}
     objective = {"dice_weight": 0.5}  # with 1 CETrainer is nnU-Net's loss
-    trainer = build(name, {"calibrate_from": 0.5, "num_epochs": 4, **objective}, **options)
+    trainer = build(name, {"calibrate_from": 0.5, "num_epochs": 4, "ramp": 0, **objective}, **options)
     stock, at_once = build("nnUNetTrainer", **options), build(name, AT_ONCE | objective, **options)
     outputs, reference = logits(trainer), targets(trainer, kind)
     values = []
@@ -225,13 +225,62 @@ def test_the_switch_follows_the_epoch_that_a_resumed_training_starts_with():
         trainer.logger.log("lrs", 0.01, epoch)
     trainer.current_epoch = 3
     trainer.on_train_epoch_start()
-    assert inner(trainer).calibrating
+    assert inner(trainer).share == 1
 
 
 def test_a_training_of_one_epoch_is_the_objectives():
     trainer = build("MbLSTrainer", {"calibrate_from": 0.9, "num_epochs": 1}, axes=2)
     trainer.on_train_epoch_start()
-    assert inner(trainer).calibrating
+    assert inner(trainer).share > 0
+
+
+def shares(trainer, epoch: int) -> list[float]:
+    """The objective's share at every step of an epoch, and in the validation after it."""
+    trainer.current_epoch = epoch
+    trainer.on_train_epoch_start()
+    given = []
+    for step in range(trainer.num_iterations_per_epoch):
+        trainer.train_step(batch(trainer, "labels", seed=step))
+        given.append(inner(trainer).share)
+    trainer.on_validation_epoch_start()
+    return [*given, inner(trainer).share]
+
+
+def test_the_objective_takes_over_step_by_step():
+    """Half of its two epochs: nothing in epochs 0 and 1, a quarter more with each step of epoch 2, then all."""
+    schedule = {"num_epochs": 4, "num_iterations_per_epoch": 4, "calibrate_from": 0.5, "ramp": 0.5}
+    trainer = build("MbLSTrainer", schedule, axes=2)
+    assert [shares(trainer, epoch) for epoch in range(4)] == [
+        [0] * 5,
+        [0] * 5,
+        [0.25, 0.5, 0.75, 1, 1],
+        [1] * 5,
+    ]
+    log = Path(trainer.log_file).read_text()
+    assert "Objective: mbls, its share 0.25 to 1.00" in log
+    resumed = build("MbLSTrainer", schedule | {"ramp": 1}, axes=2)
+    assert shares(resumed, 3) == [0.625, 0.75, 0.875, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, 0.5), ({"calibrate_from": 0}, 0), ({"calibrate_from": 0, "ramp": 0.2}, 0.2), ({"finetune_from": "A"}, 0)],
+)
+def test_an_objective_that_is_there_from_the_start_has_no_ramp_unless_asked(given, expected):
+    assert TRAINERS["MbLSTrainer"].check_settings(given)["ramp"] == expected
+
+
+@every_objective
+@ignoring
+def test_on_the_way_the_loss_is_the_mean_of_nnunets_and_the_objective(name, kind):
+    options = {"kind": kind, "axes": 2}
+    trainer = build(name, AT_ONCE, **options)
+    outputs, reference = logits(trainer), targets(trainer, kind)
+    values = []
+    for share in (0, 0.25, 1):
+        inner(trainer).share = share
+        values.append(trainer.loss(outputs, reference))
+    torch.testing.assert_close(values[1], 0.75 * values[0] + 0.25 * values[2])
 
 
 @kinds
