@@ -115,7 +115,7 @@ class CalibrationTrainer(nnUNetTrainer):
             return
         self._objective().calibration.train()
         self._steps = 0
-        if self.current_epoch == self._first_calibrated:
+        if self.current_epoch == self._first_calibrated():
             self._warn_of_late_learning()
         first, last = (self._share(steps) for steps in (0, self.num_iterations_per_epoch - 1))
         self._objective().share = first
@@ -162,7 +162,6 @@ class CalibrationTrainer(nnUNetTrainer):
         if self.LOSS is not None and _STATE_KEY in self.my_init_kwargs:
             self._objective().calibration.load_state_dict(self.my_init_kwargs[_STATE_KEY])
 
-    @property
     def _first_calibrated(self) -> int:
         """The first epoch of the objective; rounded down, so that even one epoch is the objective's."""
         return int(self.settings["calibrate_from"] * self.num_epochs)
@@ -172,8 +171,8 @@ class CalibrationTrainer(nnUNetTrainer):
 
         All at once, its slopes are far from those that the network had settled on: structures are lost.
         """
-        behind = (self.current_epoch - self._first_calibrated) * self.num_iterations_per_epoch + steps
-        ramp = self.settings["ramp"] * (self.num_epochs - self._first_calibrated) * self.num_iterations_per_epoch
+        behind = (self.current_epoch - self._first_calibrated()) * self.num_iterations_per_epoch + steps
+        ramp = self.settings["ramp"] * (self.num_epochs - self._first_calibrated()) * self.num_iterations_per_epoch
         return min(1.0, (behind + 1) / max(ramp, 1)) if behind >= 0 else 0.0
 
     def _warn_of_late_learning(self) -> None:

@@ -190,6 +190,14 @@ def test_full_resolution_works_without_deep_supervision():
     assert trainer.loss(output, reference) != stock.loss(output, reference)
 
 
+@every_trainer
+def test_nnunets_dump_of_all_attributes_works(name):
+    """It is written before the first epoch, and looks at every property."""
+    trainer = build(name, axes=2)
+    trainer._save_debug_information()
+    assert (Path(trainer.output_folder) / "debug.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ calibrate_from
 
 
