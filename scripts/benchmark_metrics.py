@@ -32,307 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
+from tools_metrics import CALIBRATION, CASES, DISTANCES
+from volumes_metrics import VOLUMES, make_case, make_volumes
 
-TOLERANCE = 2.0  # mm, NSD
-VOLUMES = {  # shape, spacing (z, y, x), structures, voxels by which the bad prediction is shifted
-    "abdomen": ((100, 512, 512), (3.0, 0.8, 0.8), 13, 60),
-    "cardiac": ((10, 256, 216), (10.0, 1.4, 1.4), 3, 0),
-    "hippocampus": ((36, 50, 35), (1.0, 1.0, 1.0), 2, 0),
-}
-CLASSES = 14
 REPEAT_FOR = 1.0  # seconds
+FAST = "ours, [fast]"
 SLOW = ("distances|abdomen prediction|medpy", "distances|abdomen bad|medpy", "distances|abdomen bad|MONAI")
-
-
-# --- volumes -------------------------------------------------------------------------------------------------------
-
-
-def phantom(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A reference of ellipsoids with wavy surfaces, and a prediction of the same with other waves: Dice about 0.9."""
-    shape, _, structures, _ = VOLUMES[name]
-    random = np.random.default_rng(0)
-    reference, prediction = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-    grid = np.meshgrid(*(np.linspace(-1, 1, side, dtype=np.float32) for side in shape), indexing="ij", sparse=True)
-    waves = [
-        ndimage.zoom(random.normal(size=[6, 10, 10]), np.divide(shape, [6, 10, 10]), order=1)[
-            tuple(slice(side) for side in shape)
-        ].astype(np.float32)
-        for _ in range(2)
-    ]
-    for label in range(1, structures + 1):
-        centre = random.uniform(-0.6, 0.6, 3)
-        radius = random.uniform(0.06, 0.3, 3) if structures > 3 else random.uniform(0.3, 0.5, 3)
-        distance = sum(((axis - c) / r) ** 2 for axis, c, r in zip(grid, centre, radius, strict=True))
-        for labels, wave in zip((reference, prediction), waves, strict=True):
-            labels[distance < 1 + 0.15 * wave] = label
-    return reference, prediction
-
-
-def probabilities(reference: np.ndarray, classes: int) -> np.ndarray:
-    """Softmax of noisy logits around the reference, float32 (C, *S), made slice by slice."""
-    random = np.random.default_rng(1)
-    result = np.empty((classes, *reference.shape), np.float32)
-    for z, labels in enumerate(reference):
-        logits = random.normal(0, 1, (classes, *labels.shape)).astype(np.float32)
-        np.put_along_axis(logits, labels[None].astype(np.intp), 6.0, axis=0)
-        logits = ndimage.uniform_filter(logits, (0, 3, 3))
-        logits -= logits.max(axis=0)
-        np.exp(logits, out=logits)
-        result[:, z] = logits / logits.sum(axis=0)
-    return result
-
-
-def make_volumes(work: Path) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    for name, (_, _, structures, shift) in VOLUMES.items():
-        if (work / f"{name}_prediction.npy").exists():
-            continue
-        reference, prediction = phantom(name)
-        np.save(work / f"{name}_reference.npy", reference)
-        if shift:
-            np.save(work / f"{name}_bad.npy", np.roll(prediction, shift, axis=2))
-        np.save(work / f"{name}_probabilities.npy", probabilities(reference, structures + 1))
-        np.save(work / f"{name}_prediction.npy", prediction)
-
-
-def make_case(work: Path) -> None:
-    """The abdomen as files: label maps, ``.npz``, the compact format in float32 and float16."""
-    import SimpleITK
-
-    from nnunet_calib.data.probabilities import write_compact
-
-    folders = [work / name for name in ("reference", "npz", "compact", "compact16")]
-    if (work / "case.done").exists():
-        return
-    stored = np.load(work / "abdomen_probabilities.npy", mmap_mode="r")
-    labels = {"reference": np.load(work / "abdomen_reference.npy"), "prediction": np.argmax(stored, axis=0)}
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
-        image = SimpleITK.GetImageFromArray(labels["reference" if folder.name == "reference" else "prediction"]
-                                            .astype(np.uint8))  # fmt: skip
-        image.SetSpacing(VOLUMES["abdomen"][1][::-1])
-        SimpleITK.WriteImage(image, str(folder / "case.nii.gz"))
-    content = {"labels": {"background": 0} | {f"organ{i}": i for i in range(1, CLASSES)}, "file_ending": ".nii.gz"}
-    (work / "dataset.json").write_text(json.dumps(content | {"channel_names": {"0": "CT"}}))
-    began = time.perf_counter()
-    np.savez_compressed(work / "npz" / "case.npz", probabilities=stored)
-    print(f"written in {time.perf_counter() - began:.1f} s: .npz")
-    for folder, dtype in (("compact", np.float32), ("compact16", np.float16)):
-        began = time.perf_counter()
-        write_compact(work / folder / "case.nncp", stored, stored.shape, np.dtype(dtype))
-        print(f"written in {time.perf_counter() - began:.1f} s: {folder}")
-    (work / "case.done").touch()
-
-
-# --- surface distances ---------------------------------------------------------------------------------------------
-
-
-DEVICE = {"numpy": "cpu", "numba": "cpu", "torch": "cuda"}
-
-
-def ours(backend: str) -> Callable:
-    def measure(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, structures: int) -> list:
-        from nnunet_calib import metrics
-
-        labels = list(range(1, structures + 1))
-        overlaps = metrics.overlaps(reference, prediction, labels, backend=backend)
-        measured = metrics.structure_distances(
-            reference, prediction, labels, spacing, backend=backend, device=DEVICE[backend]
-        )
-        return [
-            [
-                metrics.hausdorff(d),
-                metrics.hausdorff_95(d),
-                metrics.average_surface_distance(d),
-                metrics.surface_dice(d, TOLERANCE),
-                overlap.dice,
-            ]
-            for d, overlap in zip(measured, overlaps, strict=True)
-        ]
-
-    return measure
-
-
-def monai(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, structures: int) -> list:
-    import torch
-    from monai.metrics import (
-        compute_average_surface_distance,
-        compute_dice,
-        compute_hausdorff_distance,
-        compute_surface_dice,
-    )
-
-    ours, theirs = (
-        torch.stack([torch.from_numpy(labels == c) for c in range(structures + 1)])[None]
-        for labels in (prediction, reference)
-    )
-    columns = [
-        compute_hausdorff_distance(ours, theirs, spacing=spacing),
-        compute_hausdorff_distance(ours, theirs, percentile=95, spacing=spacing),
-        compute_average_surface_distance(ours, theirs, symmetric=True, spacing=spacing),
-        compute_surface_dice(ours, theirs, [TOLERANCE] * structures, spacing=spacing),
-        compute_dice(ours, theirs, include_background=False),
-    ]
-    return np.stack([column[0].numpy() for column in columns], axis=1).tolist()
-
-
-def deepmind(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, structures: int) -> list:
-    import surface_distance as peer
-
-    rows = []
-    for label in range(1, structures + 1):
-        theirs, mine = reference == label, prediction == label
-        d = peer.compute_surface_distances(theirs, mine, spacing)
-        rows.append(
-            [
-                peer.compute_robust_hausdorff(d, 100),
-                peer.compute_robust_hausdorff(d, 95),
-                float(np.mean(peer.compute_average_surface_distance(d))),
-                peer.compute_surface_dice_at_tolerance(d, TOLERANCE),
-                peer.compute_dice_coefficient(theirs, mine),
-            ]
-        )
-    return rows
-
-
-def panoptica(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, structures: int) -> list:
-    from panoptica import InputType, Panoptica_Evaluator
-    from panoptica.metrics import Metric
-
-    evaluator = Panoptica_Evaluator(
-        expected_input=InputType.MATCHED_INSTANCE,
-        instance_metrics=[Metric.DSC, Metric.HD, Metric.HD95, Metric.ASSD, Metric.NSD],
-        verbose=False,
-    )
-    result = evaluator.evaluate(prediction, reference, voxelspacing=spacing, verbose=False)["ungrouped"]
-    return [float(result.sq_dsc), float(result.sq_assd)]
-
-
-def medpy(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, structures: int) -> list:
-    from medpy.metric import binary as peer
-
-    mine, theirs = prediction == 1, reference == 1
-    return [measure(mine, theirs, spacing) for measure in (peer.hd, peer.hd95, peer.assd)] + [peer.dc(mine, theirs)]
-
-
-def nnunet_dice(reference: np.ndarray, prediction: np.ndarray, spacing: tuple, structures: int) -> list:
-    from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
-
-    return [
-        [int(n) for n in compute_tp_fp_fn_tn(*(region_or_label_to_mask(m, c) for m in (reference, prediction)))]
-        for c in range(1, structures + 1)
-    ]
-
-
-DISTANCES: dict[str, Callable] = {
-    "ours, [fast]": ours("numba"),
-    "ours": ours("numpy"),
-    "ours, torch": ours("torch"),
-    "panoptica": panoptica,
-    "DeepMind surface-distance": deepmind,
-    "MONAI": monai,
-    "medpy (one structure)": medpy,
-    "nnU-Net (Dice only)": nnunet_dice,
-}
-
-
-# --- calibration ---------------------------------------------------------------------------------------------------
-
-
-def ours_calibration(backend: str, threads: int = 1) -> Callable:
-    def measure(p: np.ndarray, reference: np.ndarray) -> dict:
-        from nnunet_calib import metrics
-
-        whole = {"volume": np.ones(reference.shape, bool)}
-        classes = list(range(len(p)))
-        statistics, _ = metrics.calibration_statistics(
-            p, reference, classes, whole, backend=backend, device=DEVICE[backend], threads=threads
-        )
-        scores = metrics.scores(statistics["volume"], [str(c) for c in classes])
-        return {name: scores[name] for name in ("ECE", "CECE", "Brier", "NLL")}
-
-    return measure
-
-
-def read(p: np.ndarray, reference: np.ndarray) -> dict:
-    """The least that any of them must do: look at every number once."""
-    return {"largest": float(max(channel.max() for channel in p))}
-
-
-def netcal(p: np.ndarray, reference: np.ndarray) -> dict:
-    from netcal.metrics import ECE
-
-    flat, labels = p.reshape(len(p), -1).T, reference.reshape(-1)
-    classes = [ECE(15).measure(flat[:, c], (labels == c).astype(int)) for c in range(len(p))]
-    return {"ECE": float(ECE(15).measure(flat, labels)), "CECE": float(np.mean(classes))}
-
-
-def torchmetrics(p: np.ndarray, reference: np.ndarray) -> dict:
-    import torch
-    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
-
-    flat = torch.from_numpy(np.ascontiguousarray(p.reshape(len(p), -1).T))
-    labels = torch.from_numpy(reference.reshape(-1).astype(np.int64))
-    classes = [binary_calibration_error(flat[:, c], (labels == c).long(), n_bins=15).item() for c in range(len(p))]
-    overall = multiclass_calibration_error(flat, labels, len(p), n_bins=15).item()
-    return {"ECE": overall, "CECE": float(np.mean(classes))}
-
-
-def monai_calibration(p: np.ndarray, reference: np.ndarray) -> dict:
-    import torch
-    from monai.metrics import CalibrationErrorMetric
-
-    one_hot = torch.stack([torch.from_numpy(reference == c) for c in range(len(p))]).float()[None]
-    metric = CalibrationErrorMetric(num_bins=15, include_background=True, calibration_reduction="expected")
-    metric(torch.from_numpy(p)[None], one_hot)
-    return {"CECE": float(metric.aggregate())}
-
-
-CALIBRATION: dict[str, Callable] = {
-    "reading the array": read,
-    "ours, [fast]": ours_calibration("numba"),
-    "ours, [fast], threads2": ours_calibration("numba", 2),
-    "ours": ours_calibration("numpy"),
-    "ours, torch": ours_calibration("torch"),
-    "netcal (a tenth)": netcal,
-    "torchmetrics (a tenth)": torchmetrics,
-    "MONAI (CECE only)": monai_calibration,
-}
-
-
-# --- whole cases ---------------------------------------------------------------------------------------------------
-
-
-def whole_case(folder: str) -> Callable:
-    def measure(work: Path) -> dict:
-        from nnunet_calib.data.cases import pair_cases
-        from nnunet_calib.data.dataset import read_dataset
-        from nnunet_calib.data.images import choose_reader
-        from nnunet_calib.evaluation import Protocol, evaluate_case
-
-        dataset = read_dataset(work / "dataset.json", None)
-        files = pair_cases(work / "reference", work / folder, ".nii.gz")[0]
-        result = evaluate_case(files, dataset, choose_reader(dataset, [files.reference]), Protocol())
-        return {name: result.record["calibration"]["volume"][name] for name in ("ECE", "CECE", "NLL")}
-
-    return measure
-
-
-def decompress(work: Path) -> dict:
-    """What numpy needs to bring the probabilities into memory."""
-    return {"largest": float(np.load(work / "npz" / "case.npz")["probabilities"][0, 0, 0, 0])}
-
-
-CASES: dict[str, Callable] = {
-    "decompressing the .npz (numpy)": decompress,
-    "evaluate, .npz": whole_case("npz"),
-    "evaluate, compact float32": whole_case("compact"),
-    "evaluate, compact float16": whole_case("compact16"),
-}
-
-
-# --- the clock -----------------------------------------------------------------------------------------------------
 
 
 def task_names() -> list[str]:
@@ -389,6 +94,15 @@ def run_task(name: str, work: Path) -> dict[str, Any]:
         "peak": peak(),
         "numbers": numbers,
     }
+
+
+def compile_ours(work: Path) -> None:
+    """Run every compiled tool on every volume once: machine code is kept on disk."""
+    for volume, (_, spacing, structures, shift) in VOLUMES.items():
+        reference = np.load(work / f"{volume}_reference.npy")
+        for kind in ("prediction", "bad") if shift else ("prediction",):
+            DISTANCES[FAST](reference, np.load(work / f"{volume}_{kind}.npy"), spacing, structures)
+        CALIBRATION[FAST](np.load(work / f"{volume}_probabilities.npy"), reference)
 
 
 def processor_seconds() -> float:
@@ -465,6 +179,7 @@ def main() -> int:
     if args.task == "make":
         make_volumes(args.work)
         make_case(args.work)
+        compile_ours(args.work)
         return 0
     if args.task:
         print(json.dumps(run_task(args.task, args.work)))
