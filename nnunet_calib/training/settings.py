@@ -15,7 +15,7 @@ DICE_WEIGHT = 1.0
 DICE_WEIGHT_OF = {"nacl": 0.6, "meep": 0.6, "focal": 0.6}
 CALIBRATE_FROM = 0.75
 RAMP = 0.5
-ARGUMENTS_OF = {"nacl": {"weight": 0.03}}
+ARGUMENTS_OF = {"mbls": {"weight": 0.03}, "nacl": {"weight": 0.03}}
 """Loss arguments whose default is another in a trainer, beside nnU-Net's Dice, than in the paper."""
 
 
