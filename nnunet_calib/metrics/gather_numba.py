@@ -16,7 +16,7 @@ from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 _TINY = 1e-100  # its cube is still a normal float64
 _LONGEST = 256  # voxels of a stretch: more are seldom within one bin
 _SHORTEST = 16  # voxels that vector instructions pay for
-_FAR = 0.1  # from 0: a stretch's product of what is farther away is a normal float64
+_FAR = 0.1  # from 0: the product of a whole stretch of such p is still a normal float64
 _PART = 32  # voxels looked at together where a stretch is not within one bin
 _BLOCK = 64  # voxels compared at once
 
@@ -129,8 +129,9 @@ def _add_class(
     for stretch in range(starts.size - 1):
         start, stop = np.uint64(starts[stretch]), np.uint64(starts[stretch + 1])  # no index counts from the end
         at, hit = code[start], truth[start] == value
-        begin, end = start, stop
+        begin, end = start, stop  # the whole stretch; part after part of it if it is not within one bin
         while begin < stop:
+            # 1. The bin that all these voxels are in, -1 if there is none.
             k, least, most = -1, bits[begin], bits[begin]
             if end - begin >= _SHORTEST:
                 first = np.float64(p[begin])
@@ -141,6 +142,7 @@ def _add_class(
                 if least < edges[k] or most >= edges[k + 1]:
                     k = -1
 
+            # 2. The top label; most classes are nowhere above it.
             if begin == start and end == stop and not region:
                 if c == 0:
                     for i in range(begin, end):
@@ -157,7 +159,7 @@ def _add_class(
             if at == 0:
                 break
 
-            # few p of a class are negligible, and the products below must not end at 0
+            # 3. All together. Few p of a class are negligible, and the products must not end at 0.
             together = k >= 0
             together &= not hit or (k >= negligible and k >= _FAR * bins)
             together &= hit or not region or k + 1 <= (1 - _FAR) * bins
@@ -200,6 +202,7 @@ def _add_class(
                 begin, end = end, min(end + np.uint64(_PART), stop)
                 continue
 
+            # 4. One by one.
             if end - begin > _PART:
                 end = begin + np.uint64(_PART)
                 continue
