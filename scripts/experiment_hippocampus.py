@@ -58,6 +58,7 @@ FINETUNE = {
 PAIRS = 6
 AT_ONCE = {"MEEPTrainer": (0.6,), "NACLTrainer": (0.6,), "MbLSTrainer": (1,), "FLTrainer": (1, 0.6, CHOSEN)}
 """Dice weights with which trainers took over at once, in four pairs at most: the defaults before there was a ramp."""
+PENALTY = 0.1  # weight in the papers of MbLS and NACL
 SHARED = "shared.pth"  # checkpoint of stock at ``CALIBRATE_FROM``, beside those of nnU-Net
 PAIR = {**FULL, "save_every": round(EPOCHS * CALIBRATE_FROM)}  # one checkpoint before the last
 
@@ -109,26 +110,30 @@ def runs() -> list[Run]:
     def stock(run: str = "") -> Run:
         return Run(f"full{run}", "StockTrainer", "stock Dice+CE", FULL)
 
+    def paper(trainer: str) -> dict:
+        """The penalty's weight in the paper, where the trainer's is another."""
+        return {"weight": PENALTY} if trainer in (margin, neighbours) else {}
+
     def finetuned(trainer: str, dice: float) -> Run:
         name = f"finetune_dice{dice:g}".replace(".", "p")
         route = f"the first {SHARE:.0%} of stock, then fine-tuned, Dice weight {dice:g}"
-        return Run(name, trainer, route, {**FINETUNE, "dice_weight": dice}, "first", "first")
+        return Run(name, trainer, route, {**FINETUNE, **paper(trainer), "dice_weight": dice}, "first", "first")
 
     def refined(trainer: str, dice: float | None = None) -> Run:
         """Fine-tuned from the finished stock network; without Dice weight the control that goes on with stock."""
         name = "refine" if dice is None else f"refine_dice{dice:g}".replace(".", "p")
         route = "stock, then fine-tuned" + ("" if dice is None else f", Dice weight {dice:g}")
-        settings = FINETUNE if dice is None else {**FINETUNE, "dice_weight": dice}
+        settings = FINETUNE if dice is None else {**FINETUNE, **paper(trainer), "dice_weight": dice}
         return Run(name, trainer, route, settings, "full", "full")
 
     def switched(trainer: str, share: float = SHARE, dice: float = CHOSEN, run: str = "") -> Run:
         name = f"switch{'' if share == SHARE else f'{share:g}'}_dice{dice:g}{run}".replace(".", "p")
-        settings = {**FULL, "dice_weight": dice, "calibrate_from": share}
+        settings = {**FULL, **paper(trainer), "dice_weight": dice, "calibrate_from": share, "ramp": 0}
         return Run(name, trainer, f"calibrate_from {share:g}, Dice weight {dice:g}", settings)
 
     def scratch(trainer: str, dice: float) -> Run:
         route = "from scratch, paper's objective" if dice == 0 else f"from scratch, Dice weight {dice:g}"
-        settings = {**FULL, "dice_weight": dice, "calibrate_from": 0}
+        settings = {**FULL, **paper(trainer), "dice_weight": dice, "calibrate_from": 0}
         return Run(f"scratch_dice{dice:g}", trainer, route, settings)
 
     def pairs() -> list[Run]:
@@ -147,10 +152,17 @@ def runs() -> list[Run]:
         for first in range(0, PAIRS, 2):
             ordered += stocks[first : first + 2] + sum(ours[first : first + 2], [])
         first = [at_once(trainer, dice, name) for name in names[:4] for trainer in AT_ONCE for dice in AT_ONCE[trainer]]
-        return ordered + first
+        heavy = [heavier(trainer, name) for name in names for trainer in (neighbours, margin)]
+        return ordered + heavy + first
+
+    def heavier(trainer: str, pair: str) -> Run:
+        """With the paper's weight of the penalty."""
+        route = f"the paper's weight {PENALTY:g}, the first {SHARE:.0%} of its pair"
+        settings = {**PAIR, **paper(trainer)}
+        return Run(pair.replace("pair", "paper_weight"), trainer, route, settings, after=pair, paired=True)
 
     def at_once(trainer: str, dice: float, pair: str) -> Run:
-        settings = {**PAIR, "dice_weight": dice, "ramp": 0} | ({"weight": 0.1} if trainer == neighbours else {})
+        settings = {**PAIR, **paper(trainer), "dice_weight": dice, "ramp": 0}
         configuration = pair.replace("pair", f"at_once_dice{dice:g}".replace(".", "p"))
         route = f"at once, Dice weight {dice:g}, the first {SHARE:.0%} of its pair"
         return Run(configuration, trainer, route, settings, after=pair, paired=True)

@@ -4,8 +4,7 @@ import numpy as np
 from kept import machines
 
 from nnunet_calib.metrics.intervals import percentile_interval, resampled_means
-from nnunet_calib.training.settings import CALIBRATE_FROM, DICE_WEIGHT, DICE_WEIGHT_OF
-from nnunet_calib.training.trainers import TRAINERS
+from nnunet_calib.training.settings import CALIBRATE_FROM
 
 REGIONS = ("volume", "reference_foreground", "foreground")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
@@ -76,7 +75,7 @@ def mean_of(rows: list[dict], column: str) -> float:
 
 
 def by_dice_weight(rows: list[dict]) -> list[str]:
-    """Markdown: losses that begin at the default minus the mean of all stock runs, by weight; defaults in bold."""
+    """Markdown: losses that take over at once when the default would, minus the mean of all stock runs, by weight."""
     stock = runs_of(rows, "StockTrainer__full")
     switched = [row for row in rows if row["settings"].get("calibrate_from") == CALIBRATE_FROM]
     losses = list(dict.fromkeys(row["loss"] for row in switched))
@@ -91,7 +90,7 @@ def by_dice_weight(rows: list[dict]) -> list[str]:
                 told = f"{np.mean(away):+.{digits}f}" if own else "not run"
                 if len(own) > 1:
                     told += f" ({', '.join(f'{value:+.{digits}f}' for value in away)})"
-                cells.append(f"**{told}**" if own and is_default(loss, weight) else told)
+                cells.append(told)
             lines.append(f"| {weight:g} | {column} | {' | '.join(cells)} |")
     return lines
 
@@ -118,8 +117,3 @@ def by_pair(rows: list[dict]) -> list[str]:
         told = "**`-tr` alone**" if route == ALONE else route.rpartition(",")[0]
         lines.append(f"| {loss} | {told} | {', '.join(str(number[r['start']]) for r in own)} | {' | '.join(cells)} |")
     return lines
-
-
-def is_default(loss: str, weight: float) -> bool:
-    """The trainer's default of today."""
-    return DICE_WEIGHT_OF.get(TRAINERS[f"{loss}Trainer"].LOSS, DICE_WEIGHT) == weight
