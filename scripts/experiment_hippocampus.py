@@ -306,13 +306,13 @@ class Bench:
 
 def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
     """Run the rows, each after the one it starts from; one that fails does not end the others."""
-    starts = {row.after for row in rows}
-    finished = {row.configuration: Event() for row in rows if row.configuration in starts}
+    starts = {row.start for row in rows}
+    finished = {row: Event() for row in rows if row in starts}
     one_writes = Lock()
 
     def one(row: Run) -> bool:
-        if row.after in finished:
-            finished[row.after].wait()
+        if row.start in finished:
+            finished[row.start].wait()
         try:
             bench.finish(row)
             with one_writes:
@@ -323,8 +323,8 @@ def run_all(bench: Bench, rows: list[Run], jobs: int) -> int:
             print(f"FAILED {row.name}: {error}", flush=True)
             return False
         finally:
-            if row.configuration in finished:
-                finished[row.configuration].set()
+            if row in finished:
+                finished[row].set()
 
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(one, rows)).count(False)
