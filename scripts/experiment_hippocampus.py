@@ -152,8 +152,11 @@ def runs() -> list[Run]:
         for first in range(0, PAIRS, 2):
             ordered += stocks[first : first + 2] + sum(ours[first : first + 2], [])
         first = [at_once(trainer, dice, name) for name in names[:4] for trainer in AT_ONCE for dice in AT_ONCE[trainer]]
+        again = Run(
+            "again_run4", "StockTrainer", "stock again, the first 75% of its pair", PAIR, after=names[3], paired=True
+        )
         heavy = [heavier(trainer, name) for name in names for trainer in (neighbours, margin)]
-        return ordered + heavy + first
+        return [*ordered, again, *heavy, *first]
 
     def heavier(trainer: str, pair: str) -> Run:
         """With the paper's weight of the penalty."""
