@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nnunet_calib.losses import (
+    LOSSES,
     ACELoss,
     CPCLoss,
     CRaCLoss,
@@ -267,3 +268,10 @@ def test_the_two_meep_trainers_differ_in_the_variant():
     for name, variant in (("MEEPTrainer", "entropy"), ("MEEPKLTrainer", "kl")):
         value = build(name, {"dice_weight": 0}).loss.loss(logits, reference)
         assert value == MEEPLoss(variant=variant)(logits, reference)
+
+
+@pytest.mark.parametrize("name", ["MbLSTrainer", "NACLTrainer"])
+def test_beside_nnunets_dice_the_penalty_weighs_less_than_in_the_paper_unless_set(name):
+    settings = TRAINERS[name].check_settings
+    assert (settings({})["weight"], settings({"weight": 0.1})["weight"]) == (0.03, 0.1)
+    assert LOSSES[TRAINERS[name].LOSS]().weight == 0.1

@@ -134,7 +134,7 @@ def test_under_autocast_the_loss_is_finite_and_float32(name, kind):
 @pytest.mark.parametrize("dice_weight", [0, 0.3, 1])
 def test_the_objective_is_the_calibration_loss_plus_weighted_dice(kind, batch_dice, dice_weight):
     options = {"kind": kind, "axes": 2, "batch_dice": batch_dice}
-    trainer = build("MbLSTrainer", {**AT_ONCE, "dice_weight": dice_weight, "margin": 2}, **options)
+    trainer = build("MbLSTrainer", {**AT_ONCE, "dice_weight": dice_weight, "margin": 2, "weight": 0.5}, **options)
     stock = inner(build("nnUNetTrainer", **options))
     output, reference = logits(trainer)[0], targets(trainer, kind)[0]
     regions, ignore = kind.startswith("regions"), kind.endswith("ignore")
@@ -142,7 +142,7 @@ def test_the_objective_is_the_calibration_loss_plus_weighted_dice(kind, batch_di
     if ignore:
         valid = ~reference[:, -1:] if regions else reference != IGNORE
     labels = reference[:, :2] if regions else reference
-    calibration = MbLSLoss(margin=2, multilabel=regions)(output, labels, valid)
+    calibration = MbLSLoss(margin=2, weight=0.5, multilabel=regions)(output, labels, valid)
     dice = stock.dc(output, labels if valid is None or regions else torch.where(valid, labels, 0), loss_mask=valid)
     torch.testing.assert_close(inner(trainer)(output, reference), calibration + dice_weight * dice)
 
