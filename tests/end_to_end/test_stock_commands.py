@@ -107,7 +107,7 @@ def test_labels_with_ignore_3d_killed_continued_and_predicted_but_not_with_other
     changed["configurations"]["small"]["nnunet_calib"]["weight"] = 0.7
     host.plans(IGNORING).write_text(json.dumps(changed))
     line = refused(host.train(IGNORING, "small", "0", "NACLTrainer", "--c", succeeds=False))
-    assert "weight was 0.1, now 0.7" in line
+    assert "weight was 0.03, now 0.7" in line
 
     host.plans(IGNORING).write_text(plans)
     done = host.train(IGNORING, "small", "0", "NACLTrainer", "--c")
