@@ -51,13 +51,13 @@ VALIDATED = 2  # training cases that nnU-Net validates on; they are supports lik
 
 @dataclass(frozen=True)
 class Study:
-    """One base network and the structures that it never saw."""
+    """Base networks of one kind, and the structures that each of them never saw."""
 
     name: str
     source: str
     """Data set in nnU-Net raw format."""
-    novel: tuple[str, ...]
-    """Its labels that become background."""
+    unseen: tuple[tuple[str, ...], ...]
+    """For each base network the labels that become background."""
     spacing: tuple[float | None, ...]
     """x, y, z in mm; None keeps the image's own."""
     patch: list[int]
@@ -68,15 +68,16 @@ class Study:
     steps: int
 
     @property
-    def dataset(self) -> str:
-        return f"{self.source}Base"
+    def novel(self) -> tuple[str, ...]:
+        """All structures that are novel to one of the base networks."""
+        return tuple(itertools.chain.from_iterable(self.unseen))
 
 
 STUDIES = (
     Study(
         name="brain",
         source="Dataset035_Brain",
-        novel=("hippocampus", "amygdala", "putamen", "caudate", "brain_stem"),
+        unseen=(("hippocampus", "amygdala", "putamen", "caudate", "brain_stem"),),
         spacing=(2.0, 2.0, 2.0),
         patch=[40, 48, 40],
         features=[16, 32, 64, 128],
@@ -88,13 +89,13 @@ STUDIES = (
     Study(
         name="chaos",
         source="Dataset020_CHAOST2",
-        novel=("spleen",),
-        spacing=(2.5, 2.5, None),
-        patch=[16, 64, 96],
+        unseen=(("liver",), ("right_kidney",), ("left_kidney",), ("spleen",)),
+        spacing=(3.0, 3.0, None),
+        patch=[16, 48, 80],
         features=[16, 32, 64, 128],
         strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
         kernels=[[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
-        epochs=6,
+        epochs=15,
         steps=100,
     ),
 )
@@ -132,16 +133,19 @@ def rounds() -> list[tuple[str, list[Trial]]]:
 
 
 class Base:
-    """The data and the base network of one study, and the commands that make them."""
+    """One base network of a study, its data, and the commands that make them."""
 
-    def __init__(self, study: Study, data: Path, work: Path):
-        self.study, self.work = study, work
+    def __init__(self, study: Study, index: int, data: Path, work: Path):
+        self.study, self.work, self.novel = study, work, study.unseen[index]
         self.source = data / study.source
-        self.raw = work / "raw" / study.dataset
-        self.supports, self.queries, self.new = (work / study.name / part for part in ("supports", "queries", "new"))
-        self.plans = work / "preprocessed" / study.dataset / "nnUNetPlans.json"
-        self.model = work / "results" / study.dataset / "StockTrainer__nnUNetPlans__small"
-        self.predictions = work / study.name / "base"
+        self.number = f"{int(study.source[7:10]) + 100 * index:03d}"
+        dataset = f"Dataset{self.number}_{study.source[11:]}Base"
+        self.folder = work / f"{study.name}_{self.number}"
+        self.raw = work / "raw" / dataset
+        self.supports, self.queries, self.new = (self.folder / part for part in ("supports", "queries", "new"))
+        self.plans = work / "preprocessed" / dataset / "nnUNetPlans.json"
+        self.model = work / "results" / dataset / "StockTrainer__nnUNetPlans__small"
+        self.predictions = self.folder / "base"
         self.environment = {
             **os.environ,
             "nnUNet_raw": str(work / "raw"),
@@ -154,7 +158,7 @@ class Base:
 
     def write_data(self) -> None:
         """Raw data set without the novel structures; the same cases with all labels as supports and queries."""
-        kept = [name for name in self.labels if name not in self.study.novel]
+        kept = [name for name in self.labels if name not in self.novel]
         lookup = np.zeros(max(self.labels.values()) + 1, np.uint8)
         for value, name in enumerate(kept):
             lookup[self.labels[name]] = value
@@ -182,8 +186,7 @@ class Base:
             self.write_data()
         done = self.plans.with_name("preprocessed.done")
         if not done.exists():
-            number = self.study.dataset[7:10]
-            words = ["-d", number, "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
+            words = ["-d", self.number, "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
             self.call("plan", [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), *words])
             done.touch()
         cases = self.training_cases()
@@ -209,18 +212,18 @@ class Base:
 
     def finish(self) -> None:
         """Train, predict the queries and score them, each step only if it is not done yet."""
-        number, fold = self.study.dataset[7:10], self.model / "fold_0"
+        fold = self.model / "fold_0"
         if not (fold / "validation" / "summary.json").exists():
             trained = (fold / "checkpoint_final.pth").exists()
             resume = ["--val"] if trained else ["--c"] if (fold / "checkpoint_latest.pth").exists() else []
-            words = [number, "small", "0", "-tr", "StockTrainer", "-device", device(), *resume]
+            words = [self.number, "small", "0", "-tr", "StockTrainer", "-device", device(), *resume]
             self.call("train", [str(Path(sys.executable).with_name("nnUNetv2_train")), *words])
         if not (self.predictions / "done").exists():
-            words = ["-i", str(self.queries / "images"), "-o", str(self.predictions), "-d", number, "-c", "small"]
+            words = ["-i", str(self.queries / "images"), "-o", str(self.predictions), "-d", self.number, "-c", "small"]
             words += ["-tr", "StockTrainer", "-f", "0", "--disable_tta", "-device", device(), "-npp", "1", "-nps", "1"]
             self.call("predict", [str(Path(sys.executable).with_name("nnUNetv2_predict")), *words])
             (self.predictions / "done").touch()
-        scores = self.work / self.study.name / "base_scores"
+        scores = self.folder / "base_scores"
         if not (scores / "summary.json").exists():
             words = ["evaluate", str(self.raw / "labelsTs"), str(self.predictions), "-o", str(scores), "-np", "1"]
             self.call("evaluate", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
@@ -228,7 +231,7 @@ class Base:
     def evaluate(self, arm: str, trials: list[Trial]) -> None:
         """Try the structures that the base network never saw."""
         supports = self.supports if arm == "trained" else self.new
-        for name in self.study.novel:
+        for name in self.novel:
             evaluate_folder(
                 self.model,
                 supports / "images",
@@ -249,7 +252,7 @@ class Base:
 
     def pairs(self, arm: str) -> Path:
         """Folder of what was scored."""
-        return self.work / self.study.name / f"pairs_{arm}"
+        return self.folder / f"pairs_{arm}"
 
     def link_new(self) -> None:
         """Validation and test cases together: what the network was not trained on; features of both arms together."""
@@ -266,7 +269,7 @@ class Base:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if not link.exists():
                     link.symlink_to(target.resolve())
-        features = self.work / self.study.name / "features"
+        features = self.folder / "features"
         for arm in ARMS:
             features.mkdir(exist_ok=True)
             self.pairs(arm).mkdir(exist_ok=True)
@@ -279,13 +282,13 @@ class Base:
 
     def base_dice(self) -> dict[str, float]:
         """Mean Dice of every base structure over the queries."""
-        summary = json.loads((self.work / self.study.name / "base_scores" / "summary.json").read_text())
+        summary = json.loads((self.folder / "base_scores" / "summary.json").read_text())
         names = {str(v): k for k, v in json.loads((self.raw / "dataset.json").read_text())["labels"].items()}
         return {names[label]: float(scores["Dice"]) for label, scores in summary["mean"].items()}
 
     def call(self, log: str, words: list[str]) -> None:
         """Run a command with its output in a log of the study."""
-        file = self.work / self.study.name / f"{log}.txt"
+        file = self.folder / f"{log}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as stream:
             code = subprocess.run(
@@ -300,15 +303,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def keep(base: Base) -> None:
-    """Keep the base network's scores and the means of every trial that is finished for all structures."""
-    common = {"study": base.study.name, "machine": (base.work / "machine.txt").read_text(), "date": str(date.today())}
+def keep(study: Study, bases: list[Base]) -> None:
+    """Keep the base networks' scores and the means of every trial that is finished for all structures."""
+    machine = (bases[0].work / "machine.txt").read_text()
+    common = {"study": study.name, "machine": machine, "date": str(date.today())}
     rows = read_rows(KEPT)
-    dice = {name: number(value, DIGITS) for name, value in base.base_dice().items()}
-    put(rows, common | {"arm": "base", "structure": "all", **dict.fromkeys(ROW), "dice": dice}, IDENTITY)
+    for base in bases:
+        dice = {name: number(value, DIGITS) for name, value in base.base_dice().items()}
+        kind = {"arm": "base", "structure": ", ".join(base.novel), **dict.fromkeys(ROW)}
+        put(rows, common | kind | {"dice": dice}, IDENTITY)
     for arm in ARMS:
-        records = read_pairs(base.pairs(arm) / "pairs.jsonl")
-        whole = [row for row in summarise(records, ROW) if row["structures"] == len(base.study.novel)]
+        records = [record for base in bases for record in read_pairs(base.pairs(arm) / "pairs.jsonl")]
+        whole = [row for row in summarise(records, ROW) if row["structures"] == len(study.novel)]
         shown = [{"structure": "all"} | row for row in whole]
         shown += [row for row in summarise(records, ("structure", *ROW)) if is_main(row)]
         for row in shown:
@@ -327,15 +333,18 @@ def is_main(row: dict) -> bool:
 def tables(study: Study, rows: list[dict]) -> str:
     """Markdown: the base network; for both arms heads x chunks x extents x k, and every structure by itself."""
     rows = [row for row in rows if row["study"] == study.name]
-    (base,) = (row for row in rows if row["arm"] == "base")
-    dice = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in base["dice"].items())
     lines = [
         measured(rows),
         "",
-        f"Base network: {study.epochs} x {study.steps} steps, patch {study.patch}, batch 2, features "
-        f"{'-'.join(map(str, study.features))}. DSC on the test cases: {dice}; mean "
-        f"{np.mean(list(base['dice'].values())):.3f}. Novel: {', '.join(study.novel).replace('_', ' ')}.",
+        f"Base networks: {study.epochs} x {study.steps} steps, patch {study.patch}, batch 2, features "
+        f"{'-'.join(map(str, study.features))}; their DSC on the test cases:",
+        "",
     ]
+    for row in rows:
+        if row["arm"] == "base":
+            dice = ", ".join(f"{name} {value:.3f}" for name, value in row["dice"].items())
+            mean = np.mean(list(row["dice"].values()))
+            lines.append(f"- never saw {row['structure']}: {dice}; mean {mean:.3f}".replace("_", " "))
     for arm, meaning in ARMS.items():
         if own := [row for row in rows if row["arm"] == arm]:
             lines += ["", f"**{arm}**: {meaning}.", "", *_grid_table(own), "", *_structure_table(own, study.novel)]
@@ -398,11 +407,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=len(rounds()), help="of trials, the most telling first")
     parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
     args = parser.parse_args()
-    studies = [Base(study, args.data, args.work) for study in STUDIES if args.only in (None, study.name)]
+    studies = [
+        (study, [Base(study, index, args.data, args.work) for index in range(len(study.unseen))])
+        for study in STUDIES
+        if args.only in (None, study.name)
+    ]
     if args.table:
-        for base in studies:
-            if (base.work / base.study.name / "base_scores" / "summary.json").exists():
-                keep(base)
+        for study, bases in studies:
+            if all((base.folder / "base_scores" / "summary.json").exists() for base in bases):
+                keep(study, bases)
         for study in STUDIES:
             if any(row["study"] == study.name for row in read_rows(KEPT)):
                 marks = tuple(mark.format(study.name) for mark in MARKS)
@@ -413,14 +426,16 @@ def main() -> int:
     (args.work / "machine.txt").write_text(
         f"{os.cpu_count()} cores of {platform.machine()}, {gpu}, torch {torch.__version__}"
     )
-    for base in studies:
-        base.prepare()
-        if args.stage != "data":
-            base.finish()
-            print(base.study.name, "base Dice", base.base_dice(), flush=True)
+    for study, bases in studies:
+        for base in bases:
+            base.prepare()
+            if args.stage != "data":
+                base.finish()
+                print(study.name, base.novel, "base Dice", base.base_dice(), flush=True)
         if args.stage == "all":
             for arm, trials in rounds()[: args.rounds]:
-                base.evaluate(arm, trials)
+                for base in bases:
+                    base.evaluate(arm, trials)
     return 0
 
 

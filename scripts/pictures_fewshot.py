@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("-o", dest="work", type=Path, required=True)
     parser.add_argument("--structure", choices=study.novel, default="hippocampus")
     args = parser.parse_args()
-    pictures = Pictures(Base(study, args.data.resolve(), args.work.resolve()), args.structure)
+    pictures = Pictures(Base(study, 0, args.data.resolve(), args.work.resolve()), args.structure)
     pictures.write()
     write_picture(draw_chunks(pictures), IMAGES / "fewshot_chunks.png")
     write_picture(draw_query(pictures), IMAGES / "fewshot_query.png")

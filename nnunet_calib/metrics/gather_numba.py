@@ -1,8 +1,8 @@
 """Counting compiled by numba: the same sums as in numpy, at the speed of memory. Import it only where it is wanted.
 
 A slab is counted stretch by stretch: voxels that follow each other and have the same label and code. Most of them lie
-within one bin, and are added with vector instructions; the others one by one. What is compiled is kept on disk until
-this file changes: constants of other files are arguments here.
+in one bin or a few, and are added bin by bin with vector instructions; the others one by one. What is compiled is kept
+on disk until this file changes: constants of other files are arguments here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from nnunet_calib.metrics.ranked import CELL_OFFSET, CELL_SHIFT
 _TINY = 1e-100  # its cube is still a normal float64
 _LONGEST = 256  # voxels of a stretch: more are seldom within one bin
 _SHORTEST = 16  # voxels that vector instructions pay for
+_PART = 32  # voxels looked at together where a stretch is in many bins
+_BINS = 8  # are many: to look at them bin by bin takes longer than voxel by voxel
 _FAR = 0.1  # from 0: the product of a whole stretch of such p is still a normal float64
-_PART = 32  # voxels looked at together where a stretch is not within one bin
 _BLOCK = 64  # voxels compared at once
 
 
@@ -49,25 +50,31 @@ class NumbaCounting:
         """Count the top label."""
         bins, ranked = tally.top, tally.ranked
         sums = (bins.n, bins.confidence, bins.correct, ranked.n, ranked.confidence, ranked.correct)
-        voxels = (slab.largest, slab.top, slab.truth(0)[0], slab.code, slab.notes[0])
-        _add_top(*voxels, limits.edges.astype(slab.largest.dtype), *sums, CELL_SHIFT, CELL_OFFSET)
+        bits = _bits(slab.largest)
+        voxels = (slab.largest, bits, slab.top, slab.truth(0)[0], slab.code, slab.notes[0])
+        edges = limits.edges.astype(slab.largest.dtype).view(bits.dtype)
+        _add_top(*voxels, edges, *sums, CELL_SHIFT, CELL_OFFSET)
 
     def _add(self, tally: Tally, c: int, p: np.ndarray, slab: Slab, limits: Limits, floor: np.ndarray) -> None:
         every, small = tally.classes, tally.negligible
-        # floats that are not negative are in the order of their bits
-        whole = np.int32 if p.dtype == np.float32 else np.int64
-        edges, threshold = limits.edges.astype(p.dtype), np.array(limits.threshold, p.dtype)
-        in_bits = (edges.view(whole), threshold[()], threshold.view(whole)[()])
-        cuts = (*in_bits, limits.smallest, limits.spacing, LOWEST, HIGHEST)
+        bits = _bits(p)
+        edges = limits.edges.astype(p.dtype).view(bits.dtype)
+        threshold, far, below = _bits(np.array([limits.threshold, _FAR, 1 - _FAR], p.dtype))
+        cuts = (edges, threshold, limits.smallest, limits.spacing, LOWEST, HIGHEST, far, below)
         truth, value = slab.truth(c)
         fit = _add_class(
-            *(p, p.view(whole), truth, truth.dtype.type(value), slab.code, slab.notes[0]),
+            *(p, bits, truth, truth.dtype.type(value), slab.code, slab.notes[0]),
             *(floor, slab.largest, slab.top, c, cuts),
             *(every.n[c], every.confidence[c], every.correct[c], small.n[c], small.confidence[c], small.correct[c]),
             *(tally.squared_error[c], tally.log_loss[c]),
         )
         if not fit:
             check_probabilities(p[slab.code != 0])
+
+
+def _bits(p: np.ndarray) -> np.ndarray:
+    """Bit patterns as integers: floats that are not negative are in the order of theirs."""
+    return p.view(np.int32 if p.dtype == np.float32 else np.int64)
 
 
 @_compiled
@@ -121,26 +128,44 @@ def _add_class(
     Classes have a ``floor``; without one it is a region, which is a binary problem with two logarithms.
     """
     region = floor.size == 0
-    edges, threshold, threshold_bits, smallest, spacing, lowest, highest = cuts
-    bins, negligible, zero = n.shape[1], small_n.shape[1], threshold - threshold  # of the type of p
+    edges, threshold, smallest, spacing, lowest, highest, far, below = cuts
+    bins, negligible = n.shape[1], small_n.shape[1]
+    zero = p.dtype.type(0)
     # sums of one slab before they join the volume's: less rounding
     own_confidence, own_small = np.zeros(confidence.shape, np.float64), np.zeros(small_confidence.shape, np.float64)
     own_squared, own_log = np.zeros(n.shape[0], np.float64), np.zeros(n.shape[0], np.float64)
     for stretch in range(starts.size - 1):
         start, stop = np.uint64(starts[stretch]), np.uint64(starts[stretch + 1])  # no index counts from the end
         at, hit = code[start], truth[start] == value
-        begin, end = start, stop  # the whole stretch; part after part of it if it is not within one bin
+        begin, end = start, stop  # the whole stretch; part after part of it if it is in many bins
         while begin < stop:
-            # 1. The bin that all these voxels are in, -1 if there is none.
-            k, least, most = -1, bits[begin], bits[begin]
-            if end - begin >= _SHORTEST:
-                first = np.float64(p[begin])
-                k = min(int(first * bins), bins - 1) if 0 <= first <= 1 else 0
-                for i in range(begin, end):
-                    least = min(least, bits[i])
-                    most = max(most, bits[i])
-                if least < edges[k] or most >= edges[k + 1]:
-                    k = -1
+            # 1. Sums, and the bins from low to high that these voxels are in; none if a p is outside of [0, 1].
+            size = np.int32(end - begin)
+            low, high, least, most = 0, -1, bits[begin], bits[begin]
+            total = 0.0
+            square = 0.0
+            if size >= _SHORTEST:
+                if hit:
+                    for i in range(begin, end):
+                        least = min(least, bits[i])
+                        most = max(most, bits[i])
+                        x = np.float64(p[i])
+                        total += x
+                        square += (1 - x) * (1 - x)
+                else:
+                    for i in range(begin, end):
+                        least = min(least, bits[i])
+                        most = max(most, bits[i])
+                        x = np.float64(p[i])
+                        total += x
+                        square += x * x
+                if least >= edges[0] and most < edges[bins]:
+                    low = min(int(np.float64(p[begin]) * bins), bins - 1)
+                    high = low
+                    while least < edges[low]:
+                        low -= 1
+                    while most >= edges[high + 1]:
+                        high += 1
 
             # 2. The top label; most classes are nowhere above it.
             if begin == start and end == stop and not region:
@@ -149,61 +174,71 @@ def _add_class(
                         largest[i] = p[i]
                     for i in range(begin, end):
                         top[i] = 0
-                elif k < 0 or most > floor[stretch]:
+                elif low > high or most > floor[stretch]:
                     for i in range(begin, end):
                         top[i] = c if p[i] > largest[i] else top[i]
                     for i in range(begin, end):
                         largest[i] = p[i] if p[i] > largest[i] else largest[i]
-                if k >= 0:
+                if low <= high:
                     floor[stretch] = max(floor[stretch], np.int64(least))
             if at == 0:
                 break
 
-            # 3. All together. Few p of a class are negligible, and the products must not end at 0.
-            together = k >= 0
-            together &= not hit or (k >= negligible and k >= _FAR * bins)
-            together &= hit or not region or k + 1 <= (1 - _FAR) * bins
+            # 3. All together, unless the bins are many or a product could end at 0.
+            together = low <= high and high - low < _BINS
+            if hit:
+                together &= least >= far
+            elif region:
+                together &= most <= below
             if together:
-                total = 0.0
-                square = 0.0
+                own_squared[at] += square
                 whole = 1.0
                 if hit:
                     for i in range(begin, end):
-                        x = np.float64(p[i])
-                        total += x
-                        square += (1 - x) * (1 - x)
-                    for i in range(begin, end):
                         whole *= np.float64(p[i])
-                    correct[at, k] += np.int64(end - begin)
-                else:
+                elif region:
                     for i in range(begin, end):
-                        x = np.float64(p[i])
-                        total += x
-                        square += x * x
-                    if region:
-                        for i in range(begin, end):
-                            whole *= 1 - np.float64(p[i])
+                        whole *= 1 - np.float64(p[i])
                 if hit or region:
                     own_log[at] -= np.log(whole)
-                n[at, k] += np.int64(end - begin)
-                own_confidence[at, k] += total
-                own_squared[at] += square
-                if k < negligible and least <= threshold_bits:
-                    few = np.int32(end - begin)
-                    if most > threshold_bits:
-                        few = np.int32(0)
+                left, rest = float(size), total  # in this bin and those above it
+                for k in range(low, high + 1):
+                    above = 0.0
+                    beyond = 0.0
+                    if k < high:
+                        edge = edges[k + 1]
                         for i in range(begin, end):
-                            few += np.int32(bits[i] <= threshold_bits)
-                        total = 0.0
+                            above += 1.0 if bits[i] >= edge else 0.0
+                            beyond += np.float64(p[i] if bits[i] >= edge else zero)
+                    n[at, k] += int(left - above)
+                    own_confidence[at, k] += rest - beyond
+                    correct[at, k] += hit * int(left - above)
+                    left, rest = above, beyond
+                if least <= threshold:
+                    left, rest = float(size), total  # negligible, and in this bin or above it
+                    if most > threshold:
+                        left = 0.0
+                        rest = 0.0
                         for i in range(begin, end):
-                            total += np.float64(p[i] if bits[i] <= threshold_bits else zero)
-                    small_n[at, k] += few
-                    own_small[at, k] += total
+                            left += 1.0 if bits[i] <= threshold else 0.0
+                            rest += np.float64(p[i] if bits[i] <= threshold else zero)
+                    for k in range(low, min(high + 1, negligible)):
+                        above = 0.0
+                        beyond = 0.0
+                        if k < high and k + 1 < negligible:
+                            edge = edges[k + 1]
+                            for i in range(begin, end):
+                                above += 1.0 if edge <= bits[i] <= threshold else 0.0
+                                beyond += np.float64(p[i] if edge <= bits[i] <= threshold else zero)
+                        small_n[at, k] += int(left - above)
+                        own_small[at, k] += rest - beyond
+                        small_correct[at, k] += hit * int(left - above)
+                        left, rest = above, beyond
                 begin, end = end, min(end + np.uint64(_PART), stop)
                 continue
 
             # 4. One by one.
-            if end - begin > _PART:
+            if size > _PART:
                 end = begin + np.uint64(_PART)
                 continue
             product = 1.0
@@ -214,7 +249,7 @@ def _add_class(
                 k = min(int(x * bins), bins - 1)
                 n[at, k] += 1
                 own_confidence[at, k] += x
-                if p[i] <= threshold:
+                if bits[i] <= threshold:
                     small_n[at, k] += 1
                     own_small[at, k] += x
                     small_correct[at, k] += hit
@@ -244,42 +279,80 @@ def _add_class(
 
 
 @_compiled
-def _cells(doubts, cells, shift, offset, index):
-    """The cell of each doubt, as ``ranked.confidence_cell``; all arrays have one length."""
+def _cells(doubts, cells, shift, offset, first, index):
+    """The cell of each doubt, as ``ranked.confidence_cell``, plus ``first``; all arrays have one length."""
     bits = doubts.view(np.int32)
     for i in range(bits.size):
         inside = min(max((bits[i] >> shift) - offset, 1), cells - 1)
-        index[i] = inside if bits[i] > 0 else 0
+        index[i] = first + (inside if bits[i] > 0 else 0)
 
 
 @_compiled
 def _add_top(
-    p, top, truth, code, starts, edges, n, confidence, correct, cell_n, cell_confidence, cell_correct, shift, offset
+    p,
+    bits,
+    top,
+    truth,
+    code,
+    starts,
+    edges,
+    n,
+    confidence,
+    correct,
+    cell_n,
+    cell_confidence,
+    cell_correct,
+    shift,
+    offset,
 ):
     bins, cells = n.shape[1], cell_n.shape[1]
-    own = np.zeros(n.shape, np.float64)
-    counts, own_cell = np.zeros((*cell_n.shape, 2), np.int64), np.zeros(cell_n.shape, np.float64)
+    one, zero = p.dtype.type(1), p.dtype.type(0)
+    own, wrong = np.zeros(n.shape, np.float64), np.zeros(cell_n.size, np.int64)
+    # four by turns, so that an addition need not wait for the one before
+    counts, sums = np.zeros((4, cell_n.size), np.int64), np.zeros((4, cell_n.size), np.float64)
     doubts, index = np.empty(_LONGEST, np.float32), np.empty(_LONGEST, np.int32)
     for stretch in range(starts.size - 1):
         start, stop = starts[stretch], starts[stretch + 1]
-        size, at, label = stop - start, code[start], truth[start]
+        at, label = code[start], truth[start]
         if at == 0:
             continue
-        q, winners = p[start:stop], top[start:stop]
-        hits = 0
+        q, b, winners = p[start:stop], bits[start:stop], top[start:stop]
+        missed = False
         for i in range(q.size):
-            hits += winners[i] == label
-        first = min(int(np.float64(q[0]) * bins), bins - 1)
-        inside = 0
+            missed |= winners[i] != label
+        least, most = b[0], b[0]
+        total = 0.0
         for i in range(q.size):
-            inside += (q[i] >= edges[first]) & (q[i] < edges[first + 1])
-        if inside == size:
-            total = 0.0
-            for i in range(q.size):
-                total += np.float64(q[i])
-            n[at, first] += size
-            own[at, first] += total
-            correct[at, first] += hits
+            least = min(least, b[i])
+            most = max(most, b[i])
+            total += np.float64(q[i])
+        low, high = 0, -1
+        if least >= edges[0] and most < edges[bins]:
+            low = min(int(np.float64(q[0]) * bins), bins - 1)
+            high = low
+            while least < edges[low]:
+                low -= 1
+            while most >= edges[high + 1]:
+                high += 1
+        if low <= high and high - low < _BINS:
+            left, rest, missing = float(q.size), total, 0.0
+            if missed:
+                for i in range(q.size):
+                    missing += 1.0 if winners[i] != label else 0.0
+            for k in range(low, high + 1):
+                above, beyond, failed = 0.0, 0.0, 0.0
+                if k < high:
+                    edge = edges[k + 1]
+                    for i in range(q.size):
+                        above += 1.0 if b[i] >= edge else 0.0
+                        beyond += np.float64(q[i] if b[i] >= edge else zero)
+                    if missed:
+                        for i in range(q.size):
+                            failed += 1.0 if (b[i] >= edge) & (winners[i] != label) else 0.0
+                n[at, k] += int(left - above)
+                own[at, k] += rest - beyond
+                correct[at, k] += int(left - above - (missing - failed))
+                left, rest, missing = above, beyond, failed
         else:
             for i in range(q.size):
                 x = np.float64(q[i])
@@ -288,16 +361,25 @@ def _add_top(
                 own[at, k] += x
                 correct[at, k] += winners[i] == label
         for i in range(q.size):
-            doubts[i] = np.float32(1 - np.float64(q[i]))
-        _cells(doubts[:size], cells, shift, offset, index[:size])
-        count, sums = counts[at], own_cell[at]
-        for i in range(q.size):
-            count[index[i], np.int64(winners[i] == label)] += 1
-            sums[index[i]] += np.float64(q[i])
+            doubts[i] = np.float32(one - q[i])
+        _cells(doubts[: q.size], cells, shift, offset, np.int32(at * cells), index[: q.size])
+        quads = q.size // 4 * 4
+        for i in range(0, quads, 4):
+            for j in range(4):
+                counts[j, index[i + j]] += 1
+                sums[j, index[i + j]] += np.float64(q[i + j])
+        for i in range(quads, q.size):
+            counts[0, index[i]] += 1
+            sums[0, index[i]] += np.float64(q[i])
+        if missed:
+            for i in range(q.size):
+                wrong[index[i]] += winners[i] != label
     confidence += own
-    cell_confidence += own_cell
-    cell_n += counts.sum(axis=2)
-    cell_correct += counts[:, :, 1]
+    for j in range(4):
+        cell_confidence += sums[j].reshape(cell_n.shape)
+        cell_n += counts[j].reshape(cell_n.shape)
+        cell_correct += counts[j].reshape(cell_n.shape)
+    cell_correct -= wrong.reshape(cell_n.shape)
 
 
 @_compiled
@@ -310,7 +392,7 @@ def _rank_region(p, truth, value, code, n, confidence, correct, shift, offset):
         for i in range(q.size):
             x = np.float64(q[i])
             doubts[i] = np.float32(min(x, 1 - x))
-        _cells(doubts[:size], n.shape[1], shift, offset, index[:size])
+        _cells(doubts[:size], n.shape[1], shift, offset, np.int32(0), index[:size])
         for i in range(q.size):
             at, j, x = code[start + i], index[i], np.float64(q[i])
             if at != 0:

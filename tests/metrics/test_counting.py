@@ -71,10 +71,13 @@ def test_backends_count_the_same(backend, dtype, multilabel):
 
 
 def smooth_volume(seed: int, dtype=np.float32, size: int = 20_000):
-    """As a network's: long runs of labels and sets; p close to 0 or 1, or just that; here and there others."""
+    """As a network's: long runs of labels and sets; p close to 0 or 1, or just that; here and there others.
+
+    The more ``seed``, the more p differ from voxel to voxel.
+    """
     rng = np.random.default_rng(seed)
     labels = np.repeat(rng.integers(0, 3, size), rng.integers(1, 2000, size))[:size].astype(np.uint8)
-    logits = 6 * (np.arange(3)[:, None] == labels) + rng.normal(0, 0.3, (3, size)) + rng.normal(0, 1, (3, 1))
+    logits = 6 * (np.arange(3)[:, None] == labels) + rng.normal(0, 0.3 + seed / 2, (3, size)) + rng.normal(0, 1, (3, 1))
     unusual = rng.integers(0, size, size // 500)
     logits[:, unusual] = rng.normal(0, 9, (3, unusual.size))
     logits *= np.where(np.arange(size) // 700 % 3 == 0, 40, 1)
@@ -85,12 +88,12 @@ def smooth_volume(seed: int, dtype=np.float32, size: int = 20_000):
 
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("bins", [3, 15])
-def test_voxels_that_are_alike_are_counted_together_and_the_same(backend, dtype, multilabel, bins):
+@pytest.mark.parametrize(("bins", "threshold"), [(3, 0.001), (15, 0.001), (40, 0.2)])
+def test_voxels_that_are_alike_are_counted_together_and_the_same(backend, dtype, multilabel, bins, threshold):
     """Against the plain sums of every voxel on its own."""
-    for seed in range(2):
+    for seed in range(4):
         p, labels, masks = smooth_volume(seed, dtype)
-        options = {"multilabel": multilabel, "bins": bins}
+        options = {"multilabel": multilabel, "bins": bins, "threshold": threshold}
         ours, top = statistics(p, labels, masks, backend=backend, **options)
         classes = [(1, 2), (2,), (0, 1)] if multilabel else [(0,), (1,), (2,)]
         for name, mask in masks.items():
@@ -100,11 +103,13 @@ def test_voxels_that_are_alike_are_counted_together_and_the_same(backend, dtype,
                 index = np.minimum((q[c] * bins).astype(int), bins - 1)
                 assert counted.n.tolist() == np.bincount(index, minlength=bins).tolist()
                 assert counted.correct.tolist() == np.bincount(index, y, bins).tolist()
-                np.testing.assert_allclose(counted.confidence, np.bincount(index, q[c], bins), rtol=1e-12)
-                small = q[c] <= dtype(0.001)
-                assert ours[name].negligible[c].n.sum() == small.sum()
-                assert ours[name].negligible[c].correct.sum() == (small & y).sum()
-                np.testing.assert_allclose(ours[name].negligible[c].confidence.sum(), q[c][small].sum(), rtol=1e-12)
+                np.testing.assert_allclose(counted.confidence, np.bincount(index, q[c], bins), rtol=1e-12, atol=1e-11)
+                few, small = ours[name].negligible[c], q[c] <= dtype(threshold)
+                cells, index = few.n.size, index[small]
+                assert few.n.tolist() == np.bincount(index, minlength=cells).tolist()
+                assert few.correct.tolist() == np.bincount(index, y[small], cells).tolist()
+                sums = np.bincount(index, q[c][small], cells)
+                np.testing.assert_allclose(few.confidence, sums, rtol=1e-12, atol=1e-11)
                 np.testing.assert_allclose(ours[name].squared_error[c], np.square(q[c] - y).sum(), rtol=1e-12)
                 least = metrics.smallest_probability(np.dtype(dtype))
                 log = np.log(np.maximum(q[c][y], least)).sum()
@@ -227,6 +232,12 @@ def test_a_probability_beyond_1_by_rounding_is_1(backend):
     assert counted["it"].top.n.tolist() == [0] * 14 + [2]
     assert counted["it"].classes.n[:, 0].tolist() == [1, 1]
     assert scores(counted["it"], "01")["ECE"] < 1e-6
+    many = {"it": np.ones(2000, bool)}
+    for bins in (1, 3, 15):
+        q = np.repeat(p, 1000, axis=1)
+        counted, _ = calibration_statistics(q, np.repeat([0, 1], 1000), range(2), many, bins=bins, backend=backend)
+        assert counted["it"].top.n.tolist() == [0] * (bins - 1) + [2000]
+        assert counted["it"].classes.n[0].tolist() == ([1000] + [0] * (bins - 2) + [1000] if bins > 1 else [2000])
 
 
 def test_a_threshold_that_the_type_rounds_up_across_an_edge(backend):

@@ -25,7 +25,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,8 +95,11 @@ class CompactReader:
                     self._read(stream, c, s, channel[s * self._slab : (s + 1) * self._slab])
                 yield channel
 
-    def slabs(self) -> Iterator[np.ndarray]:
-        """Yield (C, slab, y, x) arrays as stored; each takes the memory of the one before."""
+    def slabs(self, check: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield (C, slab, y, x) arrays; each takes the memory of the one before.
+
+        ``check`` sees each chunk just decompressed, still in the cache, and returns what takes its place.
+        """
         thickness = min(self._slab, self.shape[1])
         memory = np.empty((self.shape[0], thickness, *self.shape[2:]), dtype=self.dtype)
         with self._path.open("rb") as stream:
@@ -104,6 +107,9 @@ class CompactReader:
                 slab = memory[:, : self.shape[1] - s * thickness]
                 for c, part in enumerate(slab):
                     self._read(stream, c, s, part)
+                    checked = check(part)
+                    if checked is not part:
+                        part[...] = checked
                 yield slab
 
     def _read(self, stream: BinaryIO, c: int, s: int, into: np.ndarray) -> None:

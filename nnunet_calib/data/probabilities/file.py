@@ -99,7 +99,7 @@ class ProbabilityFile:
         Raises:
             InputError: the file is damaged or holds something that is not a probability.
         """
-        yield from self._parts(self._stored.channels())
+        yield from map(self._checked, self._parts(self._stored.channels()))
 
     def whole(self) -> np.ndarray:
         """All probabilities (C, z, y, x).
@@ -130,7 +130,7 @@ class ProbabilityFile:
             InputError: as ``whole``.
         """
         if isinstance(self._stored, CompactReader):
-            yield from self._parts(self._stored.slabs())
+            yield from self._parts(self._stored.slabs(self._checked))
         else:
             yield self.whole()
 
@@ -144,7 +144,7 @@ class ProbabilityFile:
                 raise _damaged(self.path, error) from error
             if part is None:
                 return
-            yield self._checked(part)
+            yield part
             del part  # the next one needs its memory
 
     def _checked(self, part: np.ndarray) -> np.ndarray:
