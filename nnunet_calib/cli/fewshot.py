@@ -9,7 +9,7 @@ from nnunet_calib.data.errors import UsageError
 
 HELP = "a new structure from a few annotated volumes, on top of a trained model"
 
-_HEADS = ("linear", "prototype", "local_prototypes")
+_HEADS = ("linear", "prototype", "local_prototypes", "adapter")
 _AXES = {"lr": 0, "ap": 1, "is": 2}
 
 
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--head",
         metavar="H",
-        choices=(*_HEADS, "adapter"),
+        choices=_HEADS,
         default="linear",
-        help=f"{', '.join(_HEADS)}, or adapter: trained for minutes on three volumes or more (default: linear)",
+        help=f"{', '.join(_HEADS)}: the last is trained for minutes on three volumes or more (default: linear)",
     )
     fit.add_argument("--chunks", metavar="N", type=int, default=12, help="intervals with a head each (default: 12)")
     fit.add_argument("--hard", action="store_true", help="heads change at the ends of chunks; default: interpolated")
@@ -225,8 +225,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="label maps of the queries with the model's own labels: scores the base classes before and after",
     )
     parser.add_argument("--protocols", nargs="+", choices=("P1", "P2"), default=["P1", "P2"], help="default: both")
-    parser.add_argument("--heads", metavar="H", nargs="+", choices=_HEADS, default=["linear", "prototype"],
-                        help=f"of {', '.join(_HEADS)} (default: linear prototype)")  # fmt: skip
+    parser.add_argument(
+        "--heads",
+        metavar="H",
+        nargs="+",
+        choices=_HEADS,
+        default=["linear", "prototype"],
+        help=f"of {', '.join(_HEADS)}: the last in P2 with k > 2 (default: linear prototype)",
+    )
     parser.add_argument("--chunks", metavar="N", type=int, nargs="+", default=[12], help="P2 (default: 12)")
     parser.add_argument("--hard", action="store_true", help="heads change at the ends of chunks")
     parser.add_argument(

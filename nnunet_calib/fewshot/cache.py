@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class FeatureCache:
     Args:
         folder: made if needed; what another model left there is not looked at.
         model: the base model.
-        predictor: makes the predictor when the first case is missing.
+        predictor: makes the predictor.
     """
 
     def __init__(self, folder: Path, model: BaseModel, predictor: Callable[[], FeaturePredictor]):
@@ -65,7 +66,11 @@ class FeatureCache:
         self.folder = folder / identity
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make = predictor
-        self._predictor: FeaturePredictor | None = None
+
+    @cached_property
+    def predictor(self) -> FeaturePredictor:
+        """Of the model; made when it is first needed."""
+        return self._make()
 
     def predict(self, name: str, image: np.ndarray) -> CachedPrediction:
         """The prediction of a case, from disk or by the network.
@@ -84,9 +89,7 @@ class FeatureCache:
         )
 
     def _run(self, name: str, image: np.ndarray, done: Path) -> None:
-        if self._predictor is None:
-            self._predictor = self._make()
-        predictor = self._predictor
+        predictor = self.predictor
         identity = torch.eye(predictor.features.size)
 
         def keep(fold: int, _base: Tensor, projected: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """How well k volumes show a structure: heads x chunks x extents x k, under the papers' protocol and the real one.
 
-Features of every case are computed once (``cache``); all that is tried is fitted to and applied on these. Every pair of
-supports and query is a line of ``pairs.jsonl`` as soon as it is scored, and is not done again.
+Features of every case are computed once (``cache``); all that is tried is fitted to and applied on these, but adapters,
+which are trained for each set of supports and look at each query anew. Every pair of supports and query is a line of
+``pairs.jsonl`` as soon as it is scored, and is not done again.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from tqdm import tqdm
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import read_labels
+from nnunet_calib.fewshot.adapt import FEWEST, adapt
 from nnunet_calib.fewshot.cache import FeatureCache
 from nnunet_calib.fewshot.cases import Case, Files
 from nnunet_calib.fewshot.fit import nested
+from nnunet_calib.fewshot.heads.adapter import AdapterHead
 from nnunet_calib.fewshot.method import FittedStructure, NovelMap, Settings, apply_structure, fit_structure
 from nnunet_calib.fewshot.model import CHECKPOINT, BaseModel
 from nnunet_calib.fewshot.pairs import identity, read_pairs, write_results
@@ -72,8 +75,15 @@ def grid(
     most_sets: int | None = None,
     mode: str = "interpolated",
 ) -> list[Trial]:
-    """All combinations; of P1 one chunk number, one support and no extent. Entropies are for linear heads."""
+    """All combinations; of P1 one chunk number, one support and no extent. Entropies are for linear heads.
+
+    Adapters are for P2 with three supports or more, in one chunk.
+
+    Raises:
+        UsageError: none is left.
+    """
     trials = []
+    adapted, heads = AdapterHead.key in heads, [head for head in heads if head != AdapterHead.key]
     if PAPER in protocols:
         for head in heads:
             trials.append(Trial(PAPER, Settings(head, PAPER_CHUNKS, "hard", calibrate=False)))
@@ -82,6 +92,11 @@ def grid(
             if entropy is None or head == "linear":
                 objective = None if entropy is None else Objective(entropy=entropy)
                 trials.append(Trial(REAL, Settings(head, n, mode, extent, objective=objective), k, most_sets))
+        for extent, k in itertools.product(extents, ks):
+            if adapted and k >= FEWEST:
+                trials.append(Trial(REAL, Settings(AdapterHead.key, 1, mode, extent), k, most_sets))
+    if not trials:
+        raise UsageError(f"nothing to try: adapters are for protocol P2 and k of {FEWEST} or more")
     return trials
 
 
@@ -165,9 +180,9 @@ def evaluate_structure(
             record = done.get(identity(known))
             if record is None:
                 if fitted[0] != (trial, episode.supports):
-                    fitted = ((trial, episode.supports), _fit(trial, episode, case))
+                    fitted = ((trial, episode.supports), _fit(model, cache, trial, episode, case))
                 assert fitted[1] is not None
-                record = known | _score(model, trial, episode, fitted[1], case)
+                record = known | _score(model, cache, trial, episode, fitted[1], case)
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
             records.append(record)
@@ -255,8 +270,15 @@ def evaluate_folder(
     return [row for row in rows if row["structure"] == name]
 
 
-def _fit(trial: Trial, episode: Episode, case: Callable[[str], Case]) -> FittedStructure:
+def _fit(
+    model: BaseModel, cache: FeatureCache, trial: Trial, episode: Episode, case: Callable[[str], Case]
+) -> FittedStructure:
     settings = trial.settings
+    if settings.head == AdapterHead.key:
+        volumes = [case(name).volume for name in episode.supports]
+        seen = [case(name).support for name in episode.supports]
+        seen, trained = adapt(model, cache.predictor, volumes, seen, settings=settings, progress=False)
+        return replace(fit_structure(seen, settings), heads=list(trained))
     if trial.protocol == PAPER:
         supports = [case(name).paper_support(settings.axis, settings.chunks) for name in episode.supports]
     else:
@@ -265,7 +287,12 @@ def _fit(trial: Trial, episode: Episode, case: Callable[[str], Case]) -> FittedS
 
 
 def _score(
-    model: BaseModel, trial: Trial, episode: Episode, fitted: FittedStructure, case: Callable[[str], Case]
+    model: BaseModel,
+    cache: FeatureCache,
+    trial: Trial,
+    episode: Episode,
+    fitted: FittedStructure,
+    case: Callable[[str], Case],
 ) -> dict[str, Any]:
     query, settings = case(episode.query), trial.settings
     if trial.protocol == PAPER:
@@ -284,8 +311,12 @@ def _score(
     heads = None
     if settings.objective is not None:
         heads = refine_on_query(fitted, query.scan, query.predicted.sampled, settings.objective)
-    weights = fitted.projections if heads is None else [head.projections for head in heads]
-    found = apply_structure(fitted, query.scan, query.predicted.projected(weights), heads)
+    if settings.head == AdapterHead.key:
+        image = torch.from_numpy(query.volume.image)
+        projected = cache.predictor.project_adapted(image, [head.state() for head in fitted.heads])
+    else:
+        projected = query.predicted.projected([head.projections for head in heads or fitted.heads])
+    found = apply_structure(fitted, query.scan, projected, heads)
     logit = query.on_image_grid(found.logit)
     probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
     segmentation = (probability > found.threshold) & (not found.absent)

@@ -79,7 +79,8 @@ class Volume:
         for bit, (name, mask) in enumerate(masks.items()):
             if mask.shape != self.shape:
                 raise ValueError(f"mask {name!r} has shape {mask.shape}, the reference {self.shape}")
-            self.code |= mask.reshape(-1).astype(bool, copy=False).view(np.uint8) << np.uint8(bit)
+            inside = mask.reshape(-1).astype(bool, copy=False).view(np.uint8)
+            self.code |= inside << np.uint8(bit) if bit else inside
         self.codes = 1 << len(masks)
         patterns = np.arange(self.codes)
         self.members = {name: (patterns >> bit & 1).astype(bool) for bit, name in enumerate(masks)}

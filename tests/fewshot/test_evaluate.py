@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.fewshot.adapter_training import AdapterSettings
 from nnunet_calib.fewshot.apply import apply_folder
 from nnunet_calib.fewshot.cache import FeatureCache
 from nnunet_calib.fewshot.evaluate import evaluate_folder, grid
@@ -75,6 +77,24 @@ def test_a_pair_scores_what_fit_and_apply_make(supports, evaluated, tmp_path):
     told = report["structures"]["ball"]
     assert told["expected_volume_mm3"] == pytest.approx(record["expected_mm3"])
     assert told["presence_score"] == pytest.approx(record["presence"], abs=0.3)  # features in half precision
+
+
+def test_adapters_are_trained_for_each_set_of_supports_as_fit_trains_them(supports, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_calib.fewshot.adapter_training.AdapterSettings", partial(AdapterSettings, steps=20))
+    write_case(tmp_path, "query", 9)
+    trials = grid(["adapter"], [2, 12], ["aligned"], [1, 3], most_sets=1)
+    assert [(trial.protocol, trial.settings.chunks, trial.k) for trial in trials] == [("P2", 1, 3)]
+    folders = {"query_images": tmp_path / "images", "query_labels": tmp_path / "labels"}
+    (row,) = run(supports, tmp_path / "evaluated", trials, **folders)
+    (record,) = read_pairs(tmp_path / "evaluated" / "pairs.jsonl")
+    assert (row["head"], row["k"], record["supports"]) == ("adapter", 3, ["case_0", "case_1", "case_2"])
+    task = tmp_path / "ball.fewshot"
+    supports.fit(task, settings=Settings("adapter", chunks=1), voxels=ALL)
+    (report,) = apply_folder(supports.model, [task], tmp_path / "images", tmp_path / "out", merge=False, progress=False)
+    assert report["structures"]["ball"]["expected_volume_mm3"] == pytest.approx(record["expected_mm3"])
+    assert report["structures"]["ball"]["presence_score"] == pytest.approx(record["presence"], rel=1e-3)
+    with pytest.raises(UsageError, match="k of 3 or more"):
+        grid(["adapter"], [1], ["aligned"], [1, 2])
 
 
 def test_both_protocols_are_in_one_table(evaluated):
