@@ -38,6 +38,7 @@ ARMS = {
     "trained": "supports out of the base network's training cases, queries that are new",
 }
 HEADS = ("linear", "local_prototypes", "prototype")
+ADAPTER = "adapter"  # trained for each set of supports
 CHUNKS = (1, 3, 6, 12)
 EXTENTS = ("aligned", "volume")
 KS = (1, 3, 5)
@@ -128,7 +129,7 @@ def rounds() -> list[tuple[str, list[Trial]]]:
         grid(heads, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
         for heads in (HEADS[:1], HEADS[1:])
     ]
-    adapted = grid(["adapter"], CHUNKS[:1], EXTENTS[:1], KS[1:], [REAL], most_sets=1)
+    adapted = grid([ADAPTER], CHUNKS[:1], EXTENTS[:1], KS[1:], [REAL], most_sets=1)
     new = [chunked, hard[0], one, refined, volume[0], more, hard[1], volume[1], adapted]
     return [("new", main), ("trained", trained), *(("new", trials) for trials in new)]
 
@@ -361,8 +362,8 @@ def _grid_table(rows: list[dict]) -> list[str]:
     whole = sorted(
         (row for row in rows if row["structure"] == "all"),
         key=lambda row: (
-            row["protocol"], (*HEADS, "adapter").index(row["head"]), row["entropy"] is not None, row["entropy"] or 0, row["mode"],
-            row["extent"], row["chunks"], row["k"],
+            row["protocol"], (*HEADS, ADAPTER).index(row["head"]), row["entropy"] is not None, row["entropy"] or 0,
+            row["mode"], row["extent"], row["chunks"], row["k"],
         ),
     )  # fmt: skip
     for row in whole:
