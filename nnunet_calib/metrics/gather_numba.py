@@ -44,7 +44,7 @@ class NumbaCounting:
         self._add(tally, r, p, slab, limits, np.empty(0, np.int64))
         ranked = tally.ranked
         sums = (ranked.n[r], ranked.confidence[r], ranked.correct[r])
-        _rank_region(p, *slab.truth(r), slab.code, *sums, CELL_SHIFT, CELL_OFFSET)
+        _rank_region(p, *slab.truth(r), slab.code, slab.notes[0], *sums, CELL_SHIFT, CELL_OFFSET)
 
     def add_top(self, tally: Tally, slab: Slab, limits: Limits) -> None:
         """Count the top label."""
@@ -288,6 +288,29 @@ def _cells(doubts, cells, shift, offset, first, index):
 
 
 @_compiled
+def _scatter(index, values, counts, sums):
+    """Count each value and add it at its index: in four rows by turns, so that none waits for the one before."""
+    quads = index.size // 4 * 4
+    for i in range(0, quads, 4):
+        for j in range(4):
+            counts[j, index[i + j]] += 1
+            sums[j, index[i + j]] += np.float64(values[i + j])
+    for i in range(quads, index.size):
+        counts[0, index[i]] += 1
+        sums[0, index[i]] += np.float64(values[i])
+
+
+@_compiled
+def _join(counts, sums, wrong, n, confidence, correct):
+    """Add the rows of ``_scatter``, and how many of them were wrong, to (codes, cells)."""
+    for j in range(4):
+        confidence += sums[j].reshape(n.shape)
+        n += counts[j].reshape(n.shape)
+        correct += counts[j].reshape(n.shape)
+    correct -= wrong.reshape(n.shape)
+
+
+@_compiled
 def _add_top(
     p,
     bits,
@@ -308,7 +331,6 @@ def _add_top(
     bins, cells = n.shape[1], cell_n.shape[1]
     one, zero = p.dtype.type(1), p.dtype.type(0)
     own, wrong = np.zeros(n.shape, np.float64), np.zeros(cell_n.size, np.int64)
-    # four by turns, so that an addition need not wait for the one before
     counts, sums = np.zeros((4, cell_n.size), np.int64), np.zeros((4, cell_n.size), np.float64)
     doubts, index = np.empty(_LONGEST, np.float32), np.empty(_LONGEST, np.int32)
     for stretch in range(starts.size - 1):
@@ -363,40 +385,35 @@ def _add_top(
         for i in range(q.size):
             doubts[i] = np.float32(one - q[i])
         _cells(doubts[: q.size], cells, shift, offset, np.int32(at * cells), index[: q.size])
-        quads = q.size // 4 * 4
-        for i in range(0, quads, 4):
-            for j in range(4):
-                counts[j, index[i + j]] += 1
-                sums[j, index[i + j]] += np.float64(q[i + j])
-        for i in range(quads, q.size):
-            counts[0, index[i]] += 1
-            sums[0, index[i]] += np.float64(q[i])
+        _scatter(index[: q.size], q, counts, sums)
         if missed:
             for i in range(q.size):
                 wrong[index[i]] += winners[i] != label
     confidence += own
-    for j in range(4):
-        cell_confidence += sums[j].reshape(cell_n.shape)
-        cell_n += counts[j].reshape(cell_n.shape)
-        cell_correct += counts[j].reshape(cell_n.shape)
-    cell_correct -= wrong.reshape(cell_n.shape)
+    _join(counts, sums, wrong, cell_n, cell_confidence, cell_correct)
 
 
 @_compiled
-def _rank_region(p, truth, value, code, n, confidence, correct, shift, offset):
-    own = np.zeros(n.shape, np.float64)
-    doubts, index = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
-    for start in range(0, p.size, _BLOCK):
-        size = min(_BLOCK, p.size - start)
-        q = p[start : start + size]
+def _rank_region(p, truth, value, code, starts, n, confidence, correct, shift, offset):
+    cells = n.shape[1]
+    counts, sums, wrong = np.zeros((4, n.size), np.int64), np.zeros((4, n.size), np.float64), np.zeros(n.size, np.int64)
+    doubts, index, sure = np.empty(_LONGEST, np.float32), np.empty(_LONGEST, np.int32), np.empty(_LONGEST, np.float64)
+    for stretch in range(starts.size - 1):
+        start, stop = starts[stretch], starts[stretch + 1]
+        at, hit = code[start], truth[start] == value
+        if at == 0:
+            continue
+        q = p[start:stop]
+        missed = False
+        for i in range(q.size):
+            missed |= (q[i] > 0.5) != hit
         for i in range(q.size):
             x = np.float64(q[i])
             doubts[i] = np.float32(min(x, 1 - x))
-        _cells(doubts[:size], n.shape[1], shift, offset, np.int32(0), index[:size])
-        for i in range(q.size):
-            at, j, x = code[start + i], index[i], np.float64(q[i])
-            if at != 0:
-                n[at, j] += 1
-                own[at, j] += max(x, 1 - x)
-                correct[at, j] += (x > 0.5) == (truth[start + i] == value)
-    confidence += own
+            sure[i] = max(x, 1 - x)
+        _cells(doubts[: q.size], cells, shift, offset, np.int32(at * cells), index[: q.size])
+        _scatter(index[: q.size], sure[: q.size], counts, sums)
+        if missed:
+            for i in range(q.size):
+                wrong[index[i]] += (q[i] > 0.5) != hit
+    _join(counts, sums, wrong, n, confidence, correct)
