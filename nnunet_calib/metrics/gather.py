@@ -15,6 +15,7 @@ from nnunet_calib.metrics.overlap import Structure, label_map, labels_of
 from nnunet_calib.metrics.ranked import CELLS, confidence_cell
 
 _MAX_SETS = 8  # one bit each of a uint8
+_KEPT = 1 << 24  # bytes: more than the temporaries of a slab, less than glibc's limit of 32 MiB
 
 LOWEST, HIGHEST = -1e-5, 1 + 1e-5
 """What is taken for a probability: sums of float32, as of an ensemble, may end a little beyond [0, 1]."""
@@ -191,6 +192,9 @@ def gather(
     An array is read slab after slab, all channels of one before the next, so that it passes through memory once;
     other iterables channel after channel.
     """
+    # Until a block of this size has been freed once, the C library (glibc) gives every slab's temporaries back to the
+    # system and waits for new pages each time: twice the time in all.
+    np.empty(_KEPT, np.uint8)
     top = np.zeros(0 if volume.multilabel else volume.size, dtype=np.min_scalar_type(volume.classes))
     parts = volume.slabs(counting.voxels)
     share = -(-len(parts) // threads) or 1
