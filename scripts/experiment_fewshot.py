@@ -129,7 +129,7 @@ def rounds() -> list[tuple[str, list[Trial]]]:
         grid(heads, CHUNKS[1:], EXTENTS[:1], KS[:1], [REAL], most_sets=SETS, mode="hard")
         for heads in (HEADS[:1], HEADS[1:])
     ]
-    adapted = grid([ADAPTER], CHUNKS[:1], EXTENTS[:1], KS[1:], [REAL], most_sets=1)
+    adapted = grid([ADAPTER], CHUNKS[:1], EXTENTS[:1], KS[1:2], [REAL], most_sets=1)
     new = [chunked, hard[0], one, refined, volume[0], more, hard[1], volume[1], adapted]
     return [("new", main), ("trained", trained), *(("new", trials) for trials in new)]
 
