@@ -102,6 +102,21 @@ def _stretches(labels, code):
 
 
 @_compiled
+def _range(one, least, most, edges):
+    """The lowest and the highest bin of some p, one of which is given; (0, -1) if any is outside of [0, 1]."""
+    bins = edges.size - 1
+    if least < edges[0] or most >= edges[bins]:
+        return 0, -1
+    low = min(int(np.float64(one) * bins), bins - 1)
+    high = low
+    while least < edges[low]:
+        low -= 1
+    while most >= edges[high + 1]:
+        high += 1
+    return low, high
+
+
+@_compiled
 def _add_class(
     p,
     bits,
@@ -159,13 +174,7 @@ def _add_class(
                         x = np.float64(p[i])
                         total += x
                         square += x * x
-                if least >= edges[0] and most < edges[bins]:
-                    low = min(int(np.float64(p[begin]) * bins), bins - 1)
-                    high = low
-                    while least < edges[low]:
-                        low -= 1
-                    while most >= edges[high + 1]:
-                        high += 1
+                low, high = _range(p[begin], least, most, edges)
 
             # 2. The top label; most classes are nowhere above it.
             if begin == start and end == stop and not region:
@@ -348,14 +357,7 @@ def _add_top(
             least = min(least, b[i])
             most = max(most, b[i])
             total += np.float64(q[i])
-        low, high = 0, -1
-        if least >= edges[0] and most < edges[bins]:
-            low = min(int(np.float64(q[0]) * bins), bins - 1)
-            high = low
-            while least < edges[low]:
-                low -= 1
-            while most >= edges[high + 1]:
-                high += 1
+        low, high = _range(q[0], least, most, edges)
         if low <= high and high - low < _BINS:
             left, rest, missing = float(q.size), total, 0.0
             if missed:
