@@ -23,10 +23,14 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def put(rows: list[dict], row: dict, identity: tuple[str, ...]) -> None:
-    """Put a row in the place of the one with the same values of these keys, or at the end."""
+    """Put a row in the place of the one with the same values of these keys, or at the end.
+
+    A row that is the same but for its date was not measured again, and stays.
+    """
     same = [i for i, other in enumerate(rows) if all(other[key] == row[key] for key in identity)]
     if same:
-        rows[same[0]] = row
+        if rows[same[0]] | {"date": row.get("date")} != row:
+            rows[same[0]] = row
     else:
         rows.append(row)
 
