@@ -11,7 +11,8 @@ LEVELS = [
     {"metrics", "data", "losses"},
     {"prediction"},
     {"evaluation", "posthoc", "fewshot"},
-    {"report", "training", "pipeline"},
+    {"pipeline"},
+    {"report", "training"},
     {"demo"},
     {"cli"},
 ]
