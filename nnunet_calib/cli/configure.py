@@ -16,15 +16,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "has a results folder of its own. The settings are checked first; the old plans stay beside the new ones."
     )
     parser.epilog = (
-        "example:\n"
+        "examples:\n"
         "  nnunet-calib configure -d 4 -c 3d_fullres --name 3d_fullres_m10 --set margin=10 num_epochs=250\n"
         "  nnUNetv2_train 4 3d_fullres_m10 0 -tr MbLSTrainer\n\n"
+        "  a small network and a short schedule, for a trial:\n"
+        "  nnunet-calib configure -d 4 -c 3d_fullres --name trial --features 8 --batch_size 2 --set num_epochs=20\n\n"
         "settings of a trainer: nnunet-calib trainers NAME"
     )
     parser.add_argument("-d", required=True, metavar="ID", help="data set, number or name")
     parser.add_argument("-c", required=True, metavar="BASE", help="configuration to inherit from")
     parser.add_argument("--name", required=True, help="of the new configuration")
     parser.add_argument("--set", nargs="+", default=[], metavar="K=V", help="settings; values as in JSON")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="patches in a batch; else that of BASE")
+    parser.add_argument("--patch_size", type=int, nargs="+", metavar="N", help="voxels of a patch, one number an axis")
+    parser.add_argument(
+        "--features",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="feature maps of each stage of the network, or of the first only: they then double up to those of BASE",
+    )
     parser.add_argument("-tr", metavar="NAME", help="check the settings for this trainer only")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: nnUNetPlans)")
     parser.add_argument("--previous-stage", metavar="C", help="cascade: configuration whose predictions it takes")
@@ -45,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         preprocessed_folder,
         read_plans,
         resolve_configuration,
+        smaller_network,
     )
     from nnunet_calib.training.base import default_kernel_size
     from nnunet_calib.training.settings import RefusedSettings
@@ -56,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     folder = preprocessed_folder(args.d)
     plans_file = folder / f"{args.p}.json"
     plans = read_plans(plans_file)
+    overrides = smaller_network(plans, args.c, args.batch_size, args.patch_size, args.features)
     all_settings = {**resolve_configuration(plans, args.c).get(SETTINGS_KEY, {}), **settings}
     kernel_size = default_kernel_size(plans, args.c)
     accepting, refusals = [], {}
@@ -75,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if trained:
         raise UsageError(f"{trained} holds trainings of a configuration {args.name}; choose another name")
     backup = add_configuration(
-        plans_file, args.name, args.c, settings, previous_stage=args.previous_stage, replace=args.replace
+        plans_file, args.name, args.c, settings, overrides, previous_stage=args.previous_stage, replace=args.replace
     )
     print(f"wrote {args.name} into {plans_file} (before: {backup.name})")
     to_train = args.tr or (accepting[0] if len(accepting) == 1 else "NAME")

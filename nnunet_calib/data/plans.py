@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,76 @@ def add_configuration(
     shutil.copy2(plans_file, backup)
     write_whole(plans_file, json.dumps(plans, indent=4) + "\n")
     return backup
+
+
+def smaller_network(
+    plans: Mapping[str, Any],
+    base: str,
+    batch_size: int | None = None,
+    patch_size: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The keys of a configuration that change the size of the network and of what it sees at a time.
+
+    Args:
+        plans: of nnU-Net.
+        base: the configuration they replace keys of.
+        batch_size: patches in a batch.
+        patch_size: voxels, an axis each; every stage of the network must halve it without remainder.
+        features: feature maps of every stage, or of the first alone: they then double from stage to stage, up to the
+            largest number of the base.
+
+    Returns:
+        ``overrides`` for ``add_configuration``; empty if nothing is asked for.
+
+    Raises:
+        UsageError: the base is not there, or no network can be built like that.
+    """
+    changed: dict[str, Any] = {}
+    configuration = resolve_configuration(plans, base)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise UsageError(f"the batch size must be 1 or more, not {batch_size}")
+        changed["batch_size"] = batch_size
+    if patch_size is None and features is None:
+        return changed
+    try:
+        architecture = configuration["architecture"]
+        strides, own_features = (architecture["arch_kwargs"][name] for name in ("strides", "features_per_stage"))
+        axes = len(configuration["patch_size"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"configuration {base} does not say its {error}; patch and features cannot be set") from error
+    if patch_size is not None:
+        changed["patch_size"] = _checked_patch(patch_size, axes, strides, base)
+    if features is not None:
+        if min(features) < 1 or len(features) not in (1, len(own_features)):
+            raise UsageError(
+                f"{base} has {len(own_features)} stages: give so many numbers of features of 1 or more, or the first "
+                f"stage's alone; not {' '.join(map(str, features))}"
+            )
+        if len(features) == 1:
+            features = [min(features[0] * 2**stage, max(own_features)) for stage in range(len(own_features))]
+        arguments = {**architecture["arch_kwargs"], "features_per_stage": list(features)}
+        changed["architecture"] = {**architecture, "arch_kwargs": arguments}
+    return changed
+
+
+def _checked_patch(patch_size: Sequence[int], axes: int, strides: Sequence[Any], base: str) -> list[int]:
+    """A patch that every stage of the network can halve, with more than one voxel left."""
+    if len(patch_size) != axes:
+        raise UsageError(f"{base} has {axes} axes: give {axes} numbers for the patch size, not {len(patch_size)}")
+    whole = [prod(stride if isinstance(stride, int) else stride[axis] for stride in strides) for axis in range(axes)]
+    if any(size < 1 or size % step for size, step in zip(patch_size, whole, strict=True)):
+        raise UsageError(
+            f"the network of {base} needs a patch size that is a multiple of {' '.join(map(str, whole))}, "
+            f"not {' '.join(map(str, patch_size))}"
+        )
+    if all(size == step for size, step in zip(patch_size, whole, strict=True)):
+        raise UsageError(
+            f"a patch of {' '.join(map(str, patch_size))} leaves a single voxel in the last stage of {base}, too few "
+            "to normalise; double one of the numbers"
+        )
+    return list(patch_size)
 
 
 def _unused(file: Path) -> Path:

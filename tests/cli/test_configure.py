@@ -8,7 +8,12 @@ from nnunet_calib.cli.main import main
 
 
 def architecture(kernel_sizes):
-    return {"network_class_name": "n", "arch_kwargs": {"kernel_sizes": kernel_sizes}, "_kw_requires_import": []}
+    arguments = {
+        "kernel_sizes": kernel_sizes,
+        "features_per_stage": [32, 64, 128][: len(kernel_sizes)],
+        "strides": [[1] * len(kernel_sizes[0]), *[[2] * len(kernel_sizes[0])] * (len(kernel_sizes) - 1)],
+    }
+    return {"network_class_name": "n", "arch_kwargs": arguments, "_kw_requires_import": []}
 
 
 NETWORK = {"patch_size": [32, 32, 32], "architecture": architecture([[1, 3, 3], [3, 3, 3]])}
@@ -44,6 +49,38 @@ def test_the_configuration_inherits_and_holds_the_settings(plans_file, capsys):
     assert written["inherits_from"] == "3d_fullres"
     assert written["nnunet_calib"] == {"margin": 10, "num_epochs": 250, "penalty": "l2"}
     assert "trainers that take these settings: MbLSTrainer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("features", "expected"), [(["8", "12"], [8, 12]), (["48"], [48, 64])])
+def test_network_patch_and_batch_are_set_without_editing_json(plans_file, features, expected):
+    assert configure("--batch_size", "4", "--patch_size", "16", "32", "48", "--features", *features) == 0
+    written = json.loads(plans_file.read_text())["configurations"]["new"]
+    assert (written["batch_size"], written["patch_size"]) == (4, [16, 32, 48])
+    network = NETWORK["architecture"]
+    assert written["architecture"] == {
+        **network,
+        "arch_kwargs": {**network["arch_kwargs"], "features_per_stage": expected},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--batch_size", "0"], "must be 1 or more"),
+        (["--patch_size", "32", "32"], "give 3 numbers"),
+        (["--patch_size", "32", "32", "31"], "a multiple of 2 2 2, not 32 32 31"),
+        (["--patch_size", "2", "2", "2"], "single voxel"),
+        (["--features", "8", "16", "32"], "3d_fullres has 2 stages"),
+        (["--features", "0"], "of 1 or more"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused_in_one_line(plans_file, capsys, words, complaint):
+    before = plans_file.read_text()
+    assert configure(*words) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert plans_file.read_text() == before
 
 
 def test_the_old_plans_stay_as_a_backup(plans_file):
