@@ -10,7 +10,18 @@ from typing import NoReturn
 import nnunet_calib
 from nnunet_calib.data.errors import InputError, UsageError
 
-VERBS = ("demo", "trainers", "trainers-path", "doctor", "configure", "evaluate", "convert", "calibrate", "fewshot")
+VERBS = (
+    "demo",
+    "trainers",
+    "trainers-path",
+    "doctor",
+    "configure",
+    "evaluate",
+    "convert",
+    "calibrate",
+    "fewshot",
+    "compare",
+)
 
 
 class _Parser(argparse.ArgumentParser):

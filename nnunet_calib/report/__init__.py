@@ -1,0 +1,1 @@
+"""Compare evaluations of the same cases: statistics, tables, diagrams and one page."""
