@@ -21,6 +21,8 @@ VERBS = (
     "calibrate",
     "fewshot",
     "compare",
+    "report",
+    "diagram",
 )
 
 

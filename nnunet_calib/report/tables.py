@@ -112,9 +112,7 @@ def answer(comparison: Comparison) -> str:
     if len(comparison.methods) == 1 or not best:
         name = next(iter(comparison.methods))
         spread = endpoint.methods[name].spread
-        return (
-            f"{name}: {what} {number(spread.mean)} ({_interval(spread.t_interval)}), {spread.n} {_units(comparison)}."
-        )
+        return f"{name}: {what} {number(spread.mean)} ({interval(spread.t_interval)}), {spread.n} {_units(comparison)}."
     difference = next(
         (d for d in endpoint.differences if {d.method, d.baseline} == {best[0], comparison.baseline}), None
     )
@@ -131,8 +129,8 @@ def answer(comparison: Comparison) -> str:
     said = f"{best[0]} {verb} {direction} {what} than {comparison.baseline}: {_effect(difference)}, {_p(difference)}"
     if not shown:
         said += ", which is not enough to claim it"
-        if math.isfinite(needed := difference.paired.cases_needed) and needed > difference.paired.n:
-            said += f" (about {needed:.0f} {_units(comparison)} would be)"
+        if difference.paired.n < difference.paired.cases_needed < math.inf:
+            said += f" (about {difference.paired.cases_needed:.0f} {_units(comparison)} would be)"
     overlap = next((e for e in comparison.primary if e.metric == "Dice" and e is not endpoint), None)
     if overlap is not None:
         other = next((d for d in overlap.differences if d.method == best[0]), None)
@@ -150,7 +148,7 @@ def _from_baseline(endpoint: Endpoint, method: str, comparison: Comparison) -> D
 
 def _effect(difference: Difference) -> str:
     of = difference.paired
-    return f"{signed(of.mean)} (95 % interval {_interval(of.t_interval)})"
+    return f"{signed(of.mean)} (95 % interval {interval(of.t_interval)})"
 
 
 def _p(difference: Difference) -> str:
@@ -188,9 +186,9 @@ def short_table(comparison: Comparison) -> Iterable[str]:
         for d in endpoint.differences:
             label = f"{_heading(endpoint):<10} {d.method} - {d.baseline}"
             yield (
-                f"{label:<{2 * width + 12}}{signed(d.paired.mean):>9}  {_interval(d.paired.t_interval):<20}"
+                f"{label:<{2 * width + 12}}{signed(d.paired.mean):>9}  {interval(d.paired.t_interval):<20}"
                 f"{p_value(d.wilcoxon_holm):>9}{d.paired.better:>8.0%}{d.paired.false_claim:>13.2g}"
-                f"{_needed(d.paired.cases_needed):>14}"
+                f"{needed(d.paired.cases_needed):>14}"
             )
 
 
@@ -240,8 +238,8 @@ def _method_rows(endpoint: Endpoint) -> Iterable[list[str]]:
             number(spread.sd),
             number(spread.quartiles[1]),
             f"{number(spread.quartiles[0])}, {number(spread.quartiles[2])}",
-            _interval(spread.t_interval),
-            _interval(spread.bca_interval),
+            interval(spread.t_interval),
+            interval(spread.bca_interval),
             "" if math.isnan(result.trainings_sd) else f"SD {number(result.trainings_sd)} of {len(result.trainings)}",
             f"{ranked.of_means[i]:g}" if ranked else "",
             f"{ranked.of_ranks[i]:g}" if ranked else "",
@@ -254,9 +252,9 @@ def _difference_rows(endpoint: Endpoint) -> Iterable[list[str]]:
         yield [
             *(endpoint.metric, endpoint.name, f"{d.method} - {d.baseline}"),
             f"{of.n}" + (f" + {of.infinite} inf" if of.infinite else ""),
-            *(signed(of.mean), _interval(of.t_interval), _interval(of.bca_interval)),
+            *(signed(of.mean), interval(of.t_interval), interval(of.bca_interval)),
             *(f"{of.d_z:.2f}", f"{of.better:.0%}", p_value(d.wilcoxon_holm), p_value(d.permutation_holm)),
-            *(f"{of.false_claim:.2g}", _needed(of.cases_needed)),
+            *(f"{of.false_claim:.2g}", needed(of.cases_needed)),
         ]
 
 
@@ -398,11 +396,13 @@ def p_value(p: float) -> str:
     return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _interval(interval: tuple[float, float]) -> str:
-    return "-" if math.isnan(interval[0]) else f"{number(interval[0])} to {number(interval[1])}"
+def interval(bounds: tuple[float, float]) -> str:
+    """``low to high``."""
+    return "-" if math.isnan(bounds[0]) else f"{number(bounds[0])} to {number(bounds[1])}"
 
 
-def _needed(cases: float) -> str:
+def needed(cases: float) -> str:
+    """Cases needed, to read."""
     return "-" if math.isnan(cases) else "many" if math.isinf(cases) else f"{cases:.0f}"
 
 

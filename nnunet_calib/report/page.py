@@ -1,0 +1,432 @@
+"""The report: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+import nnunet_calib
+from nnunet_calib.data.dataset import Dataset
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import write_whole
+from nnunet_calib.metrics import Bins
+from nnunet_calib.report import diagram
+from nnunet_calib.report.comparison import Comparison, Endpoint
+from nnunet_calib.report.groups import by_unit
+from nnunet_calib.report.reliability import TOP, Reliability, case_risk_coverage, read_reliabilities, risk_coverage
+from nnunet_calib.report.slices import CasePictures, case_pictures
+from nnunet_calib.report.tables import answer, interval, needed, number, p_value, signed
+
+PICTURED = 8
+"""Cases shown with slices unless said otherwise: the worst."""
+
+FOREST = ("Dice", "NSD", "HD95", "ECE", "NLL")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of the page.
+
+    Attributes:
+        svg: the drawing.
+        title: its heading.
+        caption: what it shows, in words.
+        head: of the table of its numbers.
+        rows: of that table: what a reader of the screen, or of the page without pictures, gets.
+    """
+
+    svg: Markup
+    title: str
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_report(
+    comparison: Comparison,
+    path: Path,
+    *,
+    title: str = "Segmentation and calibration",
+    images: Path | None = None,
+    dataset: Dataset | None = None,
+    pictured: int = PICTURED,
+) -> list[str]:
+    """Write the page, whole or not at all.
+
+    Args:
+        comparison: what it shows.
+        path: of the HTML file.
+        title: of the page.
+        images: folder of the cases' images, for slices of the worst cases; needs ``dataset``.
+        dataset: of the predictions.
+        pictured: how many cases get slices.
+
+    Returns:
+        What could not be shown, a line each.
+
+    Raises:
+        InputError: bin counts that cannot be used.
+    """
+    reliabilities = {name: read_reliabilities(runs, comparison.cases) for name, runs in comparison.methods.items()}
+    regions = [r for r in next(iter(reliabilities.values())) if all(r in of for of in reliabilities.values())]
+    cases = _case_table(comparison, reliabilities)
+    pictures, problems = _pictures(comparison, cases, images, dataset, pictured)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nnunet_calib.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "signed": signed, "p": p_value}
+    ordered = sorted(regions, key=lambda region: region != comparison.region)
+    page = environment.get_template("report.html").render(
+        title=title,
+        version=nnunet_calib.__version__,
+        comparison=comparison,
+        answer=answer(comparison),
+        overconfidence=_where_overconfident(comparison, reliabilities),
+        runs=_runs(comparison),
+        protocol=next(iter(comparison.methods.values()))[0].protocol,
+        software=next(iter(comparison.methods.values()))[0].software,
+        forest=_forest(comparison),
+        diagrams=[_diagram(comparison, reliabilities, region, [TOP]) for region in ordered]
+        + [
+            _diagram(comparison, reliabilities, region, [key])
+            for region in ordered[:1]
+            for key in _keys(reliabilities, region)
+        ],
+        risks=_risks(comparison, reliabilities),
+        ranks=_ranks(comparison),
+        subgroups=_subgroups(comparison),
+        case_data=Markup(_script_json(cases)),
+        case_columns=[_column(endpoint) for endpoint in comparison.primary],
+        pictures=pictures,
+        methods_text=_methods_paragraph(comparison),
+    )
+    write_whole(path, page)
+    return problems
+
+
+def _keys(reliabilities: Mapping[str, Mapping[str, Reliability]], region: str) -> list[str]:
+    every = [set(of[region].problems) for of in reliabilities.values()]
+    first = next(iter(reliabilities.values()))[region].problems
+    return [key for key in first if key != TOP and all(key in keys for keys in every)]
+
+
+def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+    """A line per training: folder, cases, failures, missed structures, checksum."""
+    lines = []
+    for name, trainings in comparison.methods.items():
+        for run in trainings:
+            counts = [of for record in run.records.values() for of in record["metrics"].values()]
+            missed = sum(of["n_ref"] > 0 and of["n_pred"] == 0 for of in counts)
+            spurious = sum(of["n_ref"] == 0 and of["n_pred"] > 0 for of in counts)
+            calibrator = run.protocol.get("calibrator")
+            lines.append(
+                {
+                    "name": name,
+                    "folder": str(run.folder),
+                    "cases": len(run.records),
+                    "failed": len(run.failed),
+                    "missed": missed,
+                    "spurious": spurious,
+                    "calibrator": calibrator.get("method", "yes") if isinstance(calibrator, dict) else "none",
+                    "checksum": run.checksum,
+                }
+            )
+    return lines
+
+
+def _where_overconfident(comparison: Comparison, reliabilities: Mapping[str, Mapping[str, Reliability]]) -> list[str]:
+    """A sentence per method on the bin in which confidence and accuracy are furthest apart, weighted by its voxels."""
+    said = []
+    for name, regions in reliabilities.items():
+        if comparison.region not in regions:
+            continue
+        of = regions[comparison.region].problems
+        bins = of.get(TOP) or next(iter(of.values()))
+        total = Bins(bins.n.sum(0), bins.confidence.sum(0), bins.correct.sum(0))
+        gap = total.confidence - total.correct
+        worst, share = int(np.abs(gap).argmax()), np.abs(gap).max() / max(np.abs(gap).sum(), 1e-12)
+        mean, right = (part[worst] / max(total.n[worst], 1) for part in (total.confidence, total.correct))
+        kind = "over" if gap.sum() > 0 else "under"
+        said.append(
+            f"{name}: {kind}confident, by {abs(gap.sum()) / max(total.n.sum(), 1):.1%} on average. {share:.0%} of its "
+            f"error comes from voxels with a confidence near {mean:.0%}, of which {right:.0%} are right."
+        )
+    return said
+
+
+def _forest(comparison: Comparison) -> Drawn | None:
+    endpoints = [e for name in FOREST for e in comparison.primary if e.metric == name]
+    endpoints += [e for e in comparison.primary if e not in endpoints and e.metric not in ("CECE",)][
+        : 6 - len(endpoints)
+    ]
+    endpoints = [e for e in endpoints if e.differences]
+    if not endpoints:
+        return None
+    rows = [
+        [
+            f"{e.metric} ({e.name})", f"{d.method} - {d.baseline}", str(d.paired.n), signed(d.paired.mean),
+            interval(d.paired.t_interval), interval(d.paired.bca_interval), f"{d.paired.d_z:.2f}",
+            f"{d.paired.better:.0%}", p_value(d.wilcoxon_holm), p_value(d.permutation_holm),
+            f"{d.paired.false_claim:.2g}", needed(d.paired.cases_needed),
+        ]
+        for e in endpoints for d in e.differences
+    ]  # fmt: skip
+    head = (
+        *("metric", "difference", "n", "mean", "95 % (t)", "95 % (BCa)", "d_z", "better in", "p Wilcoxon, Holm"),
+        *("p sign flips, Holm", "false claim", "cases needed"),
+    )
+    return Drawn(
+        _svg(diagram.forest(endpoints, comparison.groups.unit_name)),
+        "Differences from the baseline",
+        f"Mean paired difference from {comparison.baseline} with its 95 % t interval, {len(comparison.units)} "
+        f"{comparison.groups.unit_name}s. Circle: better than the baseline, square: worse; filled: shown after Holm.",
+        head,
+        rows,
+    )
+
+
+def _diagram(
+    comparison: Comparison, reliabilities: Mapping[str, Mapping[str, Reliability]], region: str, problems: Sequence[str]
+) -> Drawn:
+    counted = {name: of[region] for name, of in reliabilities.items()}
+    present = [p for p in problems if all(p in of.problems for of in counted.values())] or _keys(reliabilities, region)
+    structures = next(iter(comparison.methods.values()))[0].structures
+    names = {key: structures.get(key, "background" if key == "0" else key) for key in present}
+    figure = diagram.reliability_diagram(counted, present, names, region, "mean")
+    rows = []
+    for name, of in counted.items():
+        for key in present:
+            bins = of.problems[key]
+            gap = (bins.confidence - bins.correct).sum() / max(bins.n.sum(), 1)
+            errors = diagram.expected_calibration_error(bins)
+            q1, q3 = np.quantile(errors, [0.25, 0.75])
+            cells = (diagram.calibration_error(bins, "mean"), q1, q3, diagram.calibration_error(bins, "pooled"))
+            rows.append([name, names[key], str(len(of.cases)), *map(number, map(float, cells)), signed(float(gap))])
+    return Drawn(
+        _svg(figure),
+        f"{', '.join(names[key] for key in present)} in the region {region.replace('_', ' ')}",
+        "Accuracy against confidence, mean over cases with the quartiles of the cases as a band; red: more "
+        "confident than right. Below: the share of voxels in each bin.",
+        (
+            "method",
+            "of",
+            "cases",
+            "ECE, mean over cases",
+            "first quartile",
+            "third quartile",
+            "ECE pooled",
+            "confidence - accuracy",
+        ),
+        rows,
+    )
+
+
+def _risks(comparison: Comparison, reliabilities: Mapping[str, Mapping[str, Reliability]]) -> list[Drawn]:
+    if not all(comparison.region in of for of in reliabilities.values()):
+        return []
+    region = comparison.region
+    voxels = {name: risk_coverage(of[region].ranked) for name, of in reliabilities.items()}
+    drawn = [
+        _curves(
+            voxels, "voxels", f"share of voxels kept, most confident first ({region.replace('_', ' ')})", "error rate"
+        )
+    ]
+    overlap = comparison.endpoint("Dice", "foreground")
+    if overlap is not None:
+        cases = {}
+        for i, (name, of) in enumerate(reliabilities.items()):
+            bins = of[region].problems.get(TOP) or next(iter(of[region].problems.values()))
+            mean = dict(zip(of[region].cases, bins.confidence.sum(1) / bins.n.sum(1), strict=True))
+            confidence = np.array([mean.get(case, np.nan) for case in comparison.cases])
+            units = [comparison.groups.unit[case] for case in comparison.cases]
+            cases[name] = case_risk_coverage(by_unit(confidence, units), 1 - overlap.values[:, i])
+        unit = comparison.groups.unit_name
+        drawn.append(
+            _curves(cases, f"{unit}s", f"share of {unit}s kept, highest mean confidence first", "mean 1 - Dice")
+        )
+    return drawn
+
+
+def _curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], what: str, xlabel: str, ylabel: str) -> Drawn:
+    at = (0.5, 0.8, 0.9, 1.0)
+    rows = [
+        [name, *(number(float(np.interp(share, x, y))) if len(x) else "-" for share in at)]
+        for name, (x, y) in lines.items()
+    ]
+    return Drawn(
+        _svg(diagram.curves(lines, xlabel, ylabel)),
+        f"Risk against coverage, over {what}",
+        f"What is left wrong ({ylabel}) when the least confident {what} are set aside. Lower is better.",
+        ("method", *(f"{share:.0%} kept" for share in at)),
+        rows,
+    )
+
+
+def _ranks(comparison: Comparison) -> Drawn | None:
+    endpoints = [e for e in comparison.primary if e.ranks is not None][:6]
+    if not endpoints:
+        return None
+    rows = []
+    for endpoint in endpoints:
+        assert endpoint.ranks is not None
+        for i, name in enumerate(endpoint.methods):
+            ranked = endpoint.ranks
+            rows.append(
+                [
+                    f"{endpoint.metric} ({endpoint.name})", name, f"{ranked.of_means[i]:g}", f"{ranked.of_ranks[i]:g}",
+                    f"{ranked.mean_rank[i]:.2f}", f"{ranked.distribution[i][0]:.0%}",
+                ]
+            )  # fmt: skip
+    return Drawn(
+        _svg(diagram.rank_bars(endpoints)),
+        "Ranks and their stability",
+        "Share of 2000 bootstrap samples of the cases in which a method has each rank (1, darkest, is the best).",
+        ("metric", "method", "rank of the mean", "rank by case, then mean", "mean rank", "first in"),
+        rows,
+    )
+
+
+def _subgroups(comparison: Comparison) -> list[dict[str, Any]]:
+    """Per column of the group file, means by value; cases, not patients, for a value may differ within a patient."""
+    tables = []
+    for column, value_of in comparison.groups.subgroups.items():
+        rows = []
+        for value in sorted(set(value_of.values())):
+            inside = [case for case in comparison.cases if value_of[case] == value]
+            for name, trainings in comparison.methods.items():
+                cells = []
+                for endpoint in comparison.primary:
+                    values = np.array([_case_value(trainings, case, endpoint) for case in inside])
+                    known = values[~np.isnan(values)]
+                    cells.append(number(float(known.mean())) if known.size else "-")
+                rows.append([value, name, str(len(inside)), *cells])
+        tables.append(
+            {"column": column, "head": [column, "method", "cases", *map(_column, comparison.primary)], "rows": rows}
+        )
+    return tables
+
+
+def _case_value(trainings: Sequence[Any], case: str, endpoint: Endpoint) -> float:
+    values = []
+    for run in trainings:
+        if endpoint.calibration or endpoint.place != "foreground":
+            values.append(run.value(case, endpoint.metric, endpoint.place, endpoint.calibration))
+        else:
+            own = np.array([run.value(case, endpoint.metric, key, False) for key in run.structures])
+            values.append(float(own[~np.isnan(own)].mean()) if (~np.isnan(own)).any() else float("nan"))
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _case_table(comparison: Comparison, reliabilities: Mapping[str, Mapping[str, Reliability]]) -> list[dict[str, Any]]:
+    """A line per case and method, worst first: the sum of its ranks over Dice and the calibration error."""
+    lines = []
+    for case in comparison.cases:
+        for name, trainings in comparison.methods.items():
+            values = [_case_value(trainings, case, endpoint) for endpoint in comparison.primary]
+            missed = sum(
+                of["n_ref"] > 0 and of["n_pred"] == 0
+                for run in trainings
+                for of in run.records.get(case, {}).get("metrics", {}).values()
+            )
+            lines.append({"case": case, "method": name, "missed": missed, "values": values})
+    badness = np.zeros(len(lines))
+    for i, endpoint in enumerate(comparison.primary):
+        if endpoint.metric in ("Dice", "ECE"):
+            column = np.array([line["values"][i] for line in lines])
+            cost = np.where(np.isnan(column), -np.inf, -column if endpoint.higher_is_better else column)
+            badness += np.argsort(np.argsort(cost, kind="stable"), kind="stable")
+    return [lines[i] for i in np.argsort(-badness, kind="stable")]
+
+
+def _pictures(
+    comparison: Comparison,
+    lines: Sequence[Mapping[str, Any]],
+    images: Path | None,
+    dataset: Dataset | None,
+    pictured: int,
+) -> tuple[list[CasePictures], list[str]]:
+    """Of the worst cases, those of the baseline and of the best calibrated method; and what went wrong."""
+    if images is None or dataset is None:
+        return [], []
+    shown, problems = [], []
+    endpoint = next((e for e in comparison.primary if e.metric == "ECE"), comparison.primary[0])
+    methods = list(dict.fromkeys([comparison.baseline, *endpoint.best()[:1]]))
+    for case in list(dict.fromkeys(line["case"] for line in lines))[:pictured]:
+        for name in methods:
+            run = next((run for run in comparison.methods[name] if case in run.records), None)
+            if run is None:
+                continue
+            try:
+                shown.append(case_pictures(run, case, images, dataset))
+            except InputError as error:
+                problems.append(f"no slices of {case} ({name}): {error}")
+    return shown, problems
+
+
+def _column(endpoint: Endpoint) -> str:
+    return f"{endpoint.metric}" + (" mm" if endpoint.metric in ("HD", "HD95", "ASSD", "MASD") else "")
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in; non-finite numbers as strings, as in all our files."""
+    from nnunet_calib.evaluation.write import numbers_as_json
+
+    def rounded(entry: Any) -> Any:
+        if isinstance(entry, float) and math.isfinite(entry):
+            return float(f"{entry:.6g}")
+        return entry
+
+    lines = [{**line, "values": [rounded(entry) for entry in line["values"]]} for line in value]
+    return json.dumps(numbers_as_json(lines), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+_DIGITS = re.compile(r"(\d+\.\d\d)\d+")  # hundredths of a point; in attributes alone, never in text
+
+
+def _svg(figure: Figure) -> Markup:
+    """The figure as an element of the page: no XML head, no numbers beyond what a screen shows, ids of its own."""
+    stream = io.StringIO()
+    with rc_context({**diagram.STYLE, "svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\b(d|transform|x|y|width|height)="[^"]*"', lambda found: _DIGITS.sub(r"\1", found[0]), text)
+    prefix = f"f{zlib.crc32(text.encode()):08x}-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}", text)
+    return Markup(text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1))
+
+
+def _methods_paragraph(comparison: Comparison) -> str:
+    """To paste into a paper."""
+    unit, n = comparison.groups.unit_name, len(comparison.units)
+    protocol = next(iter(comparison.methods.values()))[0].protocol
+    metrics = ", ".join(dict.fromkeys(f"{e.metric} ({e.name})" for e in comparison.primary))
+    bins = f" with {protocol['bins']} equal-width bins" if "bins" in protocol else ""
+    trainings = {name: len(of) for name, of in comparison.methods.items()}
+    trained = "; ".join(f"{name}: {count} training{'s' if count > 1 else ''}" for name, count in trainings.items())
+    return (
+        f"We compared {len(comparison.methods)} methods ({trained}) on {len(comparison.cases)} cases"
+        + (f" of {n} {unit}s (values of a {unit}'s cases were averaged)" if unit != "case" else "")
+        + f". Metrics, declared beforehand, were {metrics}; calibration errors were computed{bins} in the region "
+        f"'{comparison.region}'. A missed structure has an infinite distance and counts as such in ranks and "
+        "signed-rank tests. We report means with 95 % confidence intervals (t and BCa bootstrap with 2000 resamples "
+        f"over {unit}s), paired differences from {comparison.baseline}, two-sided Wilcoxon signed-rank and sign-flip "
+        "permutation tests, each with Holm's correction over all declared metrics and comparisons, and the stability "
+        f"of ranks over bootstrap samples. Evaluation: nnunet-calib {nnunet_calib.__version__}."
+    )

@@ -1,0 +1,113 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from nnunet_calib.cli.main import main
+
+from .phantoms import write_phantoms
+from .runs import simulated, write_run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two runs of four cases."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, 4, {"stock": 3.0, "ours": 1.2})
+    return folder
+
+
+def words(root, *more) -> list[str]:
+    return ["report", f"stock={root}/scores/stock", f"ours={root}/scores/ours", *map(str, more)]
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(root, tmp_path):
+    page = tmp_path / "report.html"
+    assert main(words(root, "-o", page, "--images", root / "images")) == 0
+    text = page.read_text()
+    HTMLParser().feed(text)
+    assert not re.search(r'(src|href)="(?!data:|#)', re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
+    assert "default-src 'none'" in text
+    for section in ("answer", "differences", "reliability", "risk", "ranks", "cases", "provenance", "methods"):
+        assert f'<section id="{section}"' in text
+    assert text.count("data:image/png;base64,") == 4 * 2 * 3
+    assert len(set(re.findall(r'\bid="([^"]+)"', text))) == len(re.findall(r'\bid="([^"]+)"', text))
+
+
+def test_the_same_runs_give_the_same_page(root, tmp_path):
+    for name in ("a", "b"):
+        main(words(root, "-o", tmp_path / f"{name}.html"))
+    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+
+
+def test_names_from_files_are_text_not_markup(tmp_path):
+    dice, ece = simulated(1, 5)
+    evil = "</script><img src=x onerror=alert(1)>"
+    folder = write_run(tmp_path / "a", dice, ece, cases=[evil, *"bcde"], structures=(evil, "node"))
+    assert main(["report", f"<b>x</b>={folder}", "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "<img src=x" not in text
+    assert "<b>x</b>" not in text
+
+
+def test_missed_structures_and_no_probabilities_are_shown(tmp_path):
+    dice = simulated(1, 12)[0]
+    hd95 = np.full((12, 2), 2.0)
+    hd95[0, 1] = np.inf
+    n_pred = [[100, 0 if i == 0 else 100] for i in range(12)]
+    write_run(tmp_path / "a", dice, None, hd95, n_pred=n_pred)
+    write_run(tmp_path / "b", dice)
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "1 structures missed" in text
+    assert '"inf"' in text
+    assert "Where is it overconfident" not in text
+
+
+def test_slices_that_cannot_be_drawn_are_reported_and_the_rest_is_written(root, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    assert main(words(root, "-o", tmp_path / "r.html", "--images", tmp_path / "images")) == 0
+    error = capsys.readouterr().err
+    assert "no slices of case_00" in error
+    assert "_0000.nii.gz: not there" in error
+    assert "Slices of the worst cases" not in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["-o", "report.pdf"], "must end in .html"),
+        (["-o", "/nowhere/report.html"], "there is no folder"),
+        (["-o", "r.html", "--images", "/nowhere"], "is not a folder"),
+    ],
+)
+def test_bad_usage_of_report_is_one_line(root, capsys, more, complaint):
+    assert main(words(root, *more)) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("ending", ["svg", "pdf", "png"])
+def test_the_diagram_is_a_whole_file(root, tmp_path, ending):
+    file = tmp_path / f"d.{ending}"
+    runs = [f"stock={root}/scores/stock", f"ours={root}/scores/ours"]
+    assert main(["diagram", *runs, "-o", str(file), "--of", "top", "1"]) == 0
+    head = {"svg": b"<?xml", "pdf": b"%PDF", "png": b"\x89PNG"}[ending]
+    assert file.read_bytes().startswith(head)
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["-o", "d.gif"], "must end in .svg, .pdf, .png"),
+        (["-o", "d.svg", "--of", "7"], "no class '7'; there are top, classes, 0, 1, 2"),
+        (["-o", "d.svg", "--region", "border"], "no bin counts of the region 'border'; it has volume"),
+    ],
+)
+def test_bad_usage_of_diagram_is_one_line(root, capsys, more, complaint):
+    assert main(["diagram", f"{root}/scores/stock", *more]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
