@@ -32,9 +32,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_calib.data.files import write_whole
-from nnunet_calib.fewshot.apply import apply_folder
-from nnunet_calib.fewshot.fit import fit_folder
-from nnunet_calib.fewshot.method import Settings
+from nnunet_calib.fewshot.apply.folder import apply_folder
+from nnunet_calib.fewshot.structure.fitted import Settings
+from nnunet_calib.fewshot.task.fit import fit_folder
 
 CLASSES = 5
 

@@ -28,10 +28,10 @@ from kept import FOLDER, measured, number, put, read_rows, write_between, write_
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
-from nnunet_calib.fewshot.evaluate import Trial, evaluate_folder, grid
-from nnunet_calib.fewshot.pairs import read_pairs
-from nnunet_calib.fewshot.protocols import REAL
-from nnunet_calib.fewshot.scores import summarise
+from nnunet_calib.fewshot.measure.evaluate import Trial, evaluate_folder, grid
+from nnunet_calib.fewshot.measure.pairs import read_pairs
+from nnunet_calib.fewshot.measure.protocols import REAL
+from nnunet_calib.fewshot.measure.scores import summarise
 
 ARMS = {
     "new": "supports and queries that the base network was not trained on, each tried on the others",

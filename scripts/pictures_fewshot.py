@@ -25,13 +25,13 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from nnunet_calib.data.files import whole_file
-from nnunet_calib.fewshot.apply import apply_folder
-from nnunet_calib.fewshot.fit import fit_folder, scan_of
-from nnunet_calib.fewshot.method import SUPERIOR
-from nnunet_calib.fewshot.model import BaseModel
-from nnunet_calib.fewshot.predictor import FeaturePredictor
-from nnunet_calib.fewshot.task import Task
-from nnunet_calib.fewshot.volumes import read_volume
+from nnunet_calib.fewshot.apply.folder import apply_folder
+from nnunet_calib.fewshot.network.base_model import BaseModel
+from nnunet_calib.fewshot.network.predictor import FeaturePredictor
+from nnunet_calib.fewshot.structure.fitted import SUPERIOR
+from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.task.fit import fit_folder, scan_of
+from nnunet_calib.fewshot.volume.files import read_volume
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 SUPPORTS = 3

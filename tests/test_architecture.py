@@ -16,6 +16,9 @@ LEVELS = [
     {"demo"},
     {"cli"},
 ]
+INSIDE = {"fewshot": ("network", "volume", "structure", "task", "apply", "measure")}
+"""Rooms of the larger rooms, in the order in which data flow: each imports from itself and from those before it."""
+
 LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -55,6 +58,18 @@ def files(of: str) -> list[Path]:
 
 
 every_module = pytest.mark.parametrize("file", MODULES, ids=name_of)
+
+
+@pytest.mark.parametrize("house", INSIDE)
+def test_imports_go_one_way_inside_a_large_room(house):
+    order = INSIDE[house]
+    assert {path.name for path in (PACKAGE / house).iterdir() if any(path.glob("*.py"))} == set(order)
+    for file in files(house):
+        here = name_of(file).split(".")[2]
+        for name in imported(file):
+            there = name.split(".")[2] if name.startswith(f"nnunet_calib.{house}.") else None
+            if here in order and there in order:
+                assert order.index(there) <= order.index(here), f"{name_of(file)} imports {name}"
 
 
 @every_module

@@ -124,9 +124,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from nnunet_calib.fewshot.fit import describe, fit_folder, task_file
-    from nnunet_calib.fewshot.method import Settings
-    from nnunet_calib.fewshot.transduction import Objective
+    from nnunet_calib.fewshot.structure.fitted import Settings
+    from nnunet_calib.fewshot.structure.objective import Objective
+    from nnunet_calib.fewshot.task.fit import describe, fit_folder, task_file
 
     if args.refine and args.head != "linear":
         raise UsageError(f"--refine works with head linear, not {args.head}")
@@ -172,7 +172,7 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    from nnunet_calib.fewshot.apply import apply_folder
+    from nnunet_calib.fewshot.apply.folder import apply_folder
 
     reports = apply_folder(
         args.model,
@@ -261,7 +261,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from nnunet_calib.fewshot.evaluate import evaluate_folder, grid
+    from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
 
     if min(*args.chunks, *args.k, args.voxels, args.sets or 1) < 1:
         raise UsageError("--chunks, -k, --sets and --voxels must be 1 or more")

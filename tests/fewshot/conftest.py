@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunet_calib.fewshot.fit import fit_folder
+from nnunet_calib.fewshot.task.fit import fit_folder
 
 from .hosts import phantom, write_image, write_model
 

@@ -13,7 +13,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from scipy import ndimage
 
-from nnunet_calib.fewshot.model import BaseModel
+from nnunet_calib.fewshot.network.base_model import BaseModel
 
 from ..training.toy import architecture, dataset_json, plans
 

@@ -1,0 +1,329 @@
+"""How well k volumes show a structure: heads x chunks x extents x k, under the papers' protocol and the real one.
+
+Features of every case are computed once (``cache``); all that is tried is fitted to and applied on these, but adapters,
+which are trained for each set of supports and look at each query anew. Every pair of supports and query is a line of
+``pairs.jsonl`` as soon as it is scored, and is not done again.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.images import read_labels
+from nnunet_calib.fewshot.apply.refine import refine_on_query
+from nnunet_calib.fewshot.measure.cache import FeatureCache
+from nnunet_calib.fewshot.measure.case import Case, Files
+from nnunet_calib.fewshot.measure.pairs import identity, read_pairs, write_results
+from nnunet_calib.fewshot.measure.protocols import PAPER, PAPER_CHUNKS, REAL, Episode, paper_episodes, real_episodes
+from nnunet_calib.fewshot.measure.scores import novel_scores
+from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
+from nnunet_calib.fewshot.network.predictor import FeaturePredictor
+from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, Settings, apply_structure, fit_structure
+from nnunet_calib.fewshot.structure.heads.adapter import AdapterHead
+from nnunet_calib.fewshot.structure.objective import Objective
+from nnunet_calib.fewshot.task.adapters import FEWEST, adapt
+from nnunet_calib.fewshot.task.fit import nested
+from nnunet_calib.fewshot.volume.files import find_supports
+
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of the table: a protocol, the settings that are tried and k.
+
+    Attributes:
+        protocol: ``P1`` or ``P2``.
+        settings: see there; of P1 the extent pairs no chunks.
+        k: supports; 1 for P1.
+        most_sets: of k supports; all windows if None.
+    """
+
+    protocol: str
+    settings: Settings
+    k: int = 1
+    most_sets: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The values of ``GROUPS`` but the structure."""
+        settings = self.settings
+        return {
+            "protocol": self.protocol,
+            "head": settings.head,
+            "chunks": settings.chunks,
+            "extent": ORACLE if self.protocol == PAPER else settings.extent,
+            "mode": "hard" if self.protocol == PAPER else settings.mode,
+            "k": self.k,
+            "entropy": None if settings.objective is None else settings.objective.entropy,
+        }
+
+
+def grid(
+    heads: Sequence[str],
+    chunks: Sequence[int],
+    extents: Sequence[str],
+    ks: Sequence[int],
+    protocols: Sequence[str] = (PAPER, REAL),
+    entropies: Sequence[float | None] = (None,),
+    most_sets: int | None = None,
+    mode: str = "interpolated",
+) -> list[Trial]:
+    """All combinations; of P1 one chunk number, one support and no extent. Entropies are for linear heads.
+
+    Adapters are for P2 with three supports or more, in one chunk.
+
+    Raises:
+        UsageError: none is left.
+    """
+    trials = []
+    adapted, heads = AdapterHead.key in heads, [head for head in heads if head != AdapterHead.key]
+    if PAPER in protocols:
+        for head in heads:
+            trials.append(Trial(PAPER, Settings(head, PAPER_CHUNKS, "hard", calibrate=False)))
+    if REAL in protocols:
+        for head, n, extent, k, entropy in itertools.product(heads, chunks, extents, ks, entropies):
+            if entropy is None or head == "linear":
+                objective = None if entropy is None else Objective(entropy=entropy)
+                trials.append(Trial(REAL, Settings(head, n, mode, extent, objective=objective), k, most_sets))
+        for extent, k in itertools.product(extents, ks):
+            if adapted and k >= FEWEST:
+                trials.append(Trial(REAL, Settings(AdapterHead.key, 1, mode, extent), k, most_sets))
+    if not trials:
+        raise UsageError(f"nothing to try: adapters are for protocol P2 and k of {FEWEST} or more")
+    return trials
+
+
+def evaluate_structure(
+    model: BaseModel,
+    cache: FeatureCache,
+    supports: Mapping[str, Files],
+    queries: Mapping[str, Files],
+    structure: str,
+    value: int,
+    output: Path,
+    trials: Sequence[Trial],
+    *,
+    voxels: int = 30_000,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Score every pair of every trial.
+
+    Args:
+        model: the base model.
+        cache: of its features.
+        supports: annotated cases that serve as supports of P2.
+        queries: cases to try on, of both protocols; they may be supports too.
+        structure: its name.
+        value: its label.
+        output: folder of ``pairs.jsonl``; lines that are there are not computed again.
+        trials: from ``grid``.
+        voxels: drawn from each support.
+        progress: show a bar.
+
+    Returns:
+        The records of these trials and this structure.
+
+    Raises:
+        UsageError: trials that ask for more supports than there are with the structure.
+        InputError: no support has the structure.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "pairs.jsonl"
+    done = {identity(record): record for record in read_pairs(file)}
+    cases: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in cases:
+            # all lie as the first support, whichever pairs are left to do
+            turned = None if name == annotated[0] else case(annotated[0]).volume.orientation
+            cases[name] = Case(name, queries.get(name) or supports[name], model, value, cache, voxels, turned)
+        return cases[name]
+
+    reader = model.plans_manager.image_reader_writer_class
+    with_structure = {
+        name
+        for name, files in {**supports, **queries}.items()
+        if (read_labels(files.label, reader, range(1 << 16)).labels == value).any()
+    }
+    if not with_structure & supports.keys():
+        raise InputError(f"{next(iter(supports.values())).label.parent}: no label map holds {value}")
+    # A query without the structure is a question of P2; P1 has no slice of it to score.
+    annotated = [name for name in supports if name in with_structure]
+    wanted = []
+    for trial in trials:
+        episodes = (
+            paper_episodes([name for name in queries if name in with_structure])
+            if trial.protocol == PAPER
+            else real_episodes(annotated, list(queries), trial.k, trial.most_sets)
+        )
+        wanted += [(trial, episode) for episode in episodes]
+    records = []
+    fitted: tuple[Any, FittedStructure | None] = (None, None)
+    ended = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")
+    with file.open("a") as stream, tqdm(total=len(wanted), desc=structure, unit="pair", disable=not progress) as bar:
+        if not ended:  # a line that was cut off
+            stream.write("\n")
+        for trial, episode in wanted:
+            known = {
+                "structure": structure,
+                **trial.describe(),
+                "supports": list(episode.supports),
+                "query": episode.query,
+            }
+            record = done.get(identity(known))
+            if record is None:
+                if fitted[0] != (trial, episode.supports):
+                    fitted = ((trial, episode.supports), _fit(model, cache, trial, episode, case))
+                assert fitted[1] is not None
+                record = known | _score(model, cache, trial, episode, fitted[1], case)
+                stream.write(json.dumps(record) + "\n")
+                stream.flush()
+            records.append(record)
+            bar.update()
+    return records
+
+
+def evaluate_folder(
+    model_folder: str | Path,
+    images: str | Path,
+    labels: str | Path,
+    output: str | Path,
+    *,
+    name: str,
+    value: int,
+    trials: Sequence[Trial],
+    query_images: Path | None = None,
+    query_labels: Path | None = None,
+    base_labels: Path | None = None,
+    folds: Sequence[str | int] | None = None,
+    checkpoint: str = CHECKPOINT,
+    device: str = "cpu",
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    voxels: int = 30_000,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Evaluate one structure on folders in nnU-Net's raw layout.
+
+    Args:
+        model_folder: of the base model.
+        images: of the annotated cases that serve as supports.
+        labels: their label maps.
+        output: folder for ``pairs.jsonl``, ``pairs.csv``, ``summary.json`` and ``features``, which may be deleted.
+            Structures that are written to the same folder share its files.
+        name: of the structure.
+        value: its label value.
+        trials: what is tried.
+        query_images: of other cases to try on; the supports themselves if None.
+        query_labels: their label maps.
+        base_labels: label maps of the queries with the model's own labels.
+        folds: of the base model; all if None.
+        checkpoint: its name in each fold.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        step_size: of the sliding window.
+        mirroring: test-time augmentation of the base classes.
+        voxels: drawn from each support.
+        progress: show bars.
+
+    Returns:
+        The rows of the summary that are of this structure.
+
+    Raises:
+        UsageError: options or folders that make no sense.
+        InputError: files that cannot be used.
+    """
+    if (query_images is None) != (query_labels is None):
+        raise UsageError("queries need both images and labels: their labels are what they are scored with")
+    model = BaseModel(model_folder, folds, checkpoint)
+    if model.previous_stage is not None:
+        raise UsageError(f"{model.folder} continues {model.previous_stage}; evaluate a model that is no cascade")
+    ending = model.dataset.file_ending
+
+    def files(image_folder: Path, label_folder: Path) -> dict[str, Files]:
+        found = {}
+        for case, (channels, label) in find_supports(image_folder, label_folder, ending).items():
+            own = None if base_labels is None else base_labels / (case + ending)
+            found[case] = Files(tuple(channels), label, own if own is not None and own.is_file() else None)
+        return found
+
+    supports = files(Path(images), Path(labels))
+    queries = supports if query_images is None or query_labels is None else files(query_images, query_labels)
+    if shared := sorted(supports.keys() & queries.keys()) if queries is not supports else []:
+        raise UsageError(f"{shared[0]} is both a support and a query; leave the queries out, or rename one")
+
+    def predictor() -> FeaturePredictor:
+        return FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
+
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    cache = FeatureCache(output / "features", model, predictor)
+    evaluate_structure(model, cache, supports, queries, name, value, output, trials, voxels=voxels, progress=progress)
+    about = {"model": model.fingerprint(), "supports": sorted(supports), "queries": sorted(queries), "voxels": voxels}
+    rows = write_results(output, read_pairs(output / "pairs.jsonl"), about)
+    return [row for row in rows if row["structure"] == name]
+
+
+def _fit(
+    model: BaseModel, cache: FeatureCache, trial: Trial, episode: Episode, case: Callable[[str], Case]
+) -> FittedStructure:
+    settings = trial.settings
+    if settings.head == AdapterHead.key:
+        volumes = [case(name).volume for name in episode.supports]
+        seen = [case(name).support for name in episode.supports]
+        seen, trained = adapt(model, cache.predictor, volumes, seen, settings=settings, progress=False)
+        return replace(fit_structure(seen, settings), heads=list(trained))
+    if trial.protocol == PAPER:
+        supports = [case(name).paper_support(settings.axis, settings.chunks) for name in episode.supports]
+    else:
+        supports = [case(name).support for name in episode.supports]
+    return fit_structure(supports, settings)
+
+
+def _score(
+    model: BaseModel,
+    cache: FeatureCache,
+    trial: Trial,
+    episode: Episode,
+    fitted: FittedStructure,
+    case: Callable[[str], Case],
+) -> dict[str, Any]:
+    query, settings = case(episode.query), trial.settings
+    if trial.protocol == PAPER:
+        parts, counted = query.paper_query(settings.axis, settings.chunks)
+        expected = query.paper_volume(settings.axis, case(episode.supports[0]), settings.chunks)
+        projected = query.predicted.projected(fitted.projections)
+        found = apply_structure(fitted, query.scan, projected, parts=parts, counted=counted, expected_mm3=expected)
+        scores = novel_scores(
+            found.probability,
+            query.structure,
+            query.volume.spacing,
+            found.probability > found.threshold,
+            counted.reshape(query.structure.shape),
+        )
+        return scores | _about(found) | {"base_before": float("nan"), "base_after": float("nan")}
+    heads = None
+    if settings.objective is not None:
+        heads = refine_on_query(fitted, query.scan, query.predicted.sampled, settings.objective)
+    if settings.head == AdapterHead.key:
+        image = torch.from_numpy(query.volume.image)
+        projected = cache.predictor.project_adapted(image, [head.state() for head in fitted.heads])
+    else:
+        projected = query.predicted.projected([head.projections for head in heads or fitted.heads])
+    found = apply_structure(fitted, query.scan, projected, heads)
+    logit = query.on_image_grid(found.logit)
+    probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
+    segmentation = (probability > found.threshold) & (not found.absent)
+    scores = novel_scores(probability, query.reference, query.image_spacing, segmentation)
+    inside, _ = nested(model, [case(name).overlaps for name in episode.supports], None)
+    return scores | _about(found) | query.base_scores(probability, found, inside)
+
+
+def _about(found: NovelMap) -> dict[str, Any]:
+    return {"presence": float(min(found.presence, 1e6)), "absent": found.absent, "expected_mm3": found.expected_mm3}

@@ -1,0 +1,56 @@
+"""Pairs of supports and a query that were scored: a line each in ``pairs.jsonl``, and the tables made of them."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import write_whole
+from nnunet_calib.fewshot.measure.scores import summarise
+
+GROUPS = ("structure", "protocol", "head", "chunks", "extent", "mode", "k", "entropy")
+"""What tells the rows of a summary apart."""
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """What tells a pair from all others."""
+    return json.dumps([*(record[name] for name in GROUPS), *record["supports"], record["query"]])
+
+
+def read_pairs(file: Path) -> list[dict[str, Any]]:
+    """Records of ``pairs.jsonl``; a line that was cut off is left out."""
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def write_results(output: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Write ``pairs.csv`` and ``summary.json``; the rows of the summary are returned."""
+    if not records:
+        raise InputError(f"{output}: no pair was scored")
+    columns = list(dict.fromkeys(name for record in records for name in record if name != "base_classes"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow(dict(record) | {"supports": " ".join(record["supports"])})
+    write_whole(output / "pairs.csv", text.getvalue())
+    rows = summarise(records, GROUPS)
+    content = {"about": dict(about), "rows": [{name: _json(value) for name, value in row.items()} for row in rows]}
+    write_whole(output / "summary.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return rows
+
+
+def _json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,320 @@
+"""The method on arrays: sampled supports to a fitted structure, projections of a query to its map.
+
+    s(v) = head(W f(v), u(v), a(v))         one head for each fold, averaged as probabilities
+    s(v) + shift                            the volume above 0 is what the supports lead to expect, within a margin
+    p(v) = 1 / (1 + exp(-slope (s(v) + shift) - bias))      fitted to supports that the others predict
+    structure where p(v) is above the threshold of largest expected Dice (one support: where s(v) + shift > 0), unless
+    it is absent
+
+Nothing here knows files, networks or labels of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_calib.fewshot.structure.heads import HEADS, Head
+from nnunet_calib.fewshot.structure.objective import Objective
+from nnunet_calib.fewshot.structure.platt import PlattScaling, fit_platt, out_of_fold
+from nnunet_calib.fewshot.structure.prior import (
+    MARGIN,
+    Places,
+    SizePrior,
+    VolumeCurve,
+    operating_shift,
+    presence_limit,
+    presence_score,
+)
+from nnunet_calib.fewshot.volume.frame import Alignment, Chunks, Frame, frame_of_landmarks, frame_of_volumes
+from nnunet_calib.fewshot.volume.scan import Scan
+from nnunet_calib.fewshot.volume.support import Support
+
+SUPERIOR = 2
+"""Patient axis from inferior to superior."""
+
+_SLAB = 1 << 19  # voxels whose log odds are computed at once
+_CERTAIN = 1e-7
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses.
+
+    Attributes:
+        head: key of ``HEADS``.
+        chunks: n.
+        mode: ``hard`` or ``interpolated``.
+        extent: ``aligned`` or ``volume``.
+        axis: of the patient that the chunks divide: 0 left-right, 1 posterior-anterior, 2 inferior-superior.
+        margin: of the volume prior.
+        objective: of the refinement on the query; None: no refinement.
+        calibrate: fit slope and bias to left-out supports where there are two or more.
+        options: arguments of ``Head.fit``.
+    """
+
+    head: str = "linear"
+    chunks: int = 12
+    mode: str = "interpolated"
+    extent: str = "aligned"
+    axis: int = SUPERIOR
+    margin: float = MARGIN
+    objective: Objective | None = None
+    calibrate: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FittedStructure:
+    """A structure fitted to k supports.
+
+    Attributes:
+        settings: as given.
+        heads: of each fold.
+        frame: coordinates of the task.
+        prior: None if the field of view cuts the structure in all supports.
+        places: where the supports have the structure.
+        calibration: from left-out supports; the identity with one.
+        presence_limit: presence scores below say that a query lacks the structure.
+        samples: of each fold what the heads were fitted on, for the refinement on a query.
+        left_out: Dice of each support predicted by the others, on its sample; empty with one.
+    """
+
+    settings: Settings
+    heads: list[Head]
+    frame: Frame
+    prior: SizePrior | None
+    places: Places
+    calibration: PlattScaling
+    presence_limit: float
+    samples: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    left_out: list[float]
+
+    @property
+    def calibrated(self) -> bool:
+        """There were left-out supports to calibrate on."""
+        return self.calibration != PlattScaling()
+
+    @property
+    def projections(self) -> list[Tensor]:
+        """W of each fold, float32 (R, F)."""
+        return [head.projections for head in self.heads]
+
+
+@dataclass(frozen=True)
+class NovelMap:
+    """A structure in a query.
+
+    Attributes:
+        logit: float32 (*S), log odds with the volume prior, before the calibration.
+        calibration: of the structure.
+        threshold: probability above which is the structure.
+        presence: score; below the limit of the fit the structure is called absent.
+        absent: it is.
+        expected_mm3: volume expected; None without prior.
+        shift: what the volume prior added to the log odds.
+    """
+
+    logit: np.ndarray
+    calibration: PlattScaling
+    threshold: float
+    presence: float
+    absent: bool
+    expected_mm3: float | None
+    shift: float
+
+    @property
+    def probability(self) -> np.ndarray:
+        """Calibrated, float32 (*S); computed anew."""
+        return self.calibration.probability(torch.from_numpy(self.logit)).numpy()
+
+
+def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStructure:
+    """Fit heads, size prior and calibration.
+
+    Args:
+        supports: one or more, each with voxels of the structure.
+        settings: see there.
+    """
+    frame, position = _placed(supports, settings)
+    target = torch.from_numpy(np.concatenate([support.target for support in supports]))
+    weight = torch.from_numpy(np.concatenate([support.weight for support in supports]))
+    number = torch.cat([torch.full((len(support.index),), i) for i, support in enumerate(supports)])
+    given = None if supports[0].part is None else np.concatenate([support.part for support in supports])
+    chunk = chunk_weights(settings, position, given)
+    samples = [
+        (torch.cat([support.features[fold] for support in supports]), target, weight, position, chunk, number)
+        for fold in range(len(supports[0].features))
+    ]
+    fit: Callable[..., Head] = partial(HEADS[settings.head].fit, **settings.options)
+    prior = _prior(supports)
+    places = _places(position, target, weight)
+    heads = [fit(*sample) for sample in samples]
+    calibration, dice = PlattScaling(), list[float]()
+    if len(supports) > 1:
+        logit, scores = _left_out(supports, samples, fit, settings)
+        if settings.calibrate:
+            calibration = fit_platt(logit, target, weight, number)
+        dice = [_dice(logit[number == i], support, calibration) for i, support in enumerate(supports)]
+    else:
+        own = ensemble([head(*_seen(sample)) for head, sample in zip(heads, samples, strict=True)])
+        scores = [presence_score(_curve(own, supports[0]), supports[0].structure_mm3)]
+    limit = presence_limit(scores)
+    return FittedStructure(settings, heads, frame, prior, places, calibration, limit, samples, dice)
+
+
+def apply_structure(
+    fitted: FittedStructure,
+    scan: Scan,
+    projected: Sequence[Tensor],
+    heads: Sequence[Head] | None = None,
+    *,
+    parts: np.ndarray | None = None,
+    counted: np.ndarray | None = None,
+    expected_mm3: float | None = None,
+) -> NovelMap:
+    """The map of a structure in a query.
+
+    Args:
+        fitted: the structure.
+        scan: the query.
+        projected: of each fold float (R, *S), by the projections of the heads.
+        heads: refined on the query; those of the fit if None.
+        parts: int64 (V,), chunk of each voxel of the flat volume where the pairing is given, in evaluation.
+        counted: bool (V,), voxels that the volume prior counts, in evaluation; all if None.
+        expected_mm3: volume to expect, in evaluation; from the supports if None.
+    """
+    alignment = fitted.frame.align(scan.size, scan.landmarks)
+    expected = expected_mm3 if expected_mm3 is not None else expected_volume(fitted, scan, alignment)
+    heads = fitted.heads if heads is None else heads
+    flat = [maps.flatten(1) for maps in projected]
+    logit = np.empty(scan.base.size, dtype=np.float32)
+    curve = VolumeCurve()
+    for first in range(0, logit.size, _SLAB):
+        index = np.arange(first, min(first + _SLAB, logit.size))
+        position = torch.from_numpy(fitted.frame.position(alignment(scan.mm(index))).astype(np.float32))
+        chunk = chunk_weights(fitted.settings, position, None if parts is None else parts[index])
+        found = ensemble(
+            [
+                head.logit(maps[:, first : first + len(index)].T.float(), position, chunk)
+                for head, maps in zip(heads, flat, strict=True)
+            ]
+        ).numpy()
+        logit[index] = found
+        curve.add(found if counted is None else found[counted[index]], scan.voxel_mm3)
+    shift, presence, absent = 0.0, np.inf, False
+    if expected is not None:
+        presence = presence_score(curve, expected)
+        absent = presence < fitted.presence_limit
+        shift = operating_shift(curve, expected, fitted.settings.margin, present=not absent)
+    logit += shift
+    threshold = fitted.calibration.cut(logit)
+    return NovelMap(logit.reshape(scan.base.shape), fitted.calibration, threshold, presence, absent, expected, shift)
+
+
+def expected_volume(fitted: FittedStructure, scan: Scan, alignment: Alignment) -> float | None:
+    """Volume of the structure to expect in a query, mm3; None without prior or out of view."""
+    return _expected(fitted.prior, fitted.frame, fitted.places, scan, alignment)
+
+
+def expected_without_fit(supports: Sequence[Support], settings: Settings, scans: Sequence[Scan]) -> list[float | None]:
+    """As ``expected_volume`` of each scan, from supports that nothing was fitted to yet."""
+    frame, position = _placed(supports, settings)
+    target, weight = (
+        torch.from_numpy(np.concatenate([getattr(support, name) for support in supports]))
+        for name in ("target", "weight")
+    )
+    prior, places = _prior(supports), _places(position, target, weight)
+    return [_expected(prior, frame, places, scan, frame.align(scan.size, scan.landmarks)) for scan in scans]
+
+
+def chunk_weights(settings: Settings, position: Tensor, part: np.ndarray | None = None) -> Tensor:
+    """Weights float32 (N, n) of the chunks at positions (N, 3) of the frame, or of given chunks."""
+    if part is not None:
+        return torch.nn.functional.one_hot(torch.from_numpy(part), settings.chunks).float()
+    return Chunks(settings.chunks, settings.mode).weights(position[:, settings.axis])
+
+
+def ensemble(logits: Sequence[Tensor]) -> Tensor:
+    """Log odds of the mean probability of the folds, of the shape of each."""
+    if len(logits) == 1:
+        return logits[0]
+    mean = torch.stack([logit.double().sigmoid() for logit in logits]).mean(dim=0)
+    return torch.logit(mean.clamp(_CERTAIN, 1 - _CERTAIN)).float()
+
+
+def _placed(supports: Sequence[Support], settings: Settings) -> tuple[Frame, Tensor]:
+    """The frame of the supports, and the positions float32 (N, 3) in it of all that was sampled of them."""
+    sizes = [support.scan.size for support in supports]
+    if settings.extent == "aligned":
+        frame, alignments = frame_of_landmarks(sizes, [support.scan.landmarks for support in supports])
+    else:
+        frame, alignments = frame_of_volumes(sizes, settings.extent)
+    positions = [
+        frame.position(alignment(support.scan.mm(support.index)))
+        for support, alignment in zip(supports, alignments, strict=True)
+    ]
+    return frame, torch.from_numpy(np.concatenate(positions).astype(np.float32))
+
+
+def _places(position: Tensor, target: Tensor, weight: Tensor) -> Places:
+    found = target.numpy()
+    return Places.of(position.numpy()[found], weight.numpy()[found])
+
+
+def _expected(prior: SizePrior | None, frame: Frame, places: Places, scan: Scan, alignment: Alignment) -> float | None:
+    if prior is None:
+        return None
+    low, high = (frame.position(alignment(end)) for end in (np.zeros(3), scan.size))
+    return prior.expected(scan.body, places.share_inside(low, high)) or None
+
+
+def _prior(supports: Sequence[Support]) -> SizePrior | None:
+    return SizePrior.of(
+        [support.structure_mm3 for support in supports],
+        [not support.cut for support in supports],
+        [support.scan.body for support in supports],
+    )
+
+
+def _seen(sample: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, positions and chunks of a sample."""
+    return sample[0], sample[3], sample[4]
+
+
+def _curve(logit: Tensor, support: Support) -> VolumeCurve:
+    return VolumeCurve().add(logit.numpy(), support.weight * support.scan.voxel_mm3)
+
+
+def _left_out(
+    supports: Sequence[Support],
+    samples: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
+    fit: Callable[..., Head],
+    settings: Settings,
+) -> tuple[Tensor, list[float]]:
+    """Log odds with the volume prior, and presence score, of every support as the others predict it."""
+    number = samples[0][5]
+    logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
+    scores = []
+    for i, support in enumerate(supports):
+        prior = _prior([other for j, other in enumerate(supports) if j != i])
+        if prior is not None:
+            own = number == i
+            expected, curve = prior.expected(support.scan.body), _curve(logit[own], support)
+            scores.append(presence_score(curve, expected))
+            logit[own] += operating_shift(curve, expected, settings.margin)
+    return logit, scores or [np.inf]
+
+
+def _dice(logit: Tensor, support: Support, calibration: PlattScaling) -> float:
+    """Of a support's sample with these log odds, labelled as ``apply_structure`` would label it."""
+    threshold = calibration.cut(logit.numpy(), support.weight)
+    found = calibration.probability(logit).numpy() > threshold
+    both = float(support.weight[found & support.target].sum())
+    return 2 * both / max(float(support.weight[found].sum() + support.weight[support.target].sum()), 1e-12)

@@ -1,0 +1,212 @@
+"""A linear head refined on the query itself, without its labels.
+
+    RePRI    CE(support) + l_prior D(mean p) + l_H mean H(p)
+    TIM      0.1 CE(support) + D(mean p) + 0.1 mean H(p);  D = -H(mean p) as published, without a prior
+
+mean p is the share of the query that is predicted, and D holds it against the share pi that the volume prior expects:
+
+    D = KL(mean p || pi),    or as a hinge    D = max(|e| - margin, 0),    e = (pi - mean p) / max(pi, mean p)
+
+TIM's H(mean p) asks for classes of one size, which voxels never are: it is there to compare with. H sharpens what the
+head is unsure of and costs calibration, so its weight is small, and only voxels within reach of the structure count:
+over a whole volume it is the background's. The head is kept near where it was by a ridge, for its fit would go on.
+
+Boudiaf et al., Few-shot segmentation without meta-learning (RePRI), CVPR 2021; Boudiaf et al., Transductive information
+maximization for few-shot learning (TIM), NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
+from nnunet_calib.fewshot.structure.heads.base import balanced, bernoulli_entropy, log_odds, natural_share
+from nnunet_calib.fewshot.structure.heads.linear import CHUNK_RIDGE, LinearHead
+from nnunet_calib.fewshot.structure.prior import MARGIN
+
+_STEPS = 50
+_BEFORE_UPDATE = 10  # of the prior that RePRI takes from its own prediction
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of the terms.
+
+    Attributes:
+        support: of the cross-entropy.
+        prior: of D.
+        entropy: of H.
+        margin: of the hinge; None: the KL divergence.
+        uniform: D = -H(mean p), whatever is expected.
+    """
+
+    support: float = 1.0
+    prior: float = 1.0
+    entropy: float = 0.1
+    margin: float | None = MARGIN
+    uniform: bool = False
+
+    def __call__(
+        self,
+        support_logit: Tensor,
+        target: Tensor,
+        support_weight: Tensor,
+        query_logit: Tensor,
+        query_weight: Tensor,
+        within: Tensor,
+        share: float,
+    ) -> Tensor:
+        """The value.
+
+        Args:
+            support_logit: float (N,).
+            target: bool (N,).
+            support_weight: float (N,) of sum 1.
+            query_logit: float (M,).
+            query_weight: float (M,) of sum 1.
+            within: bool (M,), voxels whose entropy counts.
+            share: pi, in (0, 1).
+        """
+        cross_entropy = support_weight @ binary_cross_entropy_with_logits(
+            support_logit, target.to(support_logit), reduction="none"
+        )
+        mean = query_weight @ query_logit.sigmoid()
+        counted = query_weight * within
+        entropy = counted @ _entropy(query_logit) / counted.sum().clamp_min(_TINY)
+        return self.support * cross_entropy + self.prior * self._distance(mean, share) + self.entropy * entropy
+
+    def _distance(self, mean: Tensor, share: float) -> Tensor:
+        inside, outside = mean.clamp_min(_TINY), (1 - mean).clamp_min(_TINY)
+        if self.uniform:
+            return inside * inside.log() + outside * outside.log()
+        if self.margin is None:
+            return inside * (inside / share).log() + outside * (outside / (1 - share)).log()
+        off = (share - mean) / mean.clamp_min(share)
+        return (off.abs() - self.margin).clamp_min(0)
+
+
+def published_repri(supports: int) -> Objective:
+    """RePRI's weights: 1, 1/k, 1/k, and the KL divergence."""
+    return Objective(prior=1 / supports, entropy=1 / supports, margin=None)
+
+
+TIM = Objective(support=0.1, prior=1.0, entropy=0.1, margin=None)
+"""TIM's weights, held against the volume prior."""
+
+PUBLISHED_TIM = Objective(support=0.1, prior=1.0, entropy=0.1, uniform=True)
+
+
+@dataclass(frozen=True)
+class Query:
+    """Sampled voxels of a query.
+
+    Attributes:
+        features: float (M, F).
+        position: float (M, 3).
+        chunk: float (M, n).
+        weight: float (M,), voxels that each stands for.
+        within: bool (M,), within reach of the structure, as ``Places.reach`` tells.
+    """
+
+    features: Tensor
+    position: Tensor
+    chunk: Tensor
+    weight: Tensor
+    within: Tensor
+
+
+def refine(
+    head: LinearHead,
+    supports: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    query: Query,
+    share: float | None,
+    objective: Objective | None = None,
+    *,
+    anchor: float = CHUNK_RIDGE,
+    foreground: float = 0.0,
+    steps: int = _STEPS,
+) -> LinearHead:
+    """The head that minimises the objective, near the one given.
+
+    Args:
+        head: fitted to the supports.
+        supports: what it was fitted to: features, target, weight, position, chunk, support.
+        query: sampled voxels.
+        share: pi, expected share of the query's volume; None: as RePRI, the share that the head predicts, taken again
+            after 10 steps, from when on its weight is larger by 1.
+        objective: RePRI with the volume prior as a hinge and little entropy if None.
+        anchor: ridge on what the weights change, as ``chunk_ridge`` of the head.
+        foreground: as in the fit of the head.
+        steps: of L-BFGS, at most.
+    """
+    objective = objective or Objective()
+    features, target, weight, position, chunk, support = supports
+    w = balanced(target, weight, support, foreground).float()
+    # the head's log odds are of natural shares, its cross-entropy was of others
+    in_fit = float(w[target].double().sum())
+    shift = log_odds(in_fit) - log_odds(natural_share(target, weight))
+    unit = bernoulli_entropy(in_fit) / len(support.unique())
+    f, spread = features.float(), features.float().std(dim=0).clamp_min(1e-6)
+    q, q_weight = query.features.float(), (query.weight.double() / query.weight.double().sum()).float()
+    parts = [part.clone().requires_grad_() for part in (head.projections, head.position_terms, head.bias)]
+    start = [part.detach().clone() for part in parts]
+    scales = [spread, torch.ones_like(head.position_terms[0]), torch.ones_like(head.bias)]
+
+    def changed() -> LinearHead:
+        return LinearHead(parts[0], parts[1], parts[2], head.row, head.offset)
+
+    def value(pi: float, terms: Objective) -> Tensor:
+        now = changed()
+        moved = sum(
+            ((part - old) * scale).square().sum() for part, old, scale in zip(parts, start, scales, strict=True)
+        )
+        return (
+            terms(
+                now(f, position, chunk) + shift,
+                target,
+                w,
+                now(q, query.position, query.chunk),
+                q_weight,
+                query.within,
+                pi,
+            )
+            + unit * anchor / 2 * moved
+        )
+
+    def predicted() -> float:
+        with torch.no_grad():
+            return float((q_weight @ changed()(q, query.position, query.chunk).sigmoid()).clamp(_TINY, 1 - 1e-6))
+
+    if share is not None:
+        _minimise(parts, lambda: value(share, objective), steps)
+    else:
+        first = predicted()
+        _minimise(parts, lambda: value(first, objective), _BEFORE_UPDATE)
+        second = predicted()
+        firmer = Objective(
+            objective.support, objective.prior + 1, objective.entropy, objective.margin, objective.uniform
+        )
+        _minimise(parts, lambda: value(second, firmer), steps - _BEFORE_UPDATE)
+    projections, terms, bias = (part.detach() for part in parts)
+    return LinearHead(projections, terms, bias, head.row, head.offset)
+
+
+def _minimise(parts: list[Tensor], value, steps: int) -> None:
+    optimiser = torch.optim.LBFGS(parts, max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = value()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+
+
+def _entropy(logit: Tensor) -> Tensor:
+    """H of a Bernoulli variable from its log odds, finite at any."""
+    return softplus(logit) - logit * logit.sigmoid()

@@ -1,0 +1,244 @@
+"""A task: all that ``apply`` needs to know of a novel structure, in one file.
+
+The file is in the safetensors format: numbers as tensors, the rest as JSON in its header. Nothing in it can run code.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import whole_file
+from nnunet_calib.fewshot.network.base_model import BaseModel
+from nnunet_calib.fewshot.structure.background import Background
+from nnunet_calib.fewshot.structure.fitted import FittedStructure, Settings
+from nnunet_calib.fewshot.structure.heads import HEADS
+from nnunet_calib.fewshot.structure.objective import Objective
+from nnunet_calib.fewshot.structure.platt import PlattScaling
+from nnunet_calib.fewshot.structure.prior import Places, SizePrior
+from nnunet_calib.fewshot.volume.frame import MODES, Frame
+
+ENDING = ".fewshot"
+_FORMAT = 1
+_KEY = "nnunet_calib_fewshot"
+_COMPARED = ("classes", "plans", "trainer", "configuration")
+_KEPT = 1000  # voxels of the structure, and of background, of each support: what a head is refined with
+_SAMPLE = ("target", "weight", "position", "chunk", "support")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A novel structure, fitted to one model.
+
+    Attributes:
+        name: of the structure.
+        model: fingerprint of the base model.
+        orientation: of the supports; cases in another are turned.
+        folds: of the base model, in the order of the heads.
+        structure: what was fitted; its samples are a few voxels of each support where heads are refined on queries,
+            and none where they are not.
+        inside: base labels that the structure may override.
+        background: features of the supports outside the structure, of the first fold.
+        report: what ``fit`` found; JSON.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    orientation: str
+    folds: tuple[str, ...]
+    structure: FittedStructure
+    inside: tuple[int, ...]
+    background: Background
+    report: dict[str, Any]
+
+    def check(self, model: BaseModel, path: Path) -> None:
+        """Refuse another model than the task was fitted to.
+
+        Raises:
+            InputError: it is another, or has a fold without head.
+        """
+        given = model.fingerprint()
+        different = [name for name in _COMPARED if given[name] != self.model.get(name)]
+        ours, theirs = self.model.get("checkpoints", {}), given["checkpoints"]
+        different += [f"fold {fold}" for fold in theirs if fold not in ours]
+        different += [f"checkpoint of fold {fold}" for fold in theirs if ours.get(fold, theirs[fold]) != theirs[fold]]
+        if different:
+            raise InputError(
+                f"{path}: fitted to another model than {model.folder} (other {different[0]}); features of another "
+                "network mean something else: fit the task to this one"
+            )
+
+    def of_folds(self, folds: tuple[str, ...]) -> FittedStructure:
+        """The structure with the heads of these folds only."""
+        chosen = [self.folds.index(fold) for fold in folds]
+        samples = [self.structure.samples[i] for i in chosen] if self.structure.samples else []
+        return replace(self.structure, heads=[self.structure.heads[i] for i in chosen], samples=samples)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        fitted, frame = self.structure, self.structure.frame
+        content = {
+            "format": _FORMAT,
+            "name": self.name,
+            "model": dict(self.model),
+            "orientation": self.orientation,
+            "folds": list(self.folds),
+            "settings": asdict(fitted.settings),
+            "frame": {
+                "extent": frame.extent,
+                "low": frame.low.tolist(),
+                "high": frame.high.tolist(),
+                "landmarks": {str(c): _finite(place) for c, place in frame.landmarks.items()},
+            },
+            "prior": None if fitted.prior is None else asdict(fitted.prior),
+            "presence_limit": fitted.presence_limit,
+            "calibration": asdict(fitted.calibration),
+            "left_out": fitted.left_out,
+            "inside": list(self.inside),
+            "background_limit": self.background.limit,
+            "report": self.report,
+        }
+        tensors = {
+            "places": torch.from_numpy(np.ascontiguousarray(fitted.places.points)),
+            "background.mean": self.background.mean,
+            "background.factor": self.background.factor,
+        }
+        for fold, head in zip(self.folds, fitted.heads, strict=True):
+            tensors |= {f"head.{fold}.{name}": part for name, part in head.state().items()}
+        for fold, sample in zip(self.folds, fitted.samples, strict=False):
+            tensors[f"support.features.{fold}"] = sample[0].half()
+            tensors |= {f"support.{name}": part for name, part in zip(_SAMPLE, sample[1:], strict=True)}
+        data = save(
+            {name: part.contiguous() for name, part in tensors.items()},
+            {_KEY: json.dumps(content, allow_nan=False)},
+        )
+        with whole_file(path) as stream:
+            stream.write(data)
+
+    @classmethod
+    def load(cls, path: Path) -> "Task":
+        """Read a task file.
+
+        Raises:
+            InputError: not a task file, damaged, or of another version.
+        """
+        content, tensors = _read(path)
+        if content.get("format") != _FORMAT:
+            raise InputError(f"{path}: of another version of nnunet-calib; fit the task again")
+        try:
+            return _task(content, tensors)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a task file as fewshot fit writes it ({_line(error)})") from error
+
+
+def thinned(fitted: FittedStructure, seed: int = 0) -> FittedStructure:
+    """The structure with few voxels of each support, whose weights stand for the same volumes; for the file.
+
+    None at all where heads are not refined on queries.
+    """
+    if fitted.settings.objective is None:
+        return replace(fitted, samples=[])
+    _, target, weight, _, _, support = fitted.samples[0]
+    generator = np.random.default_rng(seed)
+    chosen, changed = [], weight.clone()
+    for one in support.unique():
+        for inside in (True, False):
+            index = torch.nonzero((support == one) & (target == inside))[:, 0]
+            kept = index[generator.permutation(len(index))[:_KEPT]]
+            changed[kept] *= weight[index].sum() / weight[kept].sum()
+            chosen.append(kept)
+    few = torch.cat(chosen).sort().values
+    samples = []
+    for sample in fitted.samples:
+        features, _, _, position, chunk, _ = (part[few] for part in sample)
+        samples.append((features, target[few], changed[few], position, chunk, support[few]))
+    return replace(fitted, samples=samples)
+
+
+def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
+    for name, part in tensors.items():
+        if not part.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    settings, frame, prior = _settings(content["settings"]), content["frame"], content["prior"]
+    folds = tuple(str(fold) for fold in content["folds"])
+    heads = [HEADS[settings.head].from_state(_below(f"head.{fold}.", tensors)) for fold in folds]
+    low, high = (np.array(frame[end], dtype=np.float64) for end in ("low", "high"))
+    if not heads or low.shape != (3,) or not (high > low).all():
+        raise ValueError("no heads, or a frame without extent")
+    landmarks = {
+        int(c): np.array([[_number(x) for x in row] for row in rows]) for c, rows in frame["landmarks"].items()
+    }
+    samples = []
+    if f"support.features.{folds[0]}" in tensors:
+        shared = [tensors[f"support.{name}"] for name in _SAMPLE]
+        samples = [(tensors[f"support.features.{fold}"].float(), *shared) for fold in folds]
+    fitted = FittedStructure(
+        settings=settings,
+        heads=heads,
+        frame=Frame(str(frame["extent"]), low, high, landmarks),
+        prior=None if prior is None else SizePrior(**prior | {"body": {int(c): v for c, v in prior["body"].items()}}),
+        places=Places(tensors["places"].numpy()),
+        calibration=PlattScaling(**content["calibration"]),
+        presence_limit=float(content["presence_limit"]),
+        samples=samples,  # type: ignore[arg-type]
+        left_out=[float(dice) for dice in content["left_out"]],
+    )
+    background = Background(
+        tensors["background.mean"], tensors["background.factor"], float(content["background_limit"])
+    )
+    return Task(
+        name=str(content["name"]),
+        model=dict(content["model"]),
+        orientation=str(content["orientation"]),
+        folds=folds,
+        structure=fitted,
+        inside=tuple(int(label) for label in content["inside"]),
+        background=background,
+        report=dict(content["report"]),
+    )
+
+
+def _settings(content: Mapping[str, Any]) -> Settings:
+    objective = content["objective"]
+    settings = Settings(**dict(content) | {"objective": None if objective is None else Objective(**objective)})
+    if settings.chunks < 1 or settings.mode not in MODES or settings.axis not in (0, 1, 2):
+        raise ValueError("chunks that make no sense")
+    return settings
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such task file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[_KEY])
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object in it")
+            return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, LookupError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a task file of fewshot fit, or damaged ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _finite(place: np.ndarray) -> list[list[float | None]]:
+    return [[float(x) if math.isfinite(x) else None for x in row] for row in place]
+
+
+def _number(x: float | None) -> float:
+    return math.nan if x is None else float(x)

@@ -1,0 +1,342 @@
+"""Volumes as the base model sees them, and the way back to the image.
+
+Supports and queries go through nnU-Net's own reader and preprocessor, with the base model's plans. Labels of supports
+are carried along. nnU-Net predicts an array as it is stored; chunks, positions and left and right only mean something
+in the patient, so a case stored in another orientation than the task's is turned before and turned back after.
+"""
+
+import contextlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
+from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.images import LabelImage, affine_of, check_same_geometry, geometry_of, read_labels
+from nnunet_calib.fewshot.network.base_model import BaseModel
+
+STRUCTURE, IGNORED = 1, 2
+"""Values of ``Volume.label``."""
+
+UNKNOWN = "unknown"
+"""Orientation of images whose files do not say how they lie in the patient, such as 2D images."""
+
+_COARSE = 3.0  # times the target spacing, from which a label map has visible steps
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A case on the base model's grid, S.
+
+    Attributes:
+        case: its name.
+        image: float32 (channels, *S), preprocessed; for a cascade with the previous stage's classes.
+        spacing: mm between voxels of S.
+        orientation: of the array that was preprocessed, for its axes x, y, z: ``LPS`` means that x grows towards the
+            patient's left, y towards posterior, z towards superior; ``UNKNOWN`` if the file does not say.
+        stored: orientation of the file; the same unless the case was turned.
+        axes: for each axis of S the patient axis, 0 (left to right), 1 (posterior to anterior) or 2 (inferior to
+            superior), and whether the index grows along it (1) or against it (-1).
+        properties: nnU-Net's, of the array that was preprocessed.
+        file_properties: nnU-Net's, of the file.
+        label: int8 (*S), ``STRUCTURE``, ``IGNORED`` or 0; None for a query.
+        structure_mm3: volume of the structure in the image; None for a query.
+        cut: the structure touches the border of the image, or voxels that do not count: some of it may lie there.
+        coarsest: the largest ratio of the image's spacing to that of S.
+    """
+
+    case: str
+    image: np.ndarray
+    spacing: tuple[float, float, float]
+    orientation: str
+    stored: str
+    axes: tuple[tuple[int, int], ...]
+    properties: dict[str, Any]
+    file_properties: dict[str, Any]
+    label: np.ndarray | None = None
+    structure_mm3: float | None = None
+    cut: bool = False
+    coarsest: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """S."""
+        return self.image.shape[1:]
+
+    @property
+    def turned(self) -> bool:
+        """The array was turned into another orientation than the file's."""
+        return self.orientation != self.stored
+
+    @property
+    def staircase(self) -> bool:
+        """The image is so coarse that its labels have steps on the grid S."""
+        return self.coarsest > _COARSE
+
+
+def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    """Image files of each case of a folder in nnU-Net's raw layout, ``CASE_0000.nii.gz``.
+
+    Raises:
+        UsageError: not a folder.
+        InputError: no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(file_ending)}")
+    cases: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := pattern.fullmatch(path.name):
+            cases.setdefault(match[1], []).append(path)
+    if not cases:
+        raise InputError(f"{folder}: no images; nnU-Net names them CASE_0000{file_ending}, one file a channel")
+    return cases
+
+
+def find_supports(images: Path, labels: Path, file_ending: str) -> dict[str, tuple[list[Path], Path]]:
+    """Image files and label map of each case that has a label map.
+
+    Raises:
+        UsageError: not folders.
+        InputError: no label map, or one without image.
+    """
+    found = find_images(images, file_ending)
+    if not labels.is_dir():
+        raise UsageError(f"{labels} is not a folder")
+    maps = {path.name.removesuffix(file_ending): path for path in labels.iterdir() if path.name.endswith(file_ending)}
+    if not maps:
+        raise InputError(f"{labels}: no label map; they are named CASE{file_ending}, like the cases of {images}")
+    if alone := sorted(maps.keys() - found.keys()):
+        raise InputError(f"{maps[alone[0]]}: no image {alone[0]}_0000{file_ending} in {images}")
+    return {case: (found[case], maps[case]) for case in sorted(maps)}
+
+
+def read_volume(
+    model: BaseModel,
+    case: str,
+    images: Sequence[Path],
+    *,
+    label: Path | None = None,
+    value: int = 1,
+    ignore: int | None = None,
+    orientation: str | None = None,
+    previous: Path | None = None,
+) -> Volume:
+    """Read and preprocess a case with the base model's plans.
+
+    Args:
+        model: the base model.
+        case: name.
+        images: one file a channel.
+        label: label map of a support.
+        value: label value of the structure.
+        ignore: label value of voxels that do not count.
+        orientation: to turn the case into; as stored if None.
+        previous: of a cascade, the segmentation of the previous stage.
+
+    Raises:
+        UsageError: a cascade without the previous stage's segmentation.
+        InputError: files that cannot be used, do not fit each other, or do not say how they lie in the patient where
+            that is needed.
+    """
+    model.check_previous_stage(previous)
+    reader = model.plans_manager.image_reader_writer_class
+    image, properties = _read(reader, images)
+    channels = len(model.dataset.content.get("channel_names", model.dataset.content.get("modality", ())))
+    if len(image) != channels:
+        raise InputError(f"{images[0]}: {len(image)} image channels, the model takes {channels}")
+    spacing: Any = tuple(float(step) for step in properties["spacing"])
+    stored = _orientation(affine_of(properties, spacing))
+    target = stored if orientation is None else orientation
+    if UNKNOWN in (stored, target) and stored != target:
+        unknown = images[0] if stored == UNKNOWN else "the task's supports"
+        raise InputError(
+            f"{images[0]}: its orientation cannot be compared with the task's, for the file of {unknown} has no "
+            "affine; convert it to NIfTI with its orientation"
+        )
+    if target != stored and len(axcodes2ornt(target)) != len(axcodes2ornt(stored)):
+        raise InputError(f"{images[0]}: oriented {stored}, which cannot be turned into {target}")
+
+    structure, uncounted = np.zeros(0), np.zeros(0)
+    segmentations: list[np.ndarray] = []
+    if previous is not None:
+        segmentations.append(_read_labels(previous, reader, images[0], image, properties).labels.astype(np.float32))
+    if label is not None:
+        labels = _read_labels(label, reader, images[0], image, properties).labels
+        structure = labels == value
+        segmentations.append((structure * STRUCTURE).astype(np.float32))
+        if ignore is not None:
+            uncounted = labels == ignore
+            segmentations[-1][uncounted] = IGNORED
+
+    file_properties = dict(properties)
+    if target != stored:
+        image = _turn(image, stored, target)
+        segmentations = [_turn(part[None], stored, target)[0] for part in segmentations]
+        properties = properties | {"spacing": _turn_spacing(spacing, stored, target)}
+    volume = Volume(
+        case,
+        image,
+        spacing,
+        target,
+        stored,
+        _axes(target),
+        properties,
+        file_properties,
+    )
+    volume = _preprocess(model, volume, segmentations, carried=label is not None)
+    if label is None:
+        return volume
+    return replace(
+        volume,
+        structure_mm3=float(np.count_nonzero(structure) * np.prod(spacing)),
+        cut=_touches_border(structure) or _touch(structure, uncounted),
+    )
+
+
+def to_image_grid(model: BaseModel, volume: Volume, channels: np.ndarray, fill: float) -> np.ndarray:
+    """Resample maps from the base model's grid to the image, as nnU-Net resamples its logits.
+
+    Args:
+        model: the base model.
+        volume: the case.
+        channels: float (n, *S).
+        fill: value outside the box that nnU-Net cropped to.
+
+    Returns:
+        float (n, z, y, x) in the orientation of the file.
+    """
+    properties, plans = volume.properties, model.plans_manager
+    steps = [properties["spacing"][axis] for axis in plans.transpose_forward]
+    current = list(model.configuration_manager.spacing)
+    current = [*steps[: 3 - len(current)], *current]
+    resampled = model.configuration_manager.resampling_fn_probabilities(
+        channels, properties["shape_after_cropping_and_before_resampling"], current, steps
+    )
+    whole = np.full((len(channels), *properties["shape_before_cropping"]), fill, dtype=np.float32)
+    whole = insert_crop_into_image(whole, np.asarray(resampled), properties["bbox_used_for_cropping"])
+    whole = whole.transpose([0, *(axis + 1 for axis in plans.transpose_backward)])
+    return turn_back(volume, whole)
+
+
+def turn_back(volume: Volume, channels: np.ndarray) -> np.ndarray:
+    """Turn maps (n, z, y, x) of the array that was preprocessed into the orientation of the file."""
+    return _turn(channels, volume.orientation, volume.stored) if volume.turned else channels
+
+
+def write_segmentation(model: BaseModel, volume: Volume, segmentation: np.ndarray, path: Path) -> None:
+    """Write a label map (z, y, x) in the orientation of the file, with nnU-Net's writer, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = os.path.join(folder, path.name)  # writers go by the ending
+        model.plans_manager.image_reader_writer_class().write_seg(segmentation, temporary, volume.file_properties)
+        os.replace(temporary, path)
+
+
+def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray], carried: bool) -> Volume:
+    preprocessor = model.configuration_manager.preprocessor_class(verbose=False)
+    properties = dict(volume.properties)
+    image, segmentation, properties = preprocessor.run_case_npy(
+        volume.image,
+        np.stack(segmentations) if segmentations else None,
+        properties,
+        model.plans_manager,
+        model.configuration_manager,
+        model.dataset.content,
+    )
+    properties.pop("class_locations", None)
+    if model.previous_stage is not None:
+        one_hot = convert_labelmap_to_one_hot(segmentation[0], model.label_manager.foreground_labels, image.dtype)
+        image = np.vstack((image, one_hot))
+    forward = model.plans_manager.transpose_forward
+    before = properties["shape_after_cropping_and_before_resampling"]
+    steps = [properties["spacing"][axis] for axis in forward]
+    spacing: Any = tuple(step * old / new for step, old, new in zip(steps, before, image.shape[1:], strict=True))
+    return replace(
+        volume,
+        image=image,
+        spacing=spacing,
+        axes=tuple(volume.axes[axis] for axis in forward),
+        properties=properties,
+        # nnU-Net marks what lies outside the nonzero mask with -1: not the structure.
+        label=segmentation[-1].clip(min=0) if carried else None,
+        coarsest=max(step / new for step, new in zip(steps, spacing, strict=True)),
+    )
+
+
+def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            image, properties = reader().read_images([str(path) for path in images])
+    except Exception as error:  # third-party readers raise whatever their file format library does
+        said = (str(error).strip() or output.getvalue().strip() or type(error).__name__).splitlines()[-1]
+        raise InputError(f"{images[0]}: cannot be read as an image ({said})") from error
+    if not np.isfinite(image).all():
+        raise InputError(f"{images[0]}: values that are NaN or infinite")
+    return image, properties
+
+
+def _read_labels(
+    path: Path, reader: type, image_path: Path, image: np.ndarray, properties: dict[str, Any]
+) -> LabelImage:
+    if not path.is_file():
+        raise InputError(f"{path}: not there, for the image {image_path}")
+    labels = read_labels(path, reader, range(1 << 16))
+    spacing = tuple(float(step) for step in properties["spacing"])
+    own = LabelImage(image_path, image[0], spacing, geometry_of(properties), affine_of(properties, spacing))
+    check_same_geometry(own, labels, "image")
+    return labels
+
+
+def _orientation(affine: np.ndarray | None) -> str:
+    return UNKNOWN if affine is None else "".join(nibabel.aff2axcodes(affine))
+
+
+def _axes(orientation: str) -> tuple[tuple[int, int], ...]:
+    """Patient axis and direction of the array's axes z, y, x; of unknown images as if they were ``RAS``."""
+    rows = axcodes2ornt("RAS" if orientation == UNKNOWN else orientation)[::-1]
+    return tuple((int(axis), int(direction)) for axis, direction in rows)
+
+
+def _turn(channels: np.ndarray, from_: str, to: str) -> np.ndarray:
+    """Turn (n, z, y, x) from one orientation into another; contiguous."""
+    change = ornt_transform(axcodes2ornt(from_), axcodes2ornt(to))
+    return np.ascontiguousarray(apply_orientation(channels.transpose(), change).transpose())
+
+
+def _turn_spacing(spacing: Sequence[float], from_: str, to: str) -> list[float]:
+    change = ornt_transform(axcodes2ornt(from_), axcodes2ornt(to))
+    turned = np.empty(3)
+    turned[change[:, 0].astype(int)] = spacing[::-1]
+    return turned[::-1].tolist()
+
+
+def _touch(structure: np.ndarray, other: np.ndarray) -> bool:
+    """Whether voxels of two masks (z, y, x) lie beside each other; an empty array is no mask."""
+    if not other.size:
+        return False
+    return any(
+        (np.moveaxis(one, axis, 0)[1:] & np.moveaxis(two, axis, 0)[:-1]).any()
+        for axis in range(structure.ndim)
+        for one, two in ((structure, other), (other, structure))
+    )
+
+
+def _touches_border(structure: np.ndarray) -> bool:
+    """Whether a mask (z, y, x) reaches a side of the image; an axis of one slice has no sides."""
+    return any(
+        structure.take(side, axis=axis).any()
+        for axis, size in enumerate(structure.shape)
+        if size > 1
+        for side in (0, -1)
+    )
