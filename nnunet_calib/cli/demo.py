@@ -12,15 +12,16 @@ from types import FrameType
 
 from nnunet_calib.data.errors import InputError, UsageError
 
-HELP = "make a small data set and run the whole road on it: plan, train, predict, evaluate"
+HELP = "try it in five minutes: data, training, prediction, calibration, evaluation and report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.description = (
-        "Make a small 3D data set whose borders are truly ambiguous, then run nnU-Net's own commands on it: plan, "
-        "preprocess, train (nnU-Net's loss, MbLS, NACL; the same number of steps), predict, and evaluate. Takes a few "
-        "minutes on two processor cores. Everything stays in one folder; the same command goes on where it was stopped."
+        "Make a small 3D data set with ambiguous borders and run nnU-Net's own commands on it: plan, preprocess,\n"
+        "train, predict. Then calibrate the stock network with one temperature, fine-tune it with MEEP, evaluate,\n"
+        "compare, and write report.html. Takes about five minutes on two processor cores. Everything stays in one\n"
+        "folder; the same command goes on where it was stopped."
     )
     parser.epilog = "example:\n  nnunet-calib demo -o /tmp/demo"
     parser.add_argument(
@@ -103,23 +104,26 @@ def _device(asked: str) -> str:
 
 def _report(road) -> None:
     from nnunet_calib.demo import phantom
-    from nnunet_calib.demo.road import READERS_ROW, REGION
+    from nnunet_calib.demo.road import NAMES, READERS, REGION
 
-    print(f"mean over {phantom.TEST_CASES} test cases; ECE and CECE in the region '{REGION}' (voxels that reference or")
-    print("prediction call foreground)\n")
-    print(f"{'loss':<26}{'DSC':>8}{'HD95 [mm]':>12}{'ECE':>8}{'CECE':>8}")
-    for row in road.rows():
-        print(f"{row.name:<26}{row.dice:>8.3f}{row.hd95:>12.2f}{row.ece:>8.3f}{row.cece:>8.3f}")
     print(
-        f"\n'{READERS_ROW}': as probability of a class the fraction of the {phantom.READERS} readers who drew it. The"
+        f"mean over {phantom.TEST_CASES} test cases; ECE, CECE and NLL in the region '{REGION}': voxels that reference"
     )
-    print("reference is the drawing of one of them, so this is what an honest network can reach. Trainings as short as")
-    print("these show that everything works, not which loss is better; docs/results.md has those that do.\n")
+    print("or prediction call foreground\n")
+    print(f"{'':<30}{'DSC':>8}{'HD95 mm':>10}{'ECE':>8}{'CECE':>8}{'NLL':>8}")
+    for row in road.rows():
+        print(f"{row.name:<30}{row.dice:>8.3f}{row.hd95:>10.2f}{row.ece:>8.3f}{row.cece:>8.3f}{row.nll:>8.3f}")
+    print(f"\n'{NAMES[READERS]}' take as probability of a class the share of the {phantom.READERS} readers who drew")
+    print("it. The reference is the drawing of one of them, so a calibrated network can do as well as that. One short")
+    print("training shows how things work, not which loss is better; docs/results.md has the experiments that do.\n")
+    print(f"open {road.report}\n")
     for what, where in (
         ("data set", road.raw),
         ("readers", road.readers),
         ("predictions", road.predictions),
+        ("calibrator", road.calibrator),
         ("scores", road.evaluation / "*" / "summary.json"),
+        ("comparison", road.comparison),
         ("commands", road.script()),
     ):
         print(f"{what:<12} {where}")

@@ -8,7 +8,7 @@ negative inside. Reader r draws the border where
 bias_r being the reader's habit, the same in all cases (generous or strict), and wobble a smooth random field.
 The image does not tell which reader is right: its intensity falls off as the share of readers does, Phi(-d_s / sigma)
 with sigma^2 = var(bias) + var(wobble), plus noise. The stored label of a case is the drawing of one reader; hence the
-honest probability of a class at a voxel is the fraction of readers who drew it, and that fraction is stored too.
+true probability of a class at a voxel is the fraction of readers who drew it, and that fraction is stored too.
 """
 
 import json
@@ -28,7 +28,7 @@ DATASET = "Dataset999_CalibDemo"
 LABELS = {"background": 0, "organ": 1, "node": 2}
 READERS = 8
 TRAINING_CASES = 16
-TEST_CASES = 6
+TEST_CASES = 12
 SHAPE = (32, 40, 40)  # voxels, (z, y, x)
 SPACING = (1.2, 0.9, 0.9)  # mm, (z, y, x)
 BIAS_MM = 0.6

@@ -1,4 +1,4 @@
-"""The steps of the demo: make the data, plan, preprocess, train, predict, evaluate.
+"""The steps of the demo: make the data, plan, preprocess, train, predict, calibrate, evaluate, compare, report.
 
 Everything lies in one folder. A step is done when its outputs are there; a step that has to run again first removes
 them and all that was made from them, so a folder never mixes two runs.
@@ -11,37 +11,63 @@ import re
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nnunet_calib
 from nnunet_calib import _autoload
+from nnunet_calib.data.dataset import read_dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, write_whole
-from nnunet_calib.data.plans import add_configuration, read_plans
+from nnunet_calib.data.plans import read_plans
 from nnunet_calib.demo import phantom
 from nnunet_calib.demo.commands import find_command, run_command
 from nnunet_calib.evaluation import evaluate_folder
+from nnunet_calib.posthoc.apply import open_calibration
+from nnunet_calib.posthoc.base import FILE_NAME
+from nnunet_calib.posthoc.fit import fit_folder
+from nnunet_calib.report.comparison import compare
+from nnunet_calib.report.page import write_report
+from nnunet_calib.report.runs import parse_runs
+from nnunet_calib.report.tables import write_tables
 
-TRAINERS = {
-    "StockTrainer": "stock nnU-Net (Dice+CE)",
-    "MbLSTrainer": "MbLS",
-    "NACLTrainer": "NACL",
+STOCK, CALIBRATED, FINETUNED, READERS = "stock", "stock_temperature", "meep", "readers"
+"""The runs: folders of ``evaluation``, and of ``predictions`` for those that a network of its own predicts."""
+
+NAMES = {
+    STOCK: "stock nnU-Net (Dice+CE)",
+    CALIBRATED: "stock + temperature",
+    FINETUNED: "MEEP, fine-tuned from stock",
+    READERS: "the readers themselves",
 }
-READERS_ROW = "the readers themselves"
 REGION = "foreground"
 BASE = "3d_fullres"
-STOCK_CONFIGURATION = "demo"
-CONFIGURATION = "demo_calibrated"
 FOLD = "0"
 FEATURES = (8, 16, 32, 64)
-EPOCHS = 8
-SETTINGS = {"num_epochs": EPOCHS, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 2}
-CALIBRATE_FROM = 0.5  # of so few steps the default would leave the objective too few to be seen
+SCHEDULE = {"num_epochs": 8, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 2}
+# A quarter of a schedule at nnU-Net's own rate: at the default of 0.001 so few steps change nothing.
+FINETUNING: dict[str, Any] = {"finetune_from": "StockTrainer", "num_epochs": 4, "initial_lr": 0.01, "dice_weight": 0.3}
+SETTINGS = {"schedule": SCHEDULE, "finetuning": FINETUNING}
 
 Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network of the demo: the trainer, the configuration of the plans, and how many epochs that is."""
+
+    trainer: str
+    configuration: str
+    epochs: int
+
+
+TRAININGS = {
+    STOCK: Training("StockTrainer", "demo", SCHEDULE["num_epochs"]),
+    FINETUNED: Training("MEEPTrainer", "demo_finetuned", FINETUNING["num_epochs"]),
+}
 
 
 @dataclass(frozen=True)
@@ -78,13 +104,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: means over the test cases; HD95 in mm, the rest in [0, 1]."""
+    """A line of the table: means over the test cases; HD95 in mm, NLL in nats, the rest in [0, 1]."""
 
     name: str
     dice: float
     hd95: float
     ece: float
     cece: float
+    nll: float
 
 
 class Road:
@@ -110,6 +137,9 @@ class Road:
         self.readers = self.folder / "readers"
         self.predictions = self.folder / "predictions"
         self.evaluation = self.folder / "evaluation"
+        self.calibrator = self.folder / "calibrator"
+        self.comparison = self.folder / "comparison"
+        self.report = self.folder / "report.html"
         self.logs = self.folder / "logs"
         for name in ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict"):
             find_command(name)
@@ -128,7 +158,7 @@ class Road:
             done=lambda: _has_configuration(plans),
             work=self._plan_and_preprocess,
             ticks=phantom.TRAINING_CASES,
-            voids=(self.preprocessed, self.results, self.predictions, self.evaluation),
+            voids=(self.preprocessed, self.results, self.predictions, self.calibrator, self.evaluation, *self._results),
         )
         data = Step(
             "make the data set",
@@ -140,31 +170,44 @@ class Road:
         return [
             data,
             preprocess,
-            *map(self._training, TRAINERS),
-            *map(self._prediction, TRAINERS),
-            *(self._scoring(trainer, self.predictions / trainer) for trainer in TRAINERS),
-            self._scoring("readers", self.readers / "labelsTs"),
+            *map(self._training, TRAININGS),
+            *map(self._prediction, TRAININGS),
+            self._calibration(),
+            *map(self._scoring, NAMES),
+            self._reporting(),
         ]
 
     def rows(self) -> Iterator[Row]:
         """The table, once all steps are done."""
-        for run, name in [*TRAINERS.items(), ("readers", READERS_ROW)]:
+        for run, name in NAMES.items():
             summary = read_json(self.evaluation / run / "summary.json")
             overlap, calibration = summary["foreground_mean"], summary["calibration_mean"][REGION]
-            yield Row(name, *map(float, (overlap["Dice"], overlap["HD95"], calibration["ECE"], calibration["CECE"])))
+            scores = (calibration[metric] for metric in ("ECE", "CECE", "NLL"))
+            yield Row(name, *map(float, (overlap["Dice"], overlap["HD95"], *scores)))
 
     def script(self) -> Path:
         """The commands that the steps run, as a shell script to read and to copy from."""
         return self.folder / "commands.sh"
 
     def commands(self) -> list[list[str]]:
-        """The stock commands in their order, and ``nnunet-calib evaluate``, which the demo calls from within."""
+        """The stock commands in their order, and those of ``nnunet-calib``, which the demo calls from within."""
         return [
             self._plan_command(),
-            *map(self._train_command, TRAINERS),
-            *map(self._predict_command, TRAINERS),
-            *(self._evaluate_command(trainer, self.predictions / trainer) for trainer in TRAINERS),
-            self._evaluate_command("readers", self.readers / "labelsTs"),
+            *(["nnunet-calib", "configure", "-d", "999", *words] for words in self._configurations()),
+            *map(self._train_command, TRAININGS),
+            *map(self._predict_command, TRAININGS),
+            self._fit_command(),
+            *map(self._evaluate_command, NAMES),
+            ["nnunet-calib", "compare", *self._compared(), "-o", str(self.comparison)],
+            [
+                "nnunet-calib",
+                "report",
+                *self._compared(),
+                "-o",
+                str(self.report),
+                "--images",
+                str(self.raw / "imagesTs"),
+            ],
         ]
 
     def _claim(self) -> None:
@@ -190,60 +233,102 @@ class Road:
     def _plan_and_preprocess(self, tick: Tick) -> None:
         cases = self.preprocessed / f"nnUNetPlans_{BASE}"
         self._run(self._plan_command(), "plan_and_preprocess", lambda: tick(len(list(cases.glob("*.pkl")))))
-        plans = self.preprocessed / "nnUNetPlans.json"
-        # nnU-Net's own plan with a network small enough for a processor
-        architecture = read_plans(plans)["configurations"][BASE]["architecture"]
-        arguments = architecture["arch_kwargs"]
-        arguments["features_per_stage"] = list(FEATURES[: arguments["n_stages"]])
-        add_configuration(plans, STOCK_CONFIGURATION, BASE, SETTINGS, {"architecture": architecture})
-        add_configuration(plans, CONFIGURATION, STOCK_CONFIGURATION, {"calibrate_from": CALIBRATE_FROM})
+        for words in self._configurations():
+            self._run(["nnunet-calib", "configure", "-d", "999", *words], "configure", lambda: None)
 
-    def _training(self, trainer: str) -> Step:
-        fold = self.results / f"{trainer}__nnUNetPlans__{_configuration(trainer)}" / f"fold_{FOLD}"
-        log = f"train_{trainer}"
+    def _configurations(self) -> list[list[str]]:
+        """What follows ``nnunet-calib configure -d 999``: a network small enough for a processor, a short schedule."""
+        stock, finetuned = TRAININGS[STOCK].configuration, TRAININGS[FINETUNED].configuration
+        return [
+            ["-c", BASE, "--name", stock, "--features", str(FEATURES[0]), "--set", *_words(SCHEDULE)],
+            ["-c", stock, "--name", finetuned, "--set", *_words(FINETUNING), "-tr", TRAININGS[FINETUNED].trainer],
+        ]
+
+    def _training(self, run: str) -> Step:
+        training, fold, log = TRAININGS[run], self._fold(run), f"train_{run}"
 
         def progress(tick: Tick) -> None:
-            tick(
-                len(re.findall("Epoch time:", (self.logs / f"{log}.log").read_text(encoding="utf-8", errors="replace")))
-            )
+            text = (self.logs / f"{log}.log").read_text(encoding="utf-8", errors="replace")
+            tick(len(re.findall("Epoch time:", text)))
 
         return Step(
-            f"train {trainer}",
+            f"train {run}",
             # the summary of nnU-Net's validation is the last thing that a training writes
             done=lambda: (fold / "checkpoint_final.pth").is_file() and (fold / "validation" / "summary.json").is_file(),
-            work=lambda tick: self._run(self._train_command(trainer), log, lambda: progress(tick)),
-            ticks=EPOCHS,
-            voids=(fold, self.predictions / trainer, self.evaluation / trainer),
+            work=lambda tick: self._run(self._train_command(run), log, lambda: progress(tick)),
+            ticks=training.epochs,
+            voids=(
+                *self._made_from(run),
+                *((self._fold(FINETUNED), *self._made_from(FINETUNED)) if run == STOCK else ()),
+            ),
         )
 
-    def _prediction(self, trainer: str) -> Step:
-        output = self.predictions / trainer
+    def _fold(self, run: str) -> Path:
+        training = TRAININGS[run]
+        return self.results / f"{training.trainer}__nnUNetPlans__{training.configuration}" / f"fold_{FOLD}"
+
+    def _made_from(self, run: str) -> tuple[Path, ...]:
+        """A network's folder and what is made with it."""
+        own = (self._fold(run), self.predictions / run, self.evaluation / run, *self._results)
+        return (*own, self.calibrator, self.evaluation / CALIBRATED) if run == STOCK else own
+
+    @property
+    def _results(self) -> tuple[Path, ...]:
+        return self.comparison, self.report
+
+    def _prediction(self, run: str) -> Step:
+        output = self.predictions / run
 
         def done() -> bool:
             references = list((self.raw / "labelsTs").glob("*.nii.gz"))
             return bool(references) and all(_whole(output / reference.name) for reference in references)
 
+        scores = (self.evaluation / run, *((self.evaluation / CALIBRATED,) if run == STOCK else ()))
         return Step(
-            f"predict with {trainer}",
+            f"predict with {run}",
             done=done,
             work=lambda tick: self._run(
-                self._predict_command(trainer), f"predict_{trainer}", lambda: tick(len(list(output.glob("*.nii.gz"))))
+                self._predict_command(run), f"predict_{run}", lambda: tick(len(list(output.glob("*.nii.gz"))))
             ),
             ticks=phantom.TEST_CASES,
-            voids=(output, self.evaluation / trainer),
+            voids=(output, *scores, *self._results),
         )
 
-    def _scoring(self, run: str, predictions: Path) -> Step:
+    def _calibration(self) -> Step:
+        """One temperature, from the cases of the stock network's validation fold."""
+
+        def work(tick: Tick) -> None:
+            with self._logged("calibrate"):
+                fit_folder(
+                    self._fold(STOCK) / "validation", self.calibrator, self.raw / "labelsTr", methods=["temperature"]
+                )
+
+        return Step(
+            "fit the temperature",
+            done=(self.calibrator / FILE_NAME).is_file,
+            work=work,
+            ticks=1,
+            voids=(self.calibrator, self.evaluation / CALIBRATED, *self._results),
+        )
+
+    def _scored(self, run: str) -> Path:
+        """The predictions that a run of the table scores."""
+        return self.readers / "labelsTs" if run == READERS else self.predictions / (STOCK if run == CALIBRATED else run)
+
+    def _scoring(self, run: str) -> Step:
         output = self.evaluation / run
 
         def work(tick: Tick) -> None:
-            with (self.logs / f"evaluate_{run}.log").open("w", encoding="utf-8") as log, redirect_stderr(log):
+            predictions, dataset = self._scored(run), self.raw / "dataset.json"
+            with self._logged(f"evaluate_{run}"):
+                calibration = open_calibration(self.calibrator, predictions, dataset) if run == CALIBRATED else None
                 evaluate_folder(
                     self.raw / "labelsTs",
                     predictions,
                     output,
-                    self.raw / "dataset.json",
+                    dataset,
                     processes=1,
+                    calibration=calibration,
                     stop_at_failure=True,
                 )
 
@@ -252,8 +337,27 @@ class Road:
             done=(output / "summary.json").is_file,
             work=work,
             ticks=phantom.TEST_CASES,
-            voids=(output,),
+            voids=(output, *self._results),
         )
+
+    def _compared(self) -> list[str]:
+        """The runs as words of ``compare``: the readers are no method."""
+        return [f"{NAMES[run]}={self.evaluation / run}" for run in NAMES if run != READERS]
+
+    def _reporting(self) -> Step:
+        def work(tick: Tick) -> None:
+            compared = compare(parse_runs(self._compared()))
+            write_tables(compared, self.comparison, "CalibDemo")
+            dataset = read_dataset(self.raw / "dataset.json")
+            write_report(compared, self.report, title="Demo", images=self.raw / "imagesTs", dataset=dataset)
+
+        return Step("compare and report", done=self.report.is_file, work=work, ticks=1, voids=self._results)
+
+    @contextmanager
+    def _logged(self, name: str) -> Iterator[None]:
+        """What is printed meanwhile goes to a log."""
+        with (self.logs / f"{name}.log").open("w", encoding="utf-8") as log, redirect_stderr(log), redirect_stdout(log):
+            yield
 
     def _run(self, command: list[str], log: str, tick: Callable[[], None]) -> None:
         run_command(command, self._environment(), self.logs / f"{log}.log", tick)
@@ -277,38 +381,38 @@ class Road:
     def _plan_command(self) -> list[str]:
         return ["nnUNetv2_plan_and_preprocess", "-d", "999", "-c", BASE, "-npfp", "1", "-np", "1"]
 
-    def _train_command(self, trainer: str) -> list[str]:
-        return ["nnUNetv2_train", "999", _configuration(trainer), FOLD, "-tr", trainer, "-device", self.device]
+    def _train_command(self, run: str) -> list[str]:
+        training = TRAININGS[run]
+        words = ["nnUNetv2_train", "999", training.configuration, FOLD, "-tr", training.trainer, "-device", self.device]
+        return (
+            [*words, "--npz"] if run == STOCK else words
+        )  # the temperature is fitted to the validation's probabilities
 
-    def _predict_command(self, trainer: str) -> list[str]:
-        folders = ["-i", str(self.raw / "imagesTs"), "-o", str(self.predictions / trainer)]
-        model = ["-d", "999", "-c", _configuration(trainer), "-f", FOLD, "-tr", trainer]
-        return [
-            "nnUNetv2_predict",
-            *folders,
-            *model,
-            "--save_probabilities",
-            "-npp",
-            "1",
-            "-nps",
-            "1",
-            "-device",
-            self.device,
-        ]
+    def _predict_command(self, run: str) -> list[str]:
+        training = TRAININGS[run]
+        folders = ["-i", str(self.raw / "imagesTs"), "-o", str(self.predictions / run)]
+        model = ["-d", "999", "-c", training.configuration, "-f", FOLD, "-tr", training.trainer]
+        workers = ["-npp", "1", "-nps", "1", "-device", self.device]
+        return ["nnUNetv2_predict", *folders, *model, "--save_probabilities", *workers]
 
-    def _evaluate_command(self, run: str, predictions: Path) -> list[str]:
-        folders = [str(self.raw / "labelsTs"), str(predictions), "-o", str(self.evaluation / run)]
-        return ["nnunet-calib", "evaluate", *folders, "-djfile", str(self.raw / "dataset.json")]
+    def _fit_command(self) -> list[str]:
+        words = [str(self._fold(STOCK) / "validation"), "--reference", str(self.raw / "labelsTr")]
+        return ["nnunet-calib", "calibrate", "fit", *words, "--method", "temperature", "-o", str(self.calibrator)]
+
+    def _evaluate_command(self, run: str) -> list[str]:
+        folders = [str(self.raw / "labelsTs"), str(self._scored(run)), "-o", str(self.evaluation / run)]
+        calibrator = ["--calibrator", str(self.calibrator)] if run == CALIBRATED else []
+        return ["nnunet-calib", "evaluate", *folders, "-djfile", str(self.raw / "dataset.json"), *calibrator]
 
 
-def _configuration(trainer: str) -> str:
-    return STOCK_CONFIGURATION if trainer == "StockTrainer" else CONFIGURATION
+def _words(settings: Mapping[str, object]) -> list[str]:
+    return [f"{name}={value}" for name, value in settings.items()]
 
 
 def _has_configuration(plans: Path) -> bool:
     """Whether the last thing that planning adds is there; plans that nnU-Net was interrupted in do not count."""
     try:
-        return CONFIGURATION in read_plans(plans)["configurations"]
+        return TRAININGS[FINETUNED].configuration in read_plans(plans)["configurations"]
     except InputError:
         return False
 

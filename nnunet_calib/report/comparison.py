@@ -185,9 +185,7 @@ def compare(
     groups = no_groups(cases) if groups is None else groups
     units = [groups.unit[case] for case in cases]
     pairs = [*combinations(methods, 2)] if all_pairs else [(baseline, name) for name in methods if name != baseline]
-    endpoints = [
-        _endpoint(methods, pairs, cases, units, *spec) for spec in _specifications(runs, cases, metrics, region)
-    ]
+    endpoints = _described(methods, cases, units, _specifications(runs, cases, metrics, region))
     endpoints = _compared(endpoints, pairs, methods)
     comparison = Comparison(
         methods, baseline, cases, left_out, groups, list(dict.fromkeys(units)), region, endpoints, notes, []
@@ -238,32 +236,36 @@ def _in_all(lists: Sequence[Sequence[str]]) -> list[str]:
     return [entry for entry in lists[0] if all(entry in others for others in lists)]
 
 
-def _endpoint(
+def _described(
     methods: Mapping[str, Sequence[Run]],
-    pairs: Sequence[tuple[str, str]],
     cases: Sequence[str],
     units: Sequence[str],
-    metric: str,
-    place: str,
-    name: str,
-    calibration: bool,
-    primary: bool,
-) -> Endpoint:
-    """The values of an endpoint, described method by method; what is compared follows."""
-    by_training = {
-        method: [_values(run, cases, metric, place, calibration) for run in of] for method, of in methods.items()
-    }
-    values = np.stack([by_unit(_mean(trainings), units) for trainings in by_training.values()], axis=1)
-    results = {}
-    for (method, trainings), column, spread in zip(by_training.items(), values.T, spreads(values), strict=True):
-        means = [float(_mean([t[~np.isnan(t)]]).mean()) if (~np.isnan(t)).any() else float("nan") for t in trainings]
-        missed, spurious = (None, None) if calibration else _empty(methods[method], cases, place)
-        with np.errstate(invalid="ignore"):
-            deviation = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-        results[method] = MethodResult(spread, int(np.isnan(column).sum()), missed, spurious, means, deviation)
-    higher = metric.partition("@")[0] in _HIGHER
-    of = ranks(values, higher) if len(methods) > 1 else None
-    return Endpoint(metric, place, name, calibration, higher, primary, results, [], of, values)
+    specifications: Sequence[tuple[str, str, str, bool, bool]],
+) -> list[Endpoint]:
+    """The endpoints, method by method; the differences follow."""
+    by_training = [
+        {name: [_values(run, cases, metric, place, calibration) for run in of] for name, of in methods.items()}
+        for metric, place, _, calibration, _ in specifications
+    ]
+    tables = [np.stack([by_unit(_mean(trainings), units) for trainings in of.values()], axis=1) for of in by_training]
+    higher = [metric.partition("@")[0] in _HIGHER for metric, *_ in specifications]
+    spread = iter(spreads(np.concatenate(tables, axis=1)))
+    ranked = ranks(tables, higher) if len(methods) > 1 else [None] * len(tables)
+    endpoints = []
+    for (metric, place, name, calibration, primary), of, table, best_is_high, order in zip(
+        specifications, by_training, tables, higher, ranked, strict=True
+    ):
+        results = {}
+        for (method, trainings), column in zip(of.items(), table.T, strict=True):
+            means = [float(t[~np.isnan(t)].mean()) if (~np.isnan(t)).any() else float("nan") for t in trainings]
+            missed, spurious = (None, None) if calibration else _empty(methods[method], cases, place)
+            with np.errstate(invalid="ignore"):
+                deviation = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
+            results[method] = MethodResult(
+                next(spread), int(np.isnan(column).sum()), missed, spurious, means, deviation
+            )
+        endpoints.append(Endpoint(metric, place, name, calibration, best_is_high, primary, results, [], order, table))
+    return endpoints
 
 
 def _values(run: Run, cases: Sequence[str], metric: str, place: str, calibration: bool) -> np.ndarray:

@@ -232,23 +232,34 @@ def cases_needed(d_z: float, power: float = POWER, level: float = LEVEL) -> floa
     return float(high)
 
 
-def ranks(values: np.ndarray, higher_is_better: bool) -> Ranks:
-    """Of the methods in float (cases, methods); cases that a method has no value for are left out, inf is kept."""
-    known = values[~np.isnan(values).any(axis=1)]
-    n, methods = known.shape
-    if not n:
+def ranks(tables: Sequence[np.ndarray], higher_is_better: Sequence[bool]) -> list[Ranks]:
+    """Of the methods in each float (cases, methods); cases that a method has no value for are left out, inf is kept.
+
+    Tables without such cases share one set of samples.
+    """
+    costs = [-table if higher else table for table, higher in zip(tables, higher_is_better, strict=True)]
+    costs = [cost[~np.isnan(cost).any(axis=1)] for cost in costs]
+    means: dict[int, np.ndarray] = {}
+    for n in {len(cost) for cost in costs} - {0}:  # drawing samples takes longer than their means
+        together = [i for i, cost in enumerate(costs) if len(cost) == n]
+        drawn = intervals.resampled_means(np.concatenate([costs[i] for i in together], axis=1))
+        parts = np.split(drawn, np.cumsum([costs[i].shape[1] for i in together])[:-1], axis=1)
+        means |= dict(zip(together, parts, strict=True))
+    return [_ranks(cost, means.get(i)) for i, cost in enumerate(costs)]
+
+
+def _ranks(cost: np.ndarray, means: np.ndarray | None) -> Ranks:
+    n, methods = cost.shape
+    if means is None:
         nothing = [float("nan")] * methods
         return Ranks(0, nothing, nothing, nothing, [nothing] * methods)
-    cost = -known if higher_is_better else known
     by_case = stats.rankdata(cost, axis=1)
-    means = intervals.resampled_means(cost)  # +inf is worst for distances; scores where higher is better are finite
-    places = _places(np.round(means, 12))
     return Ranks(
         n,
         stats.rankdata(np.round(cost.mean(axis=0), 12)).tolist(),
         stats.rankdata(np.round(by_case.mean(axis=0), 12)).tolist(),
         by_case.mean(axis=0).tolist(),
-        places.mean(axis=0).tolist(),
+        _places(np.round(means, 12)).mean(axis=0).tolist(),
     )
 
 

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from nnunet_calib.cli.main import main
+from nnunet_calib.cli.main import _parser, main
 from nnunet_calib.data.errors import UsageError
 from nnunet_calib.demo import road as road_module
 from nnunet_calib.demo.road import Road
@@ -24,16 +24,16 @@ def test_the_steps_in_order(road):
     assert titles(road) == [
         "make the data set",
         "plan and preprocess",
-        "train StockTrainer",
-        "train MbLSTrainer",
-        "train NACLTrainer",
-        "predict with StockTrainer",
-        "predict with MbLSTrainer",
-        "predict with NACLTrainer",
-        "evaluate StockTrainer",
-        "evaluate MbLSTrainer",
-        "evaluate NACLTrainer",
+        "train stock",
+        "train meep",
+        "predict with stock",
+        "predict with meep",
+        "fit the temperature",
+        "evaluate stock",
+        "evaluate stock_temperature",
+        "evaluate meep",
         "evaluate readers",
+        "compare and report",
     ]
 
 
@@ -51,7 +51,14 @@ def test_the_script_holds_every_command_and_our_folders(road):
     lines = road.script().read_text().splitlines()
     assert f"export nnUNet_raw={road.folder}/nnUNet_raw" in lines
     assert lines[3:] == [shlex.join(command) for command in road.commands()]
-    assert "nnUNetv2_train 999 demo_calibrated 0 -tr MbLSTrainer -device cpu" in lines
+    assert "nnUNetv2_train 999 demo_finetuned 0 -tr MEEPTrainer -device cpu" in lines
+
+
+def test_our_own_commands_in_the_script_are_ones_that_the_parsers_take(road):
+    own = [command[1:] for command in road.commands() if command[0] == "nnunet-calib"]
+    assert [words[0] for words in own] == ["configure"] * 2 + ["calibrate"] + ["evaluate"] * 4 + ["compare", "report"]
+    for words in own:
+        assert _parser(words[0]).parse_args(words).verb == words[0]
 
 
 def test_the_callers_own_folders_are_not_touched(road, monkeypatch):
@@ -75,12 +82,12 @@ def test_a_demo_with_another_seed_is_refused(road):
 def test_a_step_that_runs_removes_what_was_made_from_it(road):
     training = road.steps()[2]
     for folder in (road.predictions, road.evaluation):
-        for trainer in ("StockTrainer", "MbLSTrainer"):
-            (folder / trainer).mkdir(parents=True)
+        for run in ("stock", "stock_temperature", "meep", "readers"):
+            (folder / run).mkdir(parents=True)
     with pytest.raises(RuntimeError):
         road_module.Step(training.title, training.done, _fail, training.ticks, training.voids).run(lambda ticks: None)
-    assert [path.name for path in road.predictions.iterdir()] == ["MbLSTrainer"]
-    assert [path.name for path in road.evaluation.iterdir()] == ["MbLSTrainer"]
+    # MEEP starts from the stock network, so its results go as well
+    assert [path.name for path in road.evaluation.iterdir()] == ["readers"]
 
 
 def _fail(tick):
@@ -89,7 +96,7 @@ def _fail(tick):
 
 @pytest.mark.parametrize("broken", [None, "demo_017.nii.gz", "demo_017.npz"])
 def test_a_prediction_is_done_when_every_file_is_whole(road, broken):
-    output = road.predictions / "MbLSTrainer"
+    output = road.predictions / "meep"
     output.mkdir(parents=True)
     (road.raw / "labelsTs").mkdir(parents=True)
     (road.raw / "labelsTs" / "demo_017.nii.gz").touch()
@@ -100,21 +107,21 @@ def test_a_prediction_is_done_when_every_file_is_whole(road, broken):
     if broken:
         file = output / broken
         file.write_bytes(file.read_bytes()[:-10])
-    prediction = next(step for step in road.steps() if step.title == "predict with MbLSTrainer")
+    prediction = next(step for step in road.steps() if step.title == "predict with meep")
     assert prediction.done() is (broken is None)
 
 
 def test_the_table_reads_infinite_distances(road):
-    for run in [*road_module.TRAINERS, "readers"]:
+    for run in road_module.NAMES:
         (road.evaluation / run).mkdir(parents=True)
         summary = {
             "foreground_mean": {"Dice": 0.5, "HD95": "inf"},
-            "calibration_mean": {"foreground": {"ECE": 0.1, "CECE": 0.2}},
+            "calibration_mean": {"foreground": {"ECE": 0.1, "CECE": 0.2, "NLL": 0.5}},
         }
         (road.evaluation / run / "summary.json").write_text(json.dumps(summary))
     rows = list(road.rows())
-    assert [row.name for row in rows] == ["stock nnU-Net (Dice+CE)", "MbLS", "NACL", "the readers themselves"]
-    assert rows[0] == road_module.Row("stock nnU-Net (Dice+CE)", 0.5, float("inf"), 0.1, 0.2)
+    assert [row.name for row in rows] == list(road_module.NAMES.values())
+    assert rows[0] == road_module.Row("stock nnU-Net (Dice+CE)", 0.5, float("inf"), 0.1, 0.2, 0.5)
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["-device", "cuda"]])

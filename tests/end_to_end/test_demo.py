@@ -6,7 +6,7 @@ import pytest
 from nnunet_calib.cli.main import main
 
 ROW = re.compile(
-    r"^(stock nnU-Net \(Dice\+CE\)|MbLS|NACL|the readers themselves)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)$"
+    r"^(stock nnU-Net.*|stock \+ temp.*|MEEP.*|the readers themselves)\s+([\d.]+)\s+([\d.]+)" + r"\s+([\d.]+)" * 3 + "$"
 )
 
 
@@ -15,14 +15,23 @@ def test_the_demo_reaches_its_table_and_goes_on_where_it_was(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", "-o", str(folder)]) == 0
     printed = capsys.readouterr().out
-    rows = [match.groups() for match in map(ROW.match, printed.splitlines()) if match]
+    rows = {
+        found[1].strip(): tuple(map(float, found.groups()[1:]))
+        for found in map(ROW.match, printed.splitlines())
+        if found
+    }
     assert len(rows) == 4
-    for name, *values in rows:
-        dice, hd95, ece, cece = map(float, values)
+    for name, (dice, hd95, ece, cece, nll) in rows.items():
         assert dice >= 0.7, name
-        assert math.isfinite(hd95)
+        assert all(map(math.isfinite, (hd95, nll)))
         assert 0 < ece < 1
         assert 0 < cece < 1
+    stock, calibrated = rows["stock nnU-Net (Dice+CE)"], rows["stock + temperature"]
+    assert calibrated[2] <= 0.7 * stock[2]  # one temperature is what the first page advises
+    assert calibrated[0] == stock[0]
+    text = (folder / "report.html").read_text()
+    assert "data:image/png" in text
+    assert (folder / "comparison" / "comparison.tex").is_file()
     assert main(["demo", "-o", str(folder)]) == 0
     again = capsys.readouterr().out
     assert again.count("done before") == 12

@@ -122,21 +122,28 @@ def test_smallest_p():
 
 def test_ranks_by_mean_and_by_case_can_differ():
     # A wins two of three cases narrowly and loses one by far
-    found = ranks(np.array([[0.9, 0.8], [0.9, 0.8], [0.1, 0.8]]), higher_is_better=True)
+    found = ranks([np.array([[0.9, 0.8], [0.9, 0.8], [0.1, 0.8]])], [True])[0]
     assert found.of_means == [2, 1]
     assert found.of_ranks == [1, 2]
     assert found.mean_rank == pytest.approx([4 / 3, 5 / 3])
 
 
 def test_the_rank_distribution_of_a_sure_thing_and_of_twins():
-    sure = ranks(np.stack([np.linspace(0.5, 0.6, 30), np.linspace(0.8, 0.9, 30)], axis=1), True)
+    sure, twins, short = ranks(
+        [
+            np.stack([np.linspace(0.5, 0.6, 30), np.linspace(0.8, 0.9, 30)], axis=1),
+            np.stack([np.linspace(0.5, 0.6, 30)] * 2, axis=1),
+            np.array([[0.1, np.nan], [0.2, 0.3]]),
+        ],
+        [True, True, True],
+    )
     assert sure.distribution == [[0, 1], [1, 0]]
-    twins = ranks(np.stack([np.linspace(0.5, 0.6, 30)] * 2, axis=1), True)
+    assert (short.n, short.of_means) == (1, [2, 1])
     assert np.asarray(twins.distribution) == pytest.approx(0.5)
 
 
 def test_a_missed_structure_ranks_last():
-    assert ranks(np.array([[1.0, 5.0], [np.inf, 5.0]]), higher_is_better=False).of_means == [2, 1]
+    assert ranks([np.array([[1.0, 5.0], [np.inf, 5.0]])], [False])[0].of_means == [2, 1]
 
 
 def _samples(kind: str, n: int, many: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
