@@ -300,7 +300,11 @@ class Road:
         def work(tick: Tick) -> None:
             with self._logged("calibrate"):
                 fit_folder(
-                    self._fold(STOCK) / "validation", self.calibrator, self.raw / "labelsTr", methods=["temperature"]
+                    self._fold(STOCK) / "validation",
+                    self.calibrator,
+                    self.raw / "labelsTr",
+                    methods=["temperature"],
+                    region=REGION,
                 )
 
         return Step(
@@ -397,7 +401,18 @@ class Road:
 
     def _fit_command(self) -> list[str]:
         words = [str(self._fold(STOCK) / "validation"), "--reference", str(self.raw / "labelsTr")]
-        return ["nnunet-calib", "calibrate", "fit", *words, "--method", "temperature", "-o", str(self.calibrator)]
+        return [
+            "nnunet-calib",
+            "calibrate",
+            "fit",
+            *words,
+            "--method",
+            "temperature",
+            "--region",
+            REGION,
+            "-o",
+            str(self.calibrator),
+        ]
 
     def _evaluate_command(self, run: str) -> list[str]:
         folders = [str(self.raw / "labelsTs"), str(self._scored(run)), "-o", str(self.evaluation / run)]
