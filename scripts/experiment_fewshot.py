@@ -1,9 +1,9 @@
 """A new structure from a few volumes: base networks that never saw it, then heads x chunks x extents x k.
 
     python scripts/experiment_fewshot.py DATA -o WORK [--only brain] [--stage base]
-    python scripts/experiment_fewshot.py DATA -o WORK --table docs/results.md
+    python scripts/experiment_fewshot.py DATA -o WORK --csv
 
-Finished rows are kept in ``docs/results/fewshot.json``; ``--table`` adds those of WORK and writes the tables.
+Finished rows are kept in ``docs/results/fewshot.json``; ``--csv`` adds those of WORK and writes the tables.
 
 DATA holds ``Dataset035_Brain`` and ``Dataset020_CHAOST2`` in nnU-Net raw format with ``labelsTs``. Both are brought to
 a coarser spacing and some structures become background; a small network is trained on the others with
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 import torch
-from kept import FOLDER, measured, number, put, read_rows, write_between, write_rows
+from kept import FOLDER, measured, number, put, read_rows, write_csvs, write_rows
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
@@ -395,7 +395,7 @@ SHOWN = (
     *("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "ECE_foreground_honest"),
     *("Brier_volume", "NLL_volume"),
 )
-MARKS = ("<!-- tables of scripts/experiment_fewshot.py: {} -->", "<!-- end of {} -->")
+TABLES = ("grid", "structures")
 KEPT = FOLDER / "fewshot.json"
 DIGITS = 5
 
@@ -407,21 +407,20 @@ def main() -> int:
     parser.add_argument("--only", choices=[study.name for study in STUDIES])
     parser.add_argument("--stage", choices=("data", "base", "all"), default="all")
     parser.add_argument("--rounds", type=int, default=len(rounds()), help="of trials, the most telling first")
-    parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
+    parser.add_argument("--csv", action="store_true", help="write docs/results/fewshot_*.csv from all that is kept")
     args = parser.parse_args()
     studies = [
         (study, [Base(study, index, args.data, args.work) for index in range(len(study.unseen))])
         for study in STUDIES
         if args.only in (None, study.name)
     ]
-    if args.table:
+    if args.csv:
         for study, bases in studies:
             if all((base.folder / "base_scores" / "summary.json").exists() for base in bases):
                 keep(study, bases)
         for study in STUDIES:
             if any(row["study"] == study.name for row in read_rows(KEPT)):
-                marks = tuple(mark.format(study.name) for mark in MARKS)
-                write_between(args.table, marks, tables(study, read_rows(KEPT)))
+                write_csvs(f"fewshot_{study.name}", TABLES, tables(study, read_rows(KEPT)))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device() == "cuda" else "no GPU"

@@ -1,6 +1,6 @@
 """Every route to a calibrated network on Hippocampus, trained, predicted and scored through the stock commands.
 
-    python scripts/experiment_hippocampus.py DATASET_FOLDER -o WORK [--jobs 2] [--only PATTERN] [--table FILE]
+    python scripts/experiment_hippocampus.py DATASET_FOLDER -o WORK [--jobs 2] [--only PATTERN] [--csv]
 
 DATASET_FOLDER is ``Dataset004_Hippocampus`` in nnU-Net raw format with ``labelsTs``. All trainings have the same
 number of steps, but for those fine-tuned from the finished stock network: these are to be compared with stock
@@ -9,7 +9,7 @@ is the same: they go on from one checkpoint of stock, so what differs between th
 resumable: what is finished in WORK is not done again. Finished rows are kept in ``docs/results/hippocampus.json``, and
 those of a new WORK added to the old: the same route trained again is a further run, for nnU-Net's trainings are not
 seeded.
-``--table`` writes the tables of all that is kept into a document; without DATASET_FOLDER and WORK nothing is added.
+``--csv`` writes the tables of all that is kept beside it; without DATASET_FOLDER and WORK nothing is added.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from time import sleep
 
 import numpy as np
 import torch
-from kept import FOLDER, day, measured, number, put, read_rows, run_of, write_between, write_rows
+from kept import FOLDER, day, measured, number, put, read_rows, run_of, write_csvs, write_rows
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from tables_hippocampus import ALONE, MEASURES, PAIRED, tables
 
@@ -385,7 +385,7 @@ def per_case(summary: dict) -> dict[str, list]:
     return found
 
 
-MARKS = ("<!-- tables of scripts/experiment_hippocampus.py -->", "<!-- end of tables -->")
+TABLES = ("rows", "differences", "dice_weight", "pairs")
 
 
 def main() -> int:
@@ -394,20 +394,21 @@ def main() -> int:
     parser.add_argument("-o", dest="work", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (CPU: one thread each)")
     parser.add_argument("--only", default="*", help="rows TRAINER__CONFIGURATION to run, a shell pattern")
-    parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
+    parser.add_argument("--csv", action="store_true", help="write docs/results/hippocampus_*.csv from all that is kept")
     args = parser.parse_args()
-    if (args.dataset is None) != (args.work is None) or not (args.work or args.table):
-        parser.error("DATASET_FOLDER and -o WORK go together; only --table can do without them")
+    if (args.dataset is None) != (args.work is None) or not (args.work or args.csv):
+        parser.error("DATASET_FOLDER and -o WORK go together; only --csv can do without them")
     rows = runs()
     if args.work:
         bench = Bench(args.dataset, args.work, "cuda" if torch.cuda.is_available() else "cpu", args.jobs)
-    if args.table:
+    if args.csv:
         for row in rows if args.work else []:
             if bench.is_scored(row):
                 keep(bench, row)
         kept = read_rows(KEPT)
         how = f"; {EPOCHS} x {STEPS} steps, patch {PATCH}, batch 2"
-        write_between(args.table, MARKS, f"{measured(kept, how)}\n\n{tables(kept)}")
+        print(measured(kept, how))
+        write_csvs("hippocampus", TABLES, tables(kept))
         return 0
     if not shutil.which("nnUNetv2_train", path=str(Path(sys.executable).parent)):
         sys.exit("nnUNetv2_train is not beside this Python; pip install nnunet-calib here")

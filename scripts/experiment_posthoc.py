@@ -1,12 +1,12 @@
 """Calibration after training on Hippocampus: every method, fitted on held-out cases, scored on the test cases.
 
-    python scripts/experiment_posthoc.py DATASET_FOLDER -o WORK [--rows ROW ...] [--temperature ROW ...] [--table FILE]
+    python scripts/experiment_posthoc.py DATASET_FOLDER -o WORK [--rows ROW ...] [--temperature ROW ...] [--csv]
 
 WORK is that of ``scripts/experiment_hippocampus.py``: its networks and their predictions of the test cases are used,
 and nothing of it is changed; all that is new goes to ``WORK/posthoc``. That experiment validated a few cases of fold 0
 only, to save time, but trained on none of them: all are predicted here and fitted on. Unattended and resumable.
-Finished rows are kept in ``docs/results/posthoc.json``, and those of a new WORK added to the old; ``--table`` writes
-the tables of all that is kept into a document, and without DATASET_FOLDER and WORK adds nothing.
+Finished rows are kept in ``docs/results/posthoc.json``, and those of a new WORK added to the old; ``--csv`` writes
+the tables of all that is kept beside it, and without DATASET_FOLDER and WORK adds nothing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import SimpleITK as sitk
 import torch
 from experiment_hippocampus import PREDICT, Bench, Run, runs
 from experiment_hippocampus import keep as keep_network
-from kept import FOLDER, day, machines, measured, number, put, read_rows, run_of, write_between, write_rows
+from kept import FOLDER, day, machines, measured, number, put, read_rows, run_of, write_csvs, write_rows
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_calib.cli.main import main as nnunet_calib
@@ -42,10 +42,7 @@ FOREGROUND = f"temperature{ON}foreground"
 REGIONS = ("volume", "reference_foreground", "foreground", "boundary")
 MEASURES = ("ECE", "CECE", "NLL", "Brier")
 SHOWN = ("volume", "foreground")  # of the trainers with and without temperature
-MARKS = (
-    "<!-- tables of scripts/experiment_posthoc.py -->",
-    "<!-- end of tables of scripts/experiment_posthoc.py -->",
-)
+TABLES = ("methods", "temperature")
 
 
 class Afterwards:
@@ -237,21 +234,22 @@ def main() -> int:
         "--temperature", nargs="*", default=TEMPERATURE, help="shell patterns of rows that get a temperature only"
     )
     parser.add_argument("--methods", nargs="+", choices=CALIBRATORS, default=list(CALIBRATORS))
-    parser.add_argument("--table", type=Path, help="write the tables between the marks of this file")
+    parser.add_argument("--csv", action="store_true", help="write docs/results/posthoc_*.csv from all that is kept")
     args = parser.parse_args()
-    if (args.dataset is None) != (args.work is None) or not (args.work or args.table):
-        parser.error("DATASET_FOLDER and -o WORK go together; only --table can do without them")
+    if (args.dataset is None) != (args.work is None) or not (args.work or args.csv):
+        parser.error("DATASET_FOLDER and -o WORK go together; only --csv can do without them")
     finished: list[Run] = []
     if args.work:
         bench = Bench(args.dataset, args.work.resolve(), "cuda" if torch.cuda.is_available() else "cpu", jobs=2)
         afterwards = Afterwards(bench)
         finished = [row for row in runs() if bench.is_scored(row)]
-    if args.table:
+    if args.csv:
         for row in finished:
             for method in (RAW, *CALIBRATORS, FOREGROUND, AUTO):
                 afterwards.keep(row, method)
         rows = read_rows(KEPT)
-        write_between(args.table, MARKS, f"{measured(rows)}\n\n{tables(rows)}")
+        print(measured(rows))
+        write_csvs("posthoc", TABLES, tables(rows))
         return 0
     by_name = {row.name: row for row in finished}
     if unknown := [name for name in args.rows if name not in by_name]:

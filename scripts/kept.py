@@ -1,10 +1,13 @@
-"""Finished rows of the experiments, kept in committed JSON files: the folders they were made in get lost.
+"""Finished rows of the experiments, kept in committed JSON files; the folders they were made in get lost.
 
-A file holds ``rows``, a line each, in the order in which they came. Tables are written from it.
+A file holds ``rows``, a line each, in the order in which they came. CSV tables are written from it.
 """
 
+import csv
+import io
 import json
 import math
+import re
 from datetime import date
 from pathlib import Path
 
@@ -70,3 +73,37 @@ def write_between(document: Path, marks: tuple[str, str], text: str) -> None:
     before, _, rest = document.read_text().partition(marks[0])
     after = rest.partition(marks[1])[2]
     write_whole(document, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
+
+
+def write_csvs(stem: str, names: tuple[str, ...], text: str, folder: Path = FOLDER) -> None:
+    """Write the Markdown tables of a text as ``<stem>_<name>.csv``, one file for all tables with the same head.
+
+    The bold line above a table, if any, is the value of its first column, ``table``.
+
+    Args:
+        stem: of the file names.
+        names: of the different heads, in the order in which they come.
+        text: with the tables.
+        folder: for the files.
+    """
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    above, head = "", None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            above, head = (line.strip("*. ") if line.startswith("**") else above), None
+            continue
+        cells = [re.sub(r"[*`]", "", cell).strip() for cell in line.strip("|").split("|")]
+        if head is None:
+            head = tuple(cells)
+            tables.setdefault(head, [])
+        elif not set(line) <= set("|-"):
+            tables[head].append([above.replace("**", ""), *cells])
+    if len(tables) != len(names):
+        raise ValueError(f"{len(tables)} kinds of tables, not {len(names)}: {list(tables)}")
+    for name, (columns, rows) in zip(names, tables.items(), strict=True):
+        stream = io.StringIO()
+        several = any(row[0] for row in rows)
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow((["table"] if several else []) + list(columns))
+        writer.writerows(row if several else row[1:] for row in rows)
+        write_whole(folder / f"{stem}_{name}.csv", stream.getvalue())

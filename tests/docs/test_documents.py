@@ -1,0 +1,79 @@
+"""What the documents say can be done: every command is one that the parsers take, every link leads to a file."""
+
+import re
+import shlex
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from nnunet_calib.cli.main import VERBS, _parser
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NNUNET = {command.name for command in entry_points(group="console_scripts") if command.name.startswith("nnUNetv2_")}
+OTHERS = {"python", "python3", "pip", "pytest", "ruff", "mypy", "export", ".", "cd", "git", "mkdir"}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The commands of its blocks, each as words."""
+    found = []
+    for language, block in BLOCK.findall(document.read_text(encoding="utf-8")):
+        if language not in ("", "bash", "sh"):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub(r"\$\((.*?)\)", r"; \1", line), comments=True)
+            part: list[str] = []
+            for word in [*words, "&&"]:
+                ended = word in ("&&", ";", "|", "&") or word.endswith(";")
+                part += [] if ended and word in ("&&", ";", "|", "&") else [word.rstrip(";")]
+                if ended:
+                    found.append([w for w in part if w and not re.fullmatch(r"[A-Z_]+=\S*", w)] or ["export"])
+                    part = []
+    return [words for words in found if words and "..." not in words]
+
+
+def every_command(first: str) -> list:
+    return [
+        pytest.param(words, id=f"{document.relative_to(ROOT)}: {' '.join(words)[:80]}")
+        for document in DOCUMENTS
+        for words in commands(document)
+        if words[0] == first
+    ]
+
+
+@pytest.mark.parametrize("words", every_command("nnunet-calib"))
+def test_our_commands_are_ones_that_the_parsers_take(words):
+    assert words[1] in VERBS
+    assert _parser(words[1]).parse_args(words[1:]).verb == words[1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_other_commands_exist(document):
+    for words in commands(document):
+        assert words[0] in {"nnunet-calib", *NNUNET, *OTHERS}, words
+        if words[0] in ("python", "python3") and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_links_lead_to_files(document):
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+def test_every_verb_is_in_the_documents():
+    named = {words[1] for document in DOCUMENTS for words in commands(document) if words[0] == "nnunet-calib"}
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert {verb for verb in VERBS if verb not in named and f"nnunet-calib {verb}" not in text} == set()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_page_of_results_is_in_the_index():
+    index = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    pages = {file.name for file in (ROOT / "docs" / "results").glob("*.md")}
+    assert {page for page in pages if f"results/{page}" not in index} == set()
