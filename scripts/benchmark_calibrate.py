@@ -37,7 +37,7 @@ from scipy import ndimage
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
 from nnunet_calib.posthoc import TemperatureScaling
-from nnunet_calib.posthoc.apply import apply_folder
+from nnunet_calib.posthoc.folders.apply import apply_folder
 
 CLASSES, SHAPE = 14, (100, 512, 512)
 SPACING = (0.8, 0.8, 3.0)  # mm, x y z

@@ -109,3 +109,25 @@ def test_the_folder_that_nnunet_searches_re_exports_only():
     kinds = {type(node) for node in ast.parse(file.read_text(encoding="utf-8")).body}
     assert kinds == {ast.Expr, ast.ImportFrom}
     assert foreign(file) == set()
+
+
+ONE_WAY = {  # room: its parts, each with those of the room that it may import
+    "posthoc": {"maps": set(), "folders": {"maps"}},
+    "metrics": {"counting": set(), "surface": set()},
+}
+
+
+def part(module: str, room_of_it: str) -> str | None:
+    """``nnunet_calib.posthoc.maps.local`` to ``maps``; None for what lies at the top of the room."""
+    names = module.split(".")
+    return names[2] if len(names) > 2 and names[1] == room_of_it and names[2] in ONE_WAY[room_of_it] else None
+
+
+@pytest.mark.parametrize(("of", "here"), [(of, here) for of, parts in ONE_WAY.items() for here in parts])
+def test_imports_run_one_way_inside_a_room(of, here):
+    for file in files(of):
+        if part(name_of(file), of) == here:
+            names = imported(file)
+            assert {part(name, of) for name in names} - {here, None} <= ONE_WAY[of][here], file
+            # the room's own list of names would bring in every part
+            assert f"nnunet_calib.{of}" not in {name for name in names if part(name, of) is None}, file

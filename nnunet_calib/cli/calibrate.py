@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from nnunet_calib.posthoc.fit import fit_folder
+    from nnunet_calib.posthoc.folders.fit import fit_folder
 
     content = fit_folder(
         args.folder,
@@ -117,7 +117,7 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    from nnunet_calib.posthoc.apply import apply_folder
+    from nnunet_calib.posthoc.folders.apply import apply_folder
 
     done = apply_folder(
         args.calibrator, args.predictions, args.output, args.djfile, model=args.model, any_model=args.any_model
@@ -131,7 +131,7 @@ def _apply(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from nnunet_calib.posthoc.shift import check_folder
+    from nnunet_calib.posthoc.folders.check import check_folder
 
     found = check_folder(args.calibrator, args.predictions, args.djfile, model=args.model, any_model=args.any_model)
     for name, psi in sorted(found["cases"].items(), key=lambda item: -item[1]):

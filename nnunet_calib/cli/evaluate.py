@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace) -> Any:
     from nnunet_calib.data.dataset import find_model_file, require_dataset_json
-    from nnunet_calib.posthoc.apply import open_calibration
+    from nnunet_calib.posthoc.folders.apply import open_calibration
 
     found = args.djfile or require_dataset_json(args.prediction, args.reference)
     plans = args.pfile or find_model_file("plans.json", args.prediction)

@@ -1,19 +1,17 @@
 """Pure functions on arrays: overlap, surface distances, binned calibration and proper scores. No torch needed."""
 
-from nnunet_calib.metrics.binning import (
+from nnunet_calib.metrics.counting.bins import (
     BINS,
     MAX_BINS,
     Bins,
     average_calibration_error,
-    bin_index,
     empty_bins,
     expected_calibration_error,
     maximum_calibration_error,
     overconfidence,
     underconfidence,
 )
-from nnunet_calib.metrics.boundary import BOUNDARY_MM, near_surface, surface
-from nnunet_calib.metrics.calibration import (
+from nnunet_calib.metrics.counting.calibration import (
     SCORES,
     THRESHOLD,
     CalibrationStatistics,
@@ -21,7 +19,21 @@ from nnunet_calib.metrics.calibration import (
     calibration_statistics,
     scores,
 )
-from nnunet_calib.metrics.distances import (
+from nnunet_calib.metrics.counting.nacl import nacl_calibration
+from nnunet_calib.metrics.counting.ranked import (
+    adaptive_calibration_error,
+    area_under_risk_coverage,
+)
+from nnunet_calib.metrics.counting.rules import (
+    CELLS,
+    bin_index,
+    confidence_cell,
+    smallest_complement,
+    smallest_probability,
+)
+from nnunet_calib.metrics.overlap import Overlap, Structure, overlaps
+from nnunet_calib.metrics.surface.boundary import BOUNDARY_MM, near_surface, surface
+from nnunet_calib.metrics.surface.distances import (
     RULES,
     SURFACES,
     SurfaceDistances,
@@ -32,15 +44,6 @@ from nnunet_calib.metrics.distances import (
     structure_distances,
     surface_dice,
     surface_distances,
-)
-from nnunet_calib.metrics.gather import smallest_probability
-from nnunet_calib.metrics.nacl import nacl_calibration
-from nnunet_calib.metrics.overlap import Overlap, Structure, overlaps
-from nnunet_calib.metrics.ranked import (
-    CELLS,
-    adaptive_calibration_error,
-    area_under_risk_coverage,
-    confidence_cell,
 )
 
 __all__ = [
@@ -76,6 +79,7 @@ __all__ = [
     "overconfidence",
     "overlaps",
     "scores",
+    "smallest_complement",
     "smallest_probability",
     "structure_distances",
     "surface",

@@ -105,10 +105,10 @@ def _joint_histogram(
     index = np.full(max([_highest(reference), _highest(prediction), *values]) + 1, len(values), dtype=np.intp)
     index[values] = np.arange(len(values))
     if backend == "numba":
-        from nnunet_calib.metrics import label_kernels
+        from nnunet_calib.metrics import overlap_kernels
 
         every = np.empty(0, dtype=bool) if valid is None else valid.astype(bool, copy=False).reshape(-1)
-        return label_kernels.joint_counts(reference.reshape(-1), prediction.reshape(-1), every, index, size).reshape(
+        return overlap_kernels.joint_counts(reference.reshape(-1), prediction.reshape(-1), every, index, size).reshape(
             size, size
         )
     joint = np.zeros(size * size, dtype=np.int64)

@@ -1,51 +1,23 @@
-"""Calibrators fitted after training: honest probabilities from a network that is already there.
+"""Calibrators fitted after training: calibrated probabilities from a network that is already there.
 
-A calibrator is one class in one file. To add one: write the file, list it in `CALIBRATORS`, write its test.
+A calibrator is one class in one file of ``maps``. To add one: write the file, list it in ``CALIBRATORS``, write its
+test. ``folders`` fits, applies and checks them on folders of predictions.
 """
 
-from pathlib import Path
-
-from nnunet_calib.data.errors import InputError
-from nnunet_calib.data.files import read_json
-from nnunet_calib.posthoc.base import Calibrator, file_of, log_probabilities
-from nnunet_calib.posthoc.classwise import ClasswiseTemperature
-from nnunet_calib.posthoc.dirichlet import DirichletCalibration
-from nnunet_calib.posthoc.ensemble import EnsembleTemperature
-from nnunet_calib.posthoc.isotonic import IsotonicCalibration
-from nnunet_calib.posthoc.local import LocalTemperature
-from nnunet_calib.posthoc.temperature import TemperatureScaling
-from nnunet_calib.posthoc.vector import VectorScaling
-
-CALIBRATORS: dict[str, type[Calibrator]] = {
-    calibrator.key: calibrator
-    for calibrator in (
-        TemperatureScaling,
-        ClasswiseTemperature,
-        EnsembleTemperature,
-        VectorScaling,
-        IsotonicCalibration,
-        DirichletCalibration,
-        LocalTemperature,
-    )
-}
-"""Key to class, the simplest first; the keys are the names used in commands, files and tables."""
-
-
-def load_calibrator(path: str | Path) -> Calibrator:
-    """Read a calibrator of any method.
-
-    Args:
-        path: its JSON file, or the folder that holds ``calibrator.json``.
-
-    Raises:
-        InputError: the file cannot be read or is not a calibrator.
-    """
-    file = file_of(path)
-    method = read_json(file).get("method")
-    if method not in CALIBRATORS:
-        raise InputError(f"{file}: not a calibrator of this package (method {method!r}); fit it again")
-    return CALIBRATORS[method].load(file)
-
+from nnunet_calib.posthoc.maps import (
+    CALIBRATORS,
+    Calibrator,
+    ClasswiseTemperature,
+    DirichletCalibration,
+    EnsembleTemperature,
+    IsotonicCalibration,
+    LocalTemperature,
+    TemperatureScaling,
+    VectorScaling,
+    load_calibrator,
+    log_probabilities,
+)
+from nnunet_calib.posthoc.maps.volume import calibrate_case
 
 __all__ = [
     "CALIBRATORS",
@@ -57,6 +29,7 @@ __all__ = [
     "LocalTemperature",
     "TemperatureScaling",
     "VectorScaling",
+    "calibrate_case",
     "load_calibrator",
     "log_probabilities",
 ]

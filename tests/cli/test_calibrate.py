@@ -8,7 +8,7 @@ import pytest
 from nnunet_calib.cli import calibrate
 from nnunet_calib.cli.main import main
 from nnunet_calib.posthoc import CALIBRATORS
-from nnunet_calib.posthoc.sample import REGIONS, VOXELS
+from nnunet_calib.posthoc.folders.sampling import REGIONS, VOXELS
 
 from ..folders import Folders, ambiguous
 

@@ -7,10 +7,11 @@ import pytest
 
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact
-from nnunet_calib.posthoc import VectorScaling, apply
+from nnunet_calib.posthoc import VectorScaling
+from nnunet_calib.posthoc.folders import apply
 
 from ..folders import assert_same
-from ..posthoc.folders import predictions, region_predictions
+from ..posthoc.predictions import predictions, region_predictions
 
 
 def calibrator(made, *, method="temperature", **values):

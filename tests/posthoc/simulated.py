@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from nnunet_calib.posthoc.base import log_softmax, softmax
+from nnunet_calib.posthoc.maps.calibrator import log_softmax, softmax
 
 
 def drawn(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:

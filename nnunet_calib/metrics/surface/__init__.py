@@ -1,0 +1,1 @@
+"""Surfaces of structures, and the distances between them."""

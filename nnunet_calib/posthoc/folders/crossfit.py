@@ -1,0 +1,157 @@
+"""What calibration is worth on cases it was not fitted on.
+
+Cases are split into folds; each fold is scored with calibrators fitted on the others. Scores are those of
+``nnunet_calib.metrics``, estimated from the weighted samples, per case and then the mean over cases; intervals are from
+resampled cases. All methods see the same samples, so they are compared like with like.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
+from nnunet_calib.metrics.intervals import Bootstrap
+from nnunet_calib.posthoc.folders.sampling import REGIONS, CaseSample
+from nnunet_calib.posthoc.maps import CALIBRATORS
+from nnunet_calib.posthoc.maps.calibrator import Calibrator, log_probabilities, probabilities
+
+NONE = "none"
+"""Name of the uncalibrated probabilities in tables."""
+
+SCORES = ("NLL", "Brier", "ECE", "CECE")
+FOLDS = 5
+
+
+def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: str) -> Calibrator:
+    """Fit a calibrator to a region of several cases, each of which weighs what it has voxels.
+
+    Raises:
+        ValueError: the region has no voxel in any of them.
+    """
+    multilabel = calibrator.multilabel
+    if calibrator.margin:
+        patches = [sample.patches for sample in samples if sample.patches is not None]
+        return calibrator.fit(
+            np.concatenate([log_probabilities(part.probabilities, multilabel=multilabel) for part in patches], axis=1),
+            np.concatenate([part.target for part in patches], axis=1 if multilabel else 0),
+            np.concatenate([part.regions[region] for part in patches]),
+        )
+    inside = [(sample, sample.regions[region]) for sample in samples]
+    return calibrator.fit(
+        np.concatenate([log_probabilities(s.probabilities[:, i], multilabel=multilabel) for s, i in inside], axis=1),
+        np.concatenate([s.target[..., i] for s, i in inside], axis=-1),
+        weights=np.concatenate([s.weights[i] for s, i in inside]),
+    )
+
+
+def cross_fit(
+    samples: Sequence[CaseSample],
+    methods: Mapping[str, Callable[[], Calibrator]],
+    region: str,
+    *,
+    multilabel: bool,
+    apply_around: Callable[[Calibrator, CaseSample], np.ndarray],
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Score every method on cases it did not see, and no calibration on the same.
+
+    Args:
+        samples: two cases or more.
+        methods: by name, what makes an unfitted calibrator.
+        region: voxels to fit on; all regions are scored.
+        multilabel: sigmoid regions.
+        apply_around: calibrated probabilities (C, n) of a sample by a method that looks at a voxel's surroundings.
+        seed: of the folds.
+        progress: called after every fit.
+
+    Returns:
+        By method and region: ``cases`` (that have the region) and, for each of ``SCORES``, ``mean``, ``low`` and
+        ``high``, an interval of 95 %; ``gain`` by name of each other method, likewise for its NLL minus this one's.
+    """
+    order = np.random.default_rng(seed).permutation(len(samples))
+    folds = [fold for fold in np.array_split(order, min(FOLDS, len(samples))) if fold.size]
+    found = {name: np.full((len(REGIONS), len(samples), len(SCORES)), np.nan) for name in (NONE, *methods)}
+    for fold in folds:
+        others = [samples[i] for i in order if i not in fold]
+        fitted: dict[str, Calibrator | None] = {NONE: None}
+        for name, make in methods.items():
+            fitted[name] = fit_samples(make(), others, region)
+            progress()
+        for i in fold:
+            z = samples[i].log_probabilities(multilabel=multilabel)
+            for name, calibrator in fitted.items():
+                if calibrator is None:
+                    p = probabilities(z, multilabel=multilabel)
+                else:
+                    p = apply_around(calibrator, samples[i]) if calibrator.margin else calibrator.apply(z)
+                for r, part in enumerate(REGIONS):
+                    found[name][r, i] = _estimates(p, samples[i], samples[i].regions[part], multilabel)
+    return {
+        name: {
+            part: _summary(values[r], {other: found[other][r, :, 0] for other in found if other != name})
+            for r, part in enumerate(REGIONS)
+        }
+        for name, values in found.items()
+    }
+
+
+def choose(table: Mapping[str, Mapping[str, Mapping[str, Any]]], region: str) -> tuple[str, str]:
+    """The method to keep, and why, in a sentence.
+
+    It is the one of smallest cross-fitted NLL in a region, or the first simpler one (in the order of ``CALIBRATORS``)
+    than which that one need not be better: with other cases the gain could be none.
+    """
+    nll = {name: regions[region]["NLL"]["mean"] for name, regions in table.items()}
+    raw = nll.pop(NONE)
+    best, *others = sorted(nll, key=lambda name: nll[name])
+    gain = table[best][region]["gain"]
+    order = [name for name in CALIBRATORS if name in nll]
+    simpler = next((name for name in order[: order.index(best)] if gain[name]["low"] <= 0), None)
+    chosen = simpler or best
+    scores = f"NLL ({region}) on cases it was not fitted on: {nll[chosen]:.4f}, {raw:.4f} before"
+    if simpler:
+        low, high = gain[simpler]["low"], gain[simpler]["high"]
+        reason = f"{simpler} is simpler than {best}, of smallest {scores}; {best} {nll[best]:.4f}, a gain that chance "
+        reason += f"explains (95 % interval {low:.4f} to {high:.4f})"
+    else:
+        reason = f"{best} has the smallest {scores}" + (f"; next {others[0]}, {nll[others[0]]:.4f}" if others else "")
+    if table[chosen][region]["gain"][NONE]["low"] <= 0:
+        reason += "; with other cases it could be no gain at all"
+    return chosen, reason
+
+
+def _estimates(p: np.ndarray, sample: CaseSample, inside: np.ndarray, multilabel: bool) -> list[float]:
+    """``SCORES`` of a part of a sample; NaN without voxels."""
+    if not inside.any():
+        return [np.nan] * len(SCORES)
+    p, w, y = p[:, inside], sample.weights[inside], sample.target[..., inside]
+    w = w / w.sum()
+    truth = y if multilabel else np.arange(len(p))[:, None] == y
+    cece = float(np.mean([_binned(*problem, w) for problem in zip(p, truth, strict=True)]))
+    squared = np.square(p - truth) @ w
+    tiny = np.finfo(np.float64).tiny
+    if multilabel:
+        log_loss = -np.log(np.maximum(np.where(truth, p, 1 - p), tiny)) @ w
+        return [float(log_loss.mean()), float(squared.mean()), cece, cece]
+    nll = -float(np.log(np.maximum(p[y, np.arange(y.size)], tiny)) @ w)
+    return [nll, float(squared.sum()), _binned(p.max(axis=0), p.argmax(axis=0) == y, w), cece]
+
+
+def _binned(confidence: np.ndarray, correct: np.ndarray, w: np.ndarray) -> float:
+    cell = bin_index(confidence)
+    counts = (np.bincount(cell, weights=part, minlength=BINS) for part in (w, w * confidence, w * correct))
+    return float(expected_calibration_error(Bins(*counts)))
+
+
+def _summary(values: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Means over cases (cases, SCORES), of gains over the NLL of other methods too, and their intervals."""
+    columns = np.column_stack([values, *(nll - values[:, 0] for nll in others.values())])
+    found = Bootstrap.of_means(columns)
+    rows = [
+        {"mean": float(mean), "low": low, "high": high}
+        for mean, (low, high) in zip(found.estimate, found.intervals(), strict=True)
+    ]
+    scores = dict(zip(SCORES, rows[: len(SCORES)], strict=True))
+    return {"cases": int(found.known[0])} | scores | {"gain": dict(zip(others, rows[len(SCORES) :], strict=True))}
