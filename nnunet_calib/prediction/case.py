@@ -1,0 +1,151 @@
+"""The prediction of one case: its label map, and its probabilities some planes at a time.
+
+Planes follow each other along the first axis of the plans (``transpose_forward``), in which the network saw the image;
+``Grid.to_image`` turns arrays of that order into the order of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor
+
+from nnunet_calib.data.errors import InputError
+from nnunet_calib.prediction.grid import Grid
+from nnunet_calib.prediction.interpolation import compiled_loops, interpolate
+
+_VALUES = 1 << 22  # of a part: some planes of a small image, one of a large one
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some planes of a case.
+
+    Attributes:
+        planes: which, along the first axis.
+        probabilities: float32 (C, n, Y, X) on the image's grid, axes in the order of the plans: what export writes.
+    """
+
+    planes: slice
+    probabilities: np.ndarray
+
+
+class PredictedCase:
+    """Logits of a case on their way to its image.
+
+    Args:
+        logits: (C, *S) as nnU-Net's predictor gives them, on any device.
+        grid: where they lie.
+        labels: nnU-Net's label manager of the model.
+        configuration: of the model; its own resampling function is used where it is not nnU-Net's default.
+
+    Attributes:
+        streamed: False where the plans resample in another way than nnU-Net's default: the plans' own function is
+            called then, which needs as much memory as stock export.
+    """
+
+    def __init__(self, logits: Tensor, grid: Grid, labels: LabelManager, configuration: ConfigurationManager):
+        self.grid, self._labels = grid, labels
+        self.streamed = grid.axes is not None
+        self._logits = logits
+        self._resample: Callable = configuration.resampling_fn_probabilities
+
+    def label_map(self) -> np.ndarray:
+        """The label map (Z, Y, X), axes in the order of the plans, as ``nnUNetv2_predict`` writes it.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        kind = np.uint8 if len(self._labels.foreground_labels) < 255 else np.uint16
+        whole = np.zeros(self.grid.shape, dtype=kind)
+        inside = whole[self.grid.box]
+        logits, axes = self._on_grid
+        loops = compiled_loops() if logits.device.type == "cpu" and logits.dtype == torch.float16 else None
+        if loops is not None and not self._labels.has_regions:
+            if not loops.label_map(logits.numpy(), axes, inside):
+                raise _not_finite()
+            return whole
+        for planes, values in self._box_parts():
+            if self._labels.has_regions:
+                decided = self._labels.convert_logits_to_segmentation(values)
+            else:
+                best, decided = values[0], torch.zeros(values.shape[1:], dtype=torch.int32, device=values.device)
+                for c in range(1, len(values)):  # torch.argmax does not promise the first of equals
+                    decided.masked_fill_(values[c] > best, c)
+                    best = torch.maximum(best, values[c])
+            inside[planes] = decided.cpu().numpy()
+        return whole
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the probabilities, some planes after the others; each part takes the memory of the one before.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        grid = self.grid
+        before, after = grid.box[0].start, grid.box[0].stop
+        thickness = self._thickness(grid.shape[1:])
+        memory = np.empty((grid.channels, thickness, *grid.shape[1:]), dtype=np.float32)
+
+        def outside(start: int, stop: int) -> Iterator[Part]:
+            for z in range(start, stop, thickness):
+                part = memory[:, : min(thickness, stop - z)]
+                self._fill_outside(part)
+                yield Part(slice(z, z + part.shape[1]), part)
+
+        yield from outside(0, before)
+        for planes, values in self._box_parts():
+            count = planes.stop - planes.start
+            part = memory[:, :count]
+            if grid.box_shape[1:] == grid.shape[1:]:
+                target = part
+            else:
+                self._fill_outside(part)
+                target = part[(slice(None), slice(None), *grid.box[1:])]
+            nonlinear = self._labels.apply_inference_nonlin(values)
+            torch.from_numpy(target).copy_(nonlinear)
+            yield Part(slice(before + planes.start, before + planes.stop), part)
+        yield from outside(after, grid.shape[0])
+
+    def _fill_outside(self, part: np.ndarray) -> None:
+        part[...] = 0
+        if not self._labels.has_regions:
+            part[0] = 1
+
+    def _thickness(self, plane: tuple[int, ...]) -> int:
+        return max(1, _VALUES // (self.grid.channels * int(np.prod(plane))))
+
+    def _box_parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Planes of the box, and their logits float32 (C, n, Y, X) rounded as export rounds them."""
+        logits, axes = self._on_grid
+        shape = self.grid.box_shape
+        thickness = min(self._thickness(shape[1:]), shape[0])
+        memory = torch.empty((len(logits), thickness, *shape[1:]), dtype=torch.float32, device=logits.device)
+        for start in range(0, shape[0], thickness):
+            stop = min(start + thickness, shape[0])
+            values = memory[:, : stop - start]
+            interpolate(logits, axes, start, stop, values)
+            if not bool(torch.isfinite(values.sum())):
+                raise _not_finite()
+            yield slice(start, stop), values
+
+    @cached_property
+    def _on_grid(self) -> tuple[Tensor, tuple]:
+        """Logits and what the box's axes are interpolated from."""
+        grid, logits = self.grid, self._logits
+        if grid.axes is not None:
+            return logits, grid.axes
+        whole = self._resample(logits.cpu(), grid.box_shape, grid.current_spacing, grid.new_spacing)
+        whole = torch.from_numpy(whole) if isinstance(whole, np.ndarray) else whole
+        self._logits = whole  # the others are not needed any more
+        return whole, grid.as_they_are()
+
+
+def _not_finite() -> InputError:
+    return InputError("the network's logits are not finite (NaN or infinite); is the checkpoint of a failed training?")
