@@ -74,6 +74,11 @@ class Difference:
         """The signed-rank test, which knows missed structures too, holds after Holm."""
         return self.wilcoxon_holm <= LEVEL
 
+    @property
+    def same(self) -> bool:
+        """Every pair has the same value, as with a calibrator that keeps the labels."""
+        return self.paired.n > 0 and self.paired.mean == self.paired.sd == 0 == self.paired.infinite
+
 
 @dataclass(frozen=True)
 class Endpoint:

@@ -155,11 +155,11 @@ def forest(endpoints: Sequence[Endpoint], units: str) -> Figure:
                 of = difference.paired
                 panel.plot(of.t_interval, (y, y), color="#222222", linewidth=1.6)
                 better = (of.mean > 0) == endpoint.higher_is_better
-                colour = COLOURS[0] if better else COLOURS[1]
-                panel.plot(
-                    of.mean, y, marker="o" if better else "s", color=colour, markersize=6, linestyle="none",
-                    markerfacecolor=colour if difference.shown else "white",
-                )  # fmt: skip
+                marker, colour = ("o", COLOURS[0]) if better else ("s", COLOURS[1])
+                if difference.same:
+                    marker, colour = "d", "0.5"
+                filled = colour if difference.shown else "white"
+                panel.plot(of.mean, y, marker=marker, color=colour, markersize=6, markerfacecolor=filled)
             panel.set(ylim=(len(methods) - 0.5, -0.5), yticks=range(len(methods)), yticklabels=methods)
             if i % columns:
                 panel.tick_params(labelleft=False)

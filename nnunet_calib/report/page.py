@@ -161,8 +161,8 @@ def _where_overconfident(comparison: Comparison, reliabilities: Mapping[str, Map
         mean, right = (part[worst] / max(total.n[worst], 1) for part in (total.confidence, total.correct))
         kind = "over" if gap.sum() > 0 else "under"
         said.append(
-            f"{name}: {kind}confident, by {abs(gap.sum()) / max(total.n.sum(), 1):.1%} on average. {share:.0%} of its "
-            f"error comes from voxels with a confidence near {mean:.0%}, of which {right:.0%} are right."
+            f"{name}: {kind}confident by {abs(gap.sum()) / max(total.n.sum(), 1):.1%} on average; {share:.0%} of its "
+            f"error at a confidence of {mean:.0%}, where {right:.0%} are right."
         )
     return said
 
@@ -192,7 +192,8 @@ def _forest(comparison: Comparison) -> Drawn | None:
         _svg(diagram.forest(endpoints, comparison.groups.unit_name)),
         "Differences from the baseline",
         f"Mean paired difference from {comparison.baseline} with its 95 % t interval, {len(comparison.units)} "
-        f"{comparison.groups.unit_name}s. Circle: better than the baseline, square: worse; filled: shown after Holm.",
+        f"{comparison.groups.unit_name}s. Circle: better than the baseline, square: worse, grey diamond: the same in "
+        "every case; filled: shown after Holm.",
         head,
         rows,
     )

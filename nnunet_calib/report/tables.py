@@ -133,11 +133,11 @@ def answer(comparison: Comparison) -> str:
             said += f" (about {difference.paired.cases_needed:.0f} {_units(comparison)} would be)"
     overlap = next((e for e in comparison.primary if e.metric == "Dice" and e is not endpoint), None)
     if overlap is not None:
-        other = next((d for d in overlap.differences if d.method == best[0]), None)
-        if other is not None:
-            said += f". Its Dice differs by {_effect(other)}" + (
-                f", {_p(other)}" if other.shown else ", not shown to differ"
-            )
+        other = _from_baseline(overlap, best[0], comparison)
+        if other is not None and other.same:
+            said += ". Its Dice is the same"
+        elif other is not None:
+            said += f". Its Dice differs by {_effect(other)}, {_p(other)}"
     return f"{said}. {len(comparison.units)} {_units(comparison)}."
 
 

@@ -270,3 +270,13 @@ def test_summaries_of_nnunets_own_can_be_compared(tmp_path):
     assert list(found.methods) == ["a", "b"]
     assert found.cases[0] == "case_000"
     assert "nnU-Net's own" in found.notes[0]
+
+
+def test_a_calibrator_that_keeps_the_labels_has_the_same_dice(tmp_path):
+    dice, ece = simulated(1, 60)
+    write_run(tmp_path / "stock", dice, ece)
+    write_run(tmp_path / "calibrated", dice, ece * 0.5)
+    found = compared([str(tmp_path / "stock"), str(tmp_path / "calibrated")])
+    assert found.endpoint("Dice", "foreground").differences[0].same
+    assert not found.endpoint("ECE", "foreground").differences[0].same
+    assert "Its Dice is the same." in answer(found)
