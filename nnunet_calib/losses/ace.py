@@ -41,7 +41,10 @@ class ACELoss(CalibrationLoss):
     """Cross-entropy plus the weighted calibration error of every class in every image.
 
     The bins are those of one image, so there is nothing to gather in multi-GPU training: averaging the gradients of
-    the ranks, as DistributedDataParallel does, is the mean over the images of all ranks.
+    the processes, as DistributedDataParallel does, is the mean over the images of all processes where each has as many.
+    With uneven batches (nnU-Net gives the first processes one image more where the batch size does not divide) it is
+    the mean over processes of their own means, so that an image of a small batch weighs more, as it does in the
+    cross-entropy. An image without a valid voxel leaves its own process' mean only.
 
     Args:
         weight: of the calibration error.

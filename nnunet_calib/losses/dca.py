@@ -10,14 +10,17 @@ from torch import Tensor
 
 from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.meep import wrong_voxels
+from nnunet_calib.losses.processes import mean_over_processes
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal, masked_sum
+
+_LEAST_VOXELS = 1e-6  # less than one voxel over any number of processes
 
 
 class DCALoss(CalibrationLoss):
     """Cross-entropy plus the weighted distance of the mean confidence from the accuracy.
 
-    Both are pooled over the batch (over regions too), in multi-GPU training over the rank's own batch. The accuracy has
-    no gradient.
+    Both are pooled over the batch (over regions too), in multi-GPU training over the batches of all processes. The
+    accuracy has no gradient.
 
     Args:
         weight: of the distance.
@@ -34,15 +37,20 @@ class DCALoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0, "difference": self.weight}
 
-    def _shared(self, batch: Batch) -> Tensor:
-        """Mean confidence less accuracy."""
+    def _shared(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean confidence less accuracy, of all processes; and the slope that a voxel's confidence has in the loss."""
         wrong, doubt = zip(
             *((wrong_voxels(v).sum(), masked_sum(1 - _log_confidence(v).exp(), v.valid)) for v in batch), strict=True
         )
-        return (torch.stack(wrong).sum() - torch.stack(doubt).sum()) / batch.voxel_count()
+        surplus = torch.stack(wrong).sum().to(batch.exact) - torch.stack(doubt).sum().to(batch.exact)
+        surplus, voxels = mean_over_processes(torch.stack([surplus, batch.valid_voxels().to(batch.exact)])).unbind()
+        voxels = voxels.clamp(min=_LEAST_VOXELS)
+        # The base class divides by the voxels of this process.
+        weight = surplus.sign() * batch.voxel_count() / voxels
+        return (surplus / voxels).to(batch.dtype), weight.to(batch.dtype)
 
-    def _terms(self, v: Voxels, shared: Tensor) -> dict[str, Term]:
-        sign, confidence = shared.sign(), _log_confidence(v).exp()
+    def _terms(self, v: Voxels, shared: tuple[Tensor, Tensor]) -> dict[str, Term]:
+        (difference, sign), confidence = shared, _log_confidence(v).exp()
 
         def slope() -> Tensor:
             if isinstance(v, Regions):
@@ -53,7 +61,7 @@ class DCALoss(CalibrationLoss):
 
         return {
             "cross_entropy": cross_entropy_term(v),
-            "difference": Term(shared.abs().expand_as(confidence), slope),
+            "difference": Term(difference.abs().expand_as(confidence), slope),
         }
 
 

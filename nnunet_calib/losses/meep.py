@@ -16,15 +16,18 @@ from torch import Tensor
 from nnunet_calib.losses.base import CalibrationLoss, choice, flag, number
 from nnunet_calib.losses.ecp import entropy_term
 from nnunet_calib.losses.ls import uniform_term
+from nnunet_calib.losses.processes import mean_over_processes
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal
 
 _KERAS_EPSILON = 1e-7
+_LEAST_WRONG = 1e-6  # less than one voxel over any number of processes
 
 
 class MEEPLoss(CalibrationLoss):
     """Cross-entropy minus a measure of doubt on the wrong voxels; the measure is 0 where none is wrong.
 
-    The wrong voxels are pooled over the batch (over regions too), in multi-GPU training over the rank's own batch.
+    The wrong voxels are pooled over the batch (over regions too), in multi-GPU training over the batches of all
+    processes: each wrong voxel weighs the same, wherever it is.
 
     Args:
         weight: of the measure.
@@ -51,8 +54,10 @@ class MEEPLoss(CalibrationLoss):
     def _shared(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
         """What a wrong voxel weighs, voxels over wrong voxels, and the masks of the wrong ones, slab by slab."""
         wrong = [wrong_voxels(v) for v in batch]
-        number_wrong = torch.stack([mask.sum() for mask in wrong]).sum().clamp(min=1)
-        return batch.voxel_count() / number_wrong, iter(wrong)
+        number_wrong = mean_over_processes(torch.stack([mask.sum() for mask in wrong]).sum())
+        # None is wrong: nothing is weighed. With several processes the mean can be a fraction of a voxel.
+        weight = batch.voxel_count() * (number_wrong > 0) / number_wrong.clamp(min=_LEAST_WRONG)
+        return weight.to(batch.dtype), iter(wrong)
 
     def _terms(self, v: Voxels, shared: tuple[Tensor, Iterator[Tensor]]) -> dict[str, Term]:
         if self.variant == "kl":
