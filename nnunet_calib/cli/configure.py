@@ -58,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
         resolve_configuration,
         smaller_network,
     )
-    from nnunet_calib.training.base import default_kernel_size
+    from nnunet_calib.training.base import default_kernel_size, find_trainer
     from nnunet_calib.training.settings import RefusedSettings
     from nnunet_calib.training.trainers import TRAINERS
 
     settings = dict(_pair(text) for text in args.set)
-    if args.tr is not None and args.tr not in TRAINERS:
-        raise UsageError(f"no trainer {args.tr!r}; there are {', '.join(TRAINERS)}")
+    trainers = dict(TRAINERS)
+    if args.tr is not None and args.tr not in trainers:
+        trainers[args.tr] = find_trainer(args.tr)  # a user's own, made of one of ours
     folder = preprocessed_folder(args.d)
     plans_file = folder / f"{args.p}.json"
     plans = read_plans(plans_file)
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     all_settings = {**resolve_configuration(plans, args.c).get(SETTINGS_KEY, {}), **settings}
     kernel_size = default_kernel_size(plans, args.c)
     accepting, refusals = [], {}
-    for name, trainer in TRAINERS.items():
+    for name, trainer in trainers.items():
         try:
             trainer.check_settings(all_settings, kernel_size)
             accepting.append(name)
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.tr}: {refusals[args.tr]}")
     if not accepting:
         # The trainer that knows most of the keys has the most to say.
-        closest = min(refusals, key=lambda name: len(set(all_settings) - set(TRAINERS[name].check_settings({}))))
+        closest = min(refusals, key=lambda name: len(set(all_settings) - set(trainers[name].check_settings({}))))
         raise UsageError(f"no trainer takes these settings; {closest}: {refusals[closest]}")
     trained = _trained(folder.name, plans["plans_name"], args.name)
     if trained:

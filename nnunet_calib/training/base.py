@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from os.path import isfile, join
 from typing import Any, ClassVar
 
@@ -9,8 +11,9 @@ import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
+from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,12 +22,19 @@ from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.objective import Objective
-from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings, loss_arguments, resolve_settings
+from nnunet_calib.training.settings import (
+    RESOLVED_KEY,
+    SCHEDULE,
+    EndedTraining,
+    RefusedSettings,
+    asked_schedule,
+    loss_arguments,
+    resolve_settings,
+)
 
 _CUDA = torch.device("cuda")
 _STATE_KEY = "nnunet_calib_state"
 _STILL_RISING = 0.05  # of Dice; what a network that has learned its structures does by chance is less
-_SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "save_every")
 
 
 class CalibrationTrainer(nnUNetTrainer):
@@ -33,10 +43,14 @@ class CalibrationTrainer(nnUNetTrainer):
     Deep supervision, ignore label, regions, cascade, batch Dice, DDP, mixed precision, compile, ``--c`` and
     ``-pretrained_weights`` are nnU-Net's own and stay so: only the inner loss changes, and when.
 
+    Combined with another class (``class Mine(NACLTrainer, nnUNetTrainerNoMirroring)``) its schedule stays unless a
+    setting was given; what the trainer has is what is recorded.
+
     Raises:
         RefusedSettings: on construction, for settings that are wrong or make no sense together.
     """
 
+    my_init_kwargs: dict[str, Any]
     LOSS: ClassVar[str | None] = None
     """Key of `nnunet_calib.losses.LOSSES`; None for nnU-Net's own loss."""
     FIXED: ClassVar[Mapping[str, Any]] = {}
@@ -51,18 +65,39 @@ class CalibrationTrainer(nnUNetTrainer):
         device: torch.device = _CUDA,
     ):
         # Before nnU-Net creates a results folder: settings that are refused leave nothing behind.
-        self.settings = self.check_settings(
-            _given_settings(plans, configuration), default_kernel_size(plans, configuration)
-        )
+        given = _given_settings(plans, configuration)
+        self.settings = self.check_settings(given, default_kernel_size(plans, configuration))
+        self._set_by_user = asked_schedule(given)
         self._continue = plans.get("continue_training", False)
         self._loaded_checkpoint = False
         self._steps = 0  # of this epoch
-        # In the plans they land in the checkpoint, the results folder's plans.json, the log and wandb.
-        plans[RESOLVED_KEY] = {"trainer": type(self).__name__, **self.settings}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name in _SCHEDULE:
+        self._settle_schedule()
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss.
+
+        Raises:
+            RefusedSettings: another class took the loss away, or its loss has no Dice part for the objective.
+        """
+        # Again: a class before this one among the bases sets its own schedule after our constructor.
+        self._settle_schedule()
+        self.print_to_log_file(f"nnunet-calib settings: {self.plans_manager.plans[RESOLVED_KEY]}", add_timestamp=False)
+        super().initialize()
+        if self.LOSS is not None and not isinstance(self._objective(), Objective):
+            raise RefusedSettings(
+                f"{type(self).__name__}: another class among its bases builds the loss and {self.LOSS} is not in it; "
+                f"name our trainer first: class {type(self).__name__}({_ours(type(self)).__name__}, OTHER)"
+            )
+        self.logger.update_config({"nnunet_calib": self.plans_manager.plans[RESOLVED_KEY]})
+
+    def _settle_schedule(self) -> None:
+        """Set what the user set; all else is nnU-Net's or of another class among the bases, and recorded as it is."""
+        for name in self._set_by_user:
             setattr(self, name, self.settings[name])
-        self.print_to_log_file(f"nnunet-calib settings: {plans[RESOLVED_KEY]}", add_timestamp=False)
+        self.settings |= {name: getattr(self, name) for name in SCHEDULE}
+        # In the plans they land in the checkpoint, the results folder's plans.json, the log and wandb.
+        self.plans_manager.plans[RESOLVED_KEY] = {"trainer": type(self).__name__, **self.settings}
 
     @classmethod
     def check_settings(cls, given: Mapping[str, Any], kernel_size: int | list[int] = 3) -> dict[str, Any]:
@@ -78,12 +113,23 @@ class CalibrationTrainer(nnUNetTrainer):
         return resolve_settings(given, cls.LOSS, cls.FIXED, kernel_size)
 
     def _build_loss(self) -> nn.Module:
-        loss = super()._build_loss()
+        with np.errstate(invalid="ignore"):  # 0 / 0 of a network with one scale
+            loss = super()._build_loss()
+        supervised = isinstance(loss, DeepSupervisionWrapper)
+        if supervised and len(loss.weight_factors) == 1:
+            # A network of two stages. nnU-Net gives its coarsest scale no weight and divides by their sum.
+            loss.weight_factors = (1.0,)
         if self.LOSS is None:
             return loss
-        supervised = isinstance(loss, DeepSupervisionWrapper)
+        stock = loss.loss if supervised else loss
+        if self.settings["dice_weight"] != 0 and not isinstance(getattr(stock, "dc", None), nn.Module):
+            raise RefusedSettings(
+                f"{type(self).__name__}: dice_weight is {self.settings['dice_weight']:g}, but the loss that another "
+                f"class among its bases builds, {type(stock).__name__}, has no Dice part; set dice_weight to 0, or "
+                "leave that class out"
+            )
         objective = Objective(
-            stock=loss.loss if supervised else loss,
+            stock=stock,
             calibration=LOSSES[self.LOSS](
                 **loss_arguments(self.settings, self.LOSS, self.FIXED), multilabel=self.label_manager.has_regions
             ),
@@ -127,7 +173,39 @@ class CalibrationTrainer(nnUNetTrainer):
         if self.LOSS is not None:
             self._objective().share = self._share(self._steps)
             self._steps += 1
-        return super().train_step(batch)
+        result = super().train_step(batch)
+        if self.LOSS is not None and not self._objective().seen_full_resolution:
+            raise RefusedSettings(
+                f"{type(self).__name__}: no output of the network has the shape of the patch, "
+                f"{self.configuration_manager.patch_size}, so {self.LOSS} has nothing to act on; use a network with an "
+                "output at full resolution"
+            )
+        return result
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """End a training whose loss was not a finite number in any step of an epoch, on any process."""
+        finite = any(np.isfinite(output["loss"]).all() for output in train_outputs)
+        if self.is_ddp:
+            of_all: list[bool] = [False] * distributed.get_world_size()
+            distributed.all_gather_object(of_all, finite)
+            finite = any(of_all)
+        if not finite:
+            raise EndedTraining(
+                f"the loss was not a finite number in any step of epoch {self.current_epoch}: the training ends, "
+                f"checkpoints before it are kept in {self.output_folder}; look for images that hold no finite numbers, "
+                "try a smaller initial_lr, or nnU-Net's own loss (-tr nnUNetTrainer)"
+            )
+        super().on_train_epoch_end(train_outputs)
+
+    def on_epoch_end(self) -> None:
+        """Let nnU-Net choose ``checkpoint_best`` among the epochs in which the objective has its full share."""
+        if self.LOSS is not None and self._is_first_with_full_share():
+            # Its moving average of Dice starts anew too: most of it is of epochs with the other loss.
+            self._best_ema = None
+            self.logger.get_value("ema_fg_dice", step=None)[-1] = self.logger.get_value("mean_fg_dice", step=-1)
+            if self.current_epoch > 0:
+                self.print_to_log_file("nnunet-calib: checkpoint_best starts anew, the objective has its full share")
+        super().on_epoch_end()
 
     def on_validation_epoch_start(self) -> None:
         """Let the loss take note of the validation batches."""
@@ -142,25 +220,47 @@ class CalibrationTrainer(nnUNetTrainer):
             self._objective().calibration.update()
 
     def save_checkpoint(self, filename: str) -> None:
-        """Save nnU-Net's checkpoint, with the state of the loss among the trainer's arguments if it has one."""
+        """Save nnU-Net's checkpoint, with the state of the loss in its plans if it has one."""
+        arguments = self.my_init_kwargs
         if self.LOSS is not None and (state := self._objective().calibration.state_dict()):
-            self.my_init_kwargs[_STATE_KEY] = state
-        super().save_checkpoint(filename)
+            # As plain numbers: who reads a checkpoint's plans expects JSON.
+            plain = {name: value.tolist() for name, value in state.items()}
+            self.my_init_kwargs = arguments | {"plans": arguments["plans"] | {_STATE_KEY: plain}}
+        try:
+            super().save_checkpoint(filename)
+        finally:
+            self.my_init_kwargs = arguments
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load nnU-Net's checkpoint; on ``--c`` refuse one that was trained with other settings."""
         super().load_checkpoint(filename_or_checkpoint)
         self._loaded_checkpoint = True
-        recorded = self.my_init_kwargs["plans"].get(RESOLVED_KEY, {})
-        current = self.plans_manager.plans[RESOLVED_KEY]
-        drift = [f"{k} was {v!r}, now {current.get(k)!r}" for k, v in recorded.items() if current.get(k) != v]
+        recorded = self.my_init_kwargs["plans"].get(RESOLVED_KEY)
+        if self._continue and recorded is None:
+            raise RefusedSettings(
+                f"--c: {self.output_folder} was not trained by a trainer of nnunet-calib; train under another name"
+            )
+        drift = self._drift(recorded or {})
         if self._continue and drift:
             raise RefusedSettings(
                 f"--c: the settings of {self.configuration_name} changed since {self.output_folder} was trained "
                 f"({'; '.join(drift)}); put them back, or train a configuration with another name"
             )
-        if self.LOSS is not None and _STATE_KEY in self.my_init_kwargs:
-            self._objective().calibration.load_state_dict(self.my_init_kwargs[_STATE_KEY])
+        # Until 2026-11 it was among the arguments.
+        state = self.my_init_kwargs["plans"].pop(_STATE_KEY, None) or self.my_init_kwargs.pop(_STATE_KEY, None)
+        if self.LOSS is not None and state is not None:
+            tensors = {name: torch.as_tensor(value, device=self.device) for name, value in state.items()}
+            self._objective().calibration.load_state_dict(tensors)
+
+    def _drift(self, recorded: Mapping[str, Any]) -> list[str]:
+        """What differs from the settings of the checkpoint; one that it does not know had its default then."""
+        current = self.plans_manager.plans[RESOLVED_KEY]
+        defaults = self.check_settings(
+            {"finetune_from": recorded.get("finetune_from")},
+            default_kernel_size(self.plans_manager.plans, self.configuration_name),
+        )
+        before = {"trainer": None, **defaults, **recorded}
+        return [f"{k} was {v!r}, now {current.get(k)!r}" for k, v in before.items() if current.get(k) != v]
 
     def _first_calibrated(self) -> int:
         """The first epoch of the objective; rounded down, so that even one epoch is the objective's."""
@@ -174,6 +274,11 @@ class CalibrationTrainer(nnUNetTrainer):
         behind = (self.current_epoch - self._first_calibrated()) * self.num_iterations_per_epoch + steps
         ramp = self.settings["ramp"] * (self.num_epochs - self._first_calibrated()) * self.num_iterations_per_epoch
         return min(1.0, (behind + 1) / max(ramp, 1)) if behind >= 0 else 0.0
+
+    def _is_first_with_full_share(self) -> bool:
+        """Whether this epoch is the first that ends with the objective alone, as its validation sees it."""
+        per_epoch = self.num_iterations_per_epoch
+        return self._share(per_epoch - 1) == 1 and (self.current_epoch == 0 or self._share(-1) < 1)
 
     def _warn_of_late_learning(self) -> None:
         """Say so if a structure is still being learned when the objective takes over: it can be lost then.
@@ -235,6 +340,30 @@ def _given_settings(plans: dict, configuration: str) -> dict[str, Any]:
             f"{SETTINGS_KEY!r} of configuration {configuration} must hold settings by name, got {given!r}"
         )
     return given
+
+
+def find_trainer(name: str) -> type[CalibrationTrainer]:
+    """A trainer with a calibration loss, ours or a user's, as ``nnUNetv2_train -tr`` finds it.
+
+    Raises:
+        UsageError: nnU-Net finds no class of that name, or it takes no settings.
+    """
+    try:
+        with redirect_stdout(StringIO()):  # where nnU-Net tells its search
+            found = recursive_find_trainer_class_by_name(name)
+    except Exception as error:  # modules of others are imported in the search
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"no trainer {name!r}: nnU-Net finds none ({reason[:200]}); see nnunet-calib trainers"
+        ) from error
+    if not issubclass(found, CalibrationTrainer):
+        raise UsageError(f"{name} is no trainer of nnunet-calib and takes no settings; derive it from one of ours")
+    return found
+
+
+def _ours(trainer: type[CalibrationTrainer]) -> type[CalibrationTrainer]:
+    """The nearest base that this package defines."""
+    return next(base for base in trainer.__mro__ if base.__module__.startswith("nnunet_calib."))
 
 
 def default_kernel_size(plans: dict, configuration: str) -> list[int]:

@@ -38,6 +38,8 @@ class Objective(nn.Module):
         self.patch_size = patch_size
         self.all_scales = all_scales
         self.share = 1.0
+        self.seen_full_resolution = False
+        """Whether an output of the network had the shape of the patch."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Loss of one scale.
@@ -47,6 +49,7 @@ class Objective(nn.Module):
             target: (B, 1, *S) labels, or (B, R, *S) bool regions with the ignore mask as one more channel.
         """
         full_resolution = tuple(output.shape[2:]) == self.patch_size
+        self.seen_full_resolution |= full_resolution
         if self.share == 0 or not (full_resolution or self.all_scales):
             return self.stock(output, target)
         labels, valid = self._labels_and_valid(target)

@@ -19,6 +19,17 @@ ARGUMENTS_OF = {"mbls": {"weight": 0.03}, "nacl": {"weight": 0.03}}
 """Loss arguments whose default is another in a trainer, beside nnU-Net's Dice, than in the paper."""
 
 
+SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "save_every")
+"""Settings that are attributes of nnU-Net's trainer; another class may set them too."""
+
+
+class EndedTraining(SystemExit):
+    """A training that cannot go on. The stock commands show it as one line, exit code 1."""
+
+    def __init__(self, message: str):
+        super().__init__(f"nnunet-calib: {message}")
+
+
 class RefusedSettings(SystemExit, ValueError):
     """A training that must not start. The stock commands show it as one line (it is a `SystemExit`), no traceback."""
 
@@ -74,6 +85,12 @@ def resolve_settings(
         raise RefusedSettings(f"kernel_size {size!r} does not fit images of {len(kernel_size)} axes")
     _refuse_meaningless(settings)
     return settings
+
+
+def asked_schedule(given: Mapping[str, Any]) -> list[str]:
+    """The part of the schedule that was given, or that follows from ``finetune_from``."""
+    follows = ("num_epochs", "initial_lr") if given.get("finetune_from") is not None else ()
+    return [name for name in SCHEDULE if name in given or name in follows]
 
 
 def loss_defaults(loss: str, fixed: Mapping[str, Any], kernel_size: int | list[int]) -> dict[str, Any]:
