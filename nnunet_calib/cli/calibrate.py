@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nnunet_calib.cli.words import counted
+
 HELP = "honest probabilities from a trained model: fit a calibrator, apply it, check where it is used"
 
 _METHODS = ("temperature", "classwise", "ensemble", "vector", "isotonic", "dirichlet", "local")
@@ -107,6 +109,7 @@ def _fit(args: argparse.Namespace) -> int:
         processes=args.np,
     )
     print("\n".join(_table(content)))
+    _tell_left_out(content["without_probabilities"])
     print(content["choice"])
     if content["method"] == "temperature":
         print(f"temperature {content['temperature']:.4g}")
@@ -126,7 +129,7 @@ def _apply(args: argparse.Namespace) -> int:
     changed, voxels = (sum(case[name] for case in cases) for name in ("changed", "voxels"))
     labels = "segmentations unchanged" if done["keeps_labels"] else f"{changed} of {voxels} voxels have another label"
     _tell_left_out(done["without_probabilities"])
-    print(f"{len(cases)} cases calibrated ({done['method']}); {labels}; written to {args.output}")
+    print(f"{counted(len(cases), 'case')} calibrated ({done['method']}); {labels}; written to {args.output}")
     return 0
 
 
@@ -159,7 +162,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _tell_left_out(names: list[str]) -> None:
     if names:
-        print(f"left out, for they have no probabilities: {', '.join(names)}")
+        print(f"{counted(len(names), 'case')} without probabilities left out: {', '.join(names)}")
 
 
 def _table(content: dict[str, Any]) -> Iterator[str]:

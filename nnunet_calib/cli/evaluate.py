@@ -1,14 +1,18 @@
 """``nnunet-calib evaluate``: score a folder of predictions."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nnunet_calib.cli.words import counted
+
 HELP = "score a folder of predictions: overlap, surface distances, calibration"
 
 _STRUCTURE_COLUMNS = ("Dice", "IoU", "HD", "HD95", "ASSD", "NSD")
+_DISTANCE_COLUMNS = ("HD", "HD95", "ASSD", "MASD")
 _CALIBRATION_COLUMNS = ("ECE", "CECE", "ACE", "NLL", "Brier")
 
 
@@ -39,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --engine dask: a running cluster, tcp://host:port or its file",
     )
     parser.add_argument("--fresh", action="store_true", help="score every case again, unchanged ones too")
+    parser.add_argument("--force", action="store_true", help="REF may look like predictions, and PRED like references")
     parser.add_argument("--chill", action="store_true", help="leave out references that have no prediction")
     parser.add_argument(
         "--nsd",
@@ -125,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         calibration=_calibration(args) if args.calibrator else None,
         on_failure=lambda line: tqdm.write(f"nnunet-calib evaluate: {line}", file=sys.stderr),
         stop_at_failure=args.debug,
+        insist=args.force,
     )
     print("\n".join(_tables(summary)))
     print(f"\nwritten to {args.output}: summary.json, cases.csv, reliability.json")
@@ -142,9 +148,7 @@ def _calibration(args: argparse.Namespace) -> Any:
 
 def _tables(summary: dict[str, Any]) -> Iterator[str]:
     cases = len(summary["metric_per_case"])
-    yield f"{cases} {'case' if cases == 1 else 'cases'} scored" + (
-        f", {len(summary['failed'])} failed" if summary["failed"] else ""
-    )
+    yield f"{counted(cases, 'case')} scored" + (f", {len(summary['failed'])} failed" if summary["failed"] else "")
     if summary["mean"]:
         yield ""
         yield _row("mean over cases", [*_STRUCTURE_COLUMNS, "missed"])
@@ -153,6 +157,7 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
             cells = [_number(scores[name]) for name in _STRUCTURE_COLUMNS]
             yield _row(f"{label} {structure['name']}", [*cells, str(structure["missed"])])
         yield _row("foreground", [_number(summary["foreground_mean"][name]) for name in _STRUCTURE_COLUMNS])
+        yield from _finite(summary)
     if summary["calibration_mean"]:
         yield ""
         if summary["protocol"]["calibrator"]:
@@ -167,8 +172,36 @@ def _tables(summary: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield _row("protocol nacl", ["DSC", "HD voxel", "ECE", "CECE"])
         yield _row("mean over cases", numbers)
+    yield from _notes(summary["metric_per_case"])
     if cases and not summary["calibration_mean"]:
         yield "no probabilities (<case>.npz) beside the predictions: no calibration"
+
+
+def _finite(summary: dict[str, Any]) -> Iterator[str]:
+    """Where a mean distance is infinite: the mean over the cases that have the structure in both, and the median."""
+    infinite = [label for label, scores in summary["mean"].items() if math.isinf(scores["HD95"])]
+    if not infinite:
+        return
+    yield ""
+    yield "a missed or invented structure makes a mean distance infinite; without those cases, and as median of all:"
+    yield _row("", [*_DISTANCE_COLUMNS, "cases", "med. HD95"])
+    for label in infinite:
+        both, median = summary["mean_in_both"][label], summary["median"][label]
+        name = f"{label} {summary['structures'][label]['name']}"
+        cells, number = [_number(both[column]) for column in _DISTANCE_COLUMNS], summary["structures"][label]["cases"]
+        yield _row(name, [*cells, f"{both['cases']} of {number}", _number(median["HD95"])])
+
+
+def _notes(records: list[dict[str, Any]]) -> Iterator[str]:
+    """The notes of the cases, each kind once, with how many cases have it."""
+    kinds: dict[str, list[int]] = {}
+    for record in records:
+        for note in record["notes"]:
+            number, _, rest = note.partition(" ")
+            kinds.setdefault(rest if number.isdecimal() else note, []).append(int(number) if number.isdecimal() else 0)
+    for kind, numbers in kinds.items():
+        voxels = f"{sum(numbers)} " if any(numbers) else ""
+        yield f"note on {len(numbers)} of {counted(len(records), 'case')}: {voxels}{kind}"
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

@@ -218,3 +218,26 @@ def _checked_patch(patch_size: Sequence[int], axes: int, strides: Sequence[Any],
 def _unused(file: Path) -> Path:
     candidates = [file, *(file.with_name(f"{file.name}{i}") for i in range(1, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def read_splits(file: Path) -> list[dict[str, list[str]]]:
+    """The folds of a ``splits_final.json``: for each the names of its ``train`` and ``val`` cases.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        splits = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not valid JSON ({str(error).splitlines()[0]})") from error
+
+    def names(entry: Any) -> bool:
+        return isinstance(entry, list) and all(isinstance(name, str) for name in entry)
+
+    if not isinstance(splits, list) or not all(
+        isinstance(fold, dict) and names(fold.get("train")) and names(fold.get("val")) for fold in splits
+    ):
+        raise InputError(f"{file}: not the splits of nnU-Net: a list of folds with 'train' and 'val' is expected")
+    return splits

@@ -64,7 +64,8 @@ def evaluate_case(
     valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
     statistics: dict[str, metrics.CalibrationStatistics] = {}
     notes: list[str] = []
-    stored = None if files.probabilities is None else ProbabilityFile(files.probabilities)
+    exclusive = not dataset.has_regions
+    stored = None if files.probabilities is None else ProbabilityFile(files.probabilities, exclusive=exclusive)
     passes: Sequence[Iterator[np.ndarray]] = ()
     if stored is not None:
         stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
@@ -244,6 +245,8 @@ def _disagreement(decided: np.ndarray, predicted: np.ndarray, stored: Probabilit
                     )
     if calibrated:
         return f"{different} voxels of the segmentation, scored as it is, differ from the calibrated decision"
+    if suspicious:
+        return f"{different} voxels of the segmentation differ from its probabilities' decision (of another model?)"
     return f"{different} voxels of the segmentation differ from its probabilities' decision (post-processing?)"
 
 

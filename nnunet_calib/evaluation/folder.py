@@ -15,6 +15,7 @@ from nnunet_calib.data.cases import CaseFiles, pair_cases
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import choose_reader
+from nnunet_calib.data.probabilities import ENDINGS
 from nnunet_calib.evaluation.case import Calibration, evaluate_case
 from nnunet_calib.evaluation.engine import Engine, ProcessEngine
 from nnunet_calib.evaluation.engine_dask import DaskEngine
@@ -47,6 +48,7 @@ def evaluate_folder(
     calibration: Calibration | None = None,
     on_failure: Callable[[str], None] = _log.warning,
     stop_at_failure: bool = False,
+    insist: bool = False,
 ) -> dict[str, Any]:
     """Score every prediction of a folder and write ``summary.json``, ``cases.csv`` and ``reliability.json``.
 
@@ -72,6 +74,7 @@ def evaluate_folder(
             written, and the segmentation is scored as it is. A file's probabilities are in memory as a whole then.
         on_failure: called with one line for every case that could not be scored.
         stop_at_failure: raise the error of such a case instead.
+        insist: the references may look like predictions, and the predictions like references.
 
     Returns:
         The summary, as written, but with numbers where the file has "inf" and "nan". ``failed`` lists the cases left
@@ -93,6 +96,8 @@ def evaluate_folder(
     for folder in (reference_folder, prediction_folder):
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
+    if not insist:
+        _refuse_swapped(reference_folder, prediction_folder)
     dataset_path = Path(dataset_json) if dataset_json else require_dataset_json(prediction_folder, reference_folder)
     plans_path = Path(plans) if plans else find_model_file("plans.json", prediction_folder)
     dataset = read_dataset(dataset_path, plans_path)
@@ -110,6 +115,7 @@ def evaluate_folder(
         setting(protocol, dataset_path, plans_path, reader.__name__, calibrator),
     )
     records.remove_leftovers()
+    records.refuse_others({case.name for case in cases}, reference_folder, fresh=fresh)
     kept = set() if fresh else {case.name for case in cases if records.hold(case)}
     failed: dict[str, str] = {}
     by_name = {case.name: case for case in cases}
@@ -145,6 +151,26 @@ def evaluate_folder(
     )
     write_results(output, summary, dataset, protocol.bins, statistics)
     return summary
+
+
+def _refuse_swapped(reference: Path, prediction: Path) -> None:
+    """Refuse references that look like predictions, beside predictions that look like references.
+
+    Raises:
+        UsageError: they do.
+    """
+    found = _signs_of_predictions(reference)
+    if found and not _signs_of_predictions(prediction):
+        raise UsageError(
+            f"{reference} holds {found}, which predictions have, and {prediction} has none: the references come first, "
+            "evaluate REF PRED; --force if they do"
+        )
+
+
+def _signs_of_predictions(folder: Path) -> str | None:
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    left_by_nnunet = ("predict_from_raw_data_args.json", "plans.json")
+    return next((name for name in names if name in left_by_nnunet or name.endswith(ENDINGS)), None)
 
 
 def _summary(

@@ -22,7 +22,7 @@ from typing import Any
 
 import nnunet_calib
 from nnunet_calib.data.cases import CaseFiles
-from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.evaluation.case import CaseResult
@@ -102,6 +102,35 @@ class Records:
             InputError: there is no whole record.
         """
         return self._lines(files)[2].removeprefix('"statistics": ').removesuffix("}")
+
+    def refuse_others(self, cases: set[str], reference: Path, *, fresh: bool) -> None:
+        """Refuse a folder with records of another data set; with ``fresh`` remove them.
+
+        Records of cases that are no more stay: they are not used.
+
+        Raises:
+            UsageError: a record of another case has its reference in another folder.
+        """
+        others: dict[Path, Path] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            if path.name.removesuffix(".json") in cases:
+                continue
+            try:
+                with path.open("rb") as stream:
+                    stream.readline()
+                    line = stream.readline().decode().strip().removesuffix(",")
+                there = Path(json.loads(line.join("{}"))["made_from"]["files"]["reference"][0]).parent
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):
+                continue  # no record of ours
+            if there != Path(os.path.abspath(reference)):
+                others[path] = there
+        if others and not fresh:
+            raise UsageError(
+                f"{self.folder.parent} holds the results of {len(others)} other case{'s' * (len(others) > 1)}, with "
+                f"references in {next(iter(others.values()))}; name another folder with -o, or drop them with --fresh"
+            )
+        for path in others:
+            path.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
         """Remove what a killed run did not finish writing."""

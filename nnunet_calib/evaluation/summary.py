@@ -19,7 +19,9 @@ def summarise(
 
     ``mean`` and ``foreground_mean`` are nnU-Net's: the mean over cases that have the number, then the plain mean over
     structures, NaN if a structure is in no case at all. A missed structure makes its mean distance infinite;
-    ``structures`` tells how many there are. The ``cases`` of a region's calibration are those with probabilities and
+    ``structures`` tells how many there are, ``mean_in_both`` has the mean distances over the ``cases`` in which
+    reference and prediction both have the structure, and ``median`` the medians over all cases, missed ones included
+    as infinite. The ``cases`` of a region's calibration are those with probabilities and
     a voxel in it.
 
     Args:
@@ -35,6 +37,10 @@ def summarise(
     return {
         "foreground_mean": _foreground_mean(mean),
         "mean": mean,
+        "mean_in_both": {key(s): _distances_in_both(records, key(s)) for s in dataset.structures} if records else {},
+        "median": {key(s): _median_of([r["metrics"][key(s)] for r in records]) for s in dataset.structures}
+        if records
+        else {},
         "structures": {
             key(s): {"name": dataset.names[key(s)], **_occurrence(records, key(s))} for s in dataset.structures
         },
@@ -62,6 +68,24 @@ def _nan_mean(values: list[float]) -> float:
     known = np.array(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else float("nan")
+
+
+def _median_of(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Median of each entry over the dictionaries in which it is not NaN; of two in the middle the mean."""
+    found = {}
+    for name in scores[0]:
+        known = sorted(score[name] for score in scores if not np.isnan(score[name]))
+        middle = (known[(len(known) - 1) // 2], known[len(known) // 2]) if known else (np.nan, np.nan)
+        found[name] = float(middle[0] if middle[0] == middle[1] else (middle[0] + middle[1]) / 2)
+    return found
+
+
+def _distances_in_both(records: Sequence[dict[str, Any]], structure: str) -> dict[str, float]:
+    """Mean distances of a structure over the cases that have it in reference and prediction, and how many those are."""
+    scores = [r["metrics"][structure] for r in records]
+    both = [score for score in scores if score["n_ref"] > 0 and score["n_pred"] > 0]
+    distances = [name for name in scores[0] if name.startswith(("HD", "ASSD", "MASD"))]
+    return {name: _nan_mean([score[name] for score in both]) for name in distances} | {"cases": len(both)}
 
 
 def _foreground_mean(mean: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -83,10 +83,17 @@ def _cases_text(records: Sequence[dict[str, Any]], dataset: Dataset) -> Iterator
     """``cases.csv``: a row per case and structure.
 
     Columns ``<region>_<score>`` are the case's (repeated in each of its rows), ``<region>_class_<score>`` the binary
-    problem of the row's structure. Empty: no probabilities.
+    problem of the row's structure. Empty: no probabilities. ``found_in`` says where the structure is: ``both``,
+    ``reference`` (missed: its distances are infinite), ``prediction`` or ``neither``.
     """
     regions = list(dict.fromkeys(region for record in records for region in record["calibration"]))
-    names = ["case", "label", "name", *(records[0]["metrics"][key(dataset.structures[0])] if records else ())]
+    names = [
+        "case",
+        "label",
+        "name",
+        "found_in",
+        *(records[0]["metrics"][key(dataset.structures[0])] if records else ()),
+    ]
     names += [f"{region}_{score}" for region in regions for score in _CASE_SCORES]
     names += [f"{region}_class_{score}" for region in regions for score in _CLASS_SCORES]
     text = io.StringIO()
@@ -95,6 +102,7 @@ def _cases_text(records: Sequence[dict[str, Any]], dataset: Dataset) -> Iterator
     for record in records:
         writer.writerows(
             {"case": record["case"], "label": key(s), "name": dataset.names[key(s)]}
+            | {"found_in": _found_in(record["metrics"][key(s)])}
             | record["metrics"][key(s)]
             | {
                 f"{region}_{score}": calibration[score]
@@ -111,6 +119,12 @@ def _cases_text(records: Sequence[dict[str, Any]], dataset: Dataset) -> Iterator
         yield text.getvalue()
         text.seek(text.truncate(0))
     yield text.getvalue()
+
+
+def _found_in(scores: dict[str, float]) -> str:
+    found = (scores["n_ref"] > 0, scores["n_pred"] > 0)
+    names = {(True, True): "both", (True, False): "reference", (False, True): "prediction"}
+    return names.get(found, "neither")
 
 
 def _reliability_text(statistics: Iterable[tuple[str, str]], dataset: Dataset, bins: int) -> Iterator[str]:

@@ -97,7 +97,7 @@ def test_cases_without_probabilities_are_told(folders, capsys, tmp_path):
     for words in (["apply", "-o", str(tmp_path / "calibrated")], ["check"]):
         step, *more = words
         assert main(["calibrate", step, str(folders.output), "-i", str(folders.prediction), *more]) == 0
-        assert "left out, for they have no probabilities: case_1\n" in capsys.readouterr().out
+        assert "1 case without probabilities left out: case_1\n" in capsys.readouterr().out
 
 
 def test_nothing_to_compare(folders, capsys, tmp_path):

@@ -126,3 +126,14 @@ def test_two_sources_of_one_name(folder, capsys):
 def test_no_processes(folder, capsys):
     assert convert(folder, "-np", "0") == 2
     assert "must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_file_of_the_same_name_from_elsewhere_is_not_up_to_date(folder, capsys):
+    convert(folder)
+    (folder / "elsewhere").mkdir()
+    np.savez_compressed(folder / "elsewhere" / "case_1.npz", probabilities=P[::-1])
+    os.utime(folder / "elsewhere" / "case_1.npz", (1e9, 1e9))  # older than the file it was not made into
+    capsys.readouterr()
+    assert convert(folder, source="elsewhere") == 0
+    assert capsys.readouterr().out == "1 converted\n"
+    assert np.array_equal(ProbabilityFile(folder / "out" / "case_1.nncp").whole(), P[::-1])

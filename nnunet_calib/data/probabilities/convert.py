@@ -73,11 +73,13 @@ def convert(conversion: Conversion) -> bool:
     Values beyond [0, 1] by rounding are clipped; float64 becomes float32.
 
     Returns:
-        False if the target is newer than the source and fits it already, so that nothing was done.
+        False if the target was made from the source as it is now and fits it, so that nothing was done. What was made
+        from a source has its time: a file of the same name from elsewhere has another.
 
     Raises:
         InputError: the source cannot be used, or the target not be written.
     """
+    made = os.stat(conversion.source)  # before it is read: a change meanwhile is a change since
     stored = ProbabilityFile(conversion.source)
     dtype = np.dtype("float16" if conversion.half or stored.dtype == np.float16 else "float32")
     if _is_done(conversion, stored.shape, dtype):
@@ -85,6 +87,7 @@ def convert(conversion: Conversion) -> bool:
     _, write = FORMATS[conversion.to]
     try:
         write(conversion.target, stored.channels(), stored.shape, dtype)
+        os.utime(conversion.target, ns=(made.st_atime_ns, made.st_mtime_ns))
     except (OSError, ValueError) as error:
         raise InputError(f"{conversion.target}: cannot be written ({error})") from error
     return True
@@ -148,7 +151,7 @@ def _files(sources: Iterable[Path], target_ending: str) -> Iterator[Path]:
 
 def _is_done(conversion: Conversion, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     try:
-        if os.path.getmtime(conversion.target) < os.path.getmtime(conversion.source):
+        if os.stat(conversion.target).st_mtime_ns != os.stat(conversion.source).st_mtime_ns:
             return False
         there = ProbabilityFile(conversion.target)
     except (OSError, InputError):

@@ -16,6 +16,7 @@ from nnunet_calib.data.probabilities.nifti import NiftiReader
 from nnunet_calib.data.probabilities.npz import NpzReader
 
 _ROUNDING = 1e-5  # how far beyond [0, 1] sums of float32 probabilities, as in an ensemble, may end
+_SUM_TOLERANCE = {"float16": 5e-3, "float32": 1e-3, "float64": 1e-3}  # rounding of many classes, or of 3 digits
 _PLACE_TOLERANCE = 1e-2  # of the smallest spacing
 _DIRECTION_TOLERANCE = 1e-3  # of each axis: half a voxel over 500
 
@@ -49,13 +50,18 @@ class ProbabilityFile:
         affine: from voxel (x, y, z) to mm (right, anterior, superior), 4 x 4; None where the format does not say.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, exclusive: bool = False):
         """Read the header.
+
+        Args:
+            path: the file.
+            exclusive: its channels are classes of a softmax: those of a voxel must add up to 1, and whatever reads them
+                refuses others.
 
         Raises:
             InputError: damaged, or no file of probabilities.
         """
-        self.path = path
+        self.path, self._exclusive = path, exclusive
         plain_nifti = (".nii", ".nii.gz")  # any name will do for one that is named explicitly
         reader = next((r for ending, r in _READERS.items() if path.name.endswith(ending)), None)
         if reader is None and path.name.endswith(plain_nifti):
@@ -99,7 +105,13 @@ class ProbabilityFile:
         Raises:
             InputError: the file is damaged or holds something that is not a probability.
         """
-        yield from map(self._checked, self._parts(self._stored.channels()))
+        total = np.zeros(self.shape[1:], dtype=np.float32) if self._exclusive else None
+        for c, channel in enumerate(map(self._checked, self._parts(self._stored.channels()))):
+            if total is not None:
+                total += channel
+                if c == self.shape[0] - 1:  # before the last is given away: nobody takes more
+                    self._check_sums(total)
+            yield channel
 
     def whole(self) -> np.ndarray:
         """All probabilities (C, z, y, x).
@@ -130,7 +142,11 @@ class ProbabilityFile:
             InputError: as ``whole``.
         """
         if isinstance(self._stored, CompactReader):
-            yield from self._parts(self._stored.slabs(self._checked))
+            for slab in self._parts(self._stored.slabs(self._checked)):
+                if self._exclusive:
+                    self._check_sums(slab.sum(axis=0, dtype=np.float32))
+                yield slab
+                del slab  # as in _parts
         else:
             yield self.whole()
 
@@ -156,6 +172,14 @@ class ProbabilityFile:
         if not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):  # NaN fails too
             raise InputError(f"{self.path}: values from {lowest:g} to {highest:g}; probabilities are in [0, 1]")
         return part.clip(0, 1)
+
+    def _check_sums(self, total: np.ndarray) -> None:
+        lowest, highest = float(total.min()), float(total.max())
+        if not (abs(lowest - 1) <= _SUM_TOLERANCE[self.dtype.name] >= abs(highest - 1)):
+            raise InputError(
+                f"{self.path}: the probabilities of a voxel add up to {lowest:.4g} to {highest:.4g}, not to 1, as "
+                "those of classes that exclude each other do; made by sigmoids, or a sum instead of a mean?"
+            )
 
 
 def _same_place(ours: np.ndarray, theirs: np.ndarray) -> bool:

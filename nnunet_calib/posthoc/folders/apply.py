@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nnunet_calib.data.cases import CaseFiles, pair_cases
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import read_json
+from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.data.images import choose_reader, read_labels
 from nnunet_calib.data.model import check_same_model, identify
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
@@ -29,6 +29,9 @@ from nnunet_calib.posthoc.maps.volume import calibrate_case, calibrated_parts, c
 
 _COMPACT = ".nncp"
 
+RECORD = "calibrated_from.json"
+"""The file in a folder of calibrated probabilities that tells what they were made from."""
+
 
 def probabilities_at(calibrator: Calibrator, files: CaseFiles, index: np.ndarray) -> np.ndarray:
     """Calibrated probabilities float64 (C, n) of some voxels of a case, given by their index in the flat volume.
@@ -38,7 +41,9 @@ def probabilities_at(calibrator: Calibrator, files: CaseFiles, index: np.ndarray
     """
     if files.probabilities is None:
         raise InputError(f"{files.prediction}: no probabilities beside it")
-    whole = calibrate_case(calibrator, ProbabilityFile(files.probabilities).whole())
+    whole = calibrate_case(
+        calibrator, ProbabilityFile(files.probabilities, exclusive=not calibrator.multilabel).whole()
+    )
     return whole.reshape(len(whole), -1)[:, index].astype(np.float64)
 
 
@@ -187,6 +192,7 @@ def apply_folder(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{output} cannot be made a folder for the results ({error.strerror})") from error
+    _claim(output, given)
     done = {}
     for case in tqdm(given.cases, desc="calibrate", unit="case"):
         done[case.name] = _apply_case(calibrator, case, dataset, given.reader, output)
@@ -195,6 +201,30 @@ def apply_folder(
             _copy_file(source, output / name)
     about = {"method": calibrator.key, "keeps_labels": calibrator.keeps_labels, "cases": done}
     return about | {"without_probabilities": given.without_probabilities}
+
+
+def _claim(output: Path, given: Predictions) -> None:
+    """Refuse a folder that holds anything else than these cases calibrated so; write down what it holds.
+
+    Raises:
+        UsageError: it holds other results, or cases of another data set.
+    """
+    file, ending = output / RECORD, given.calibration.dataset.file_ending
+    ours = {case.prediction.name for case in given.cases}
+    others = sorted(path.name for path in output.iterdir() if path.name.endswith(ending) and path.name not in ours)
+    others = [name for name in others if not name.startswith(".") and not name.endswith("_probabilities" + ending)]
+    if others:
+        raise UsageError(
+            f"{output} holds other cases ({others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}); name "
+            "another folder with -o"
+        )
+    made_from = given.calibration.describe() | {"predictions": str(given.cases[0].prediction.parent.resolve())}
+    if file.is_file() and read_json(file) != made_from:
+        raise UsageError(
+            f"{output} holds probabilities of another calibrator or of other predictions ({file}); name another folder "
+            "with -o"
+        )
+    write_whole(file, json.dumps(made_from, indent=1) + "\n")
 
 
 def _apply_case(

@@ -115,6 +115,7 @@ def fit_folder(
         "model": source.model,
         "cross_fit": _plain(table),
         "cases": [case.name for case in source.cases],
+        "without_probabilities": source.without_probabilities,
         "voxels_per_case": voxels,
         "seed": seed,
         "confidences": {
