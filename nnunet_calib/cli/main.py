@@ -23,6 +23,7 @@ VERBS = (
     "compare",
     "report",
     "diagram",
+    "export",
 )
 
 
