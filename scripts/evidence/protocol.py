@@ -1,0 +1,127 @@
+"""What an experiment is: a JSON file that names the data, the network, the schedule and every training.
+
+    {"name": ..., "dataset": "Dataset027_ACDC", "group": "patient[0-9]+", "configuration": "2d",
+     "validation": {"share": 0.3, "seed": 12345},
+     "network": {...}, "schedule": {...}, "methods": [...], "test_is_open": false,
+     "queue": [{"label": ..., "trainer": ..., "start": ..., "settings": {...}, "runs": [1, 2]}, ...]}
+
+``network`` overrides the planned configuration. ``group`` is found in a case's name; cases with the same match lie on
+the same side of every split, and are resampled together. ``queue`` is the order of work. ``start`` is one of
+
+- nothing: from scratch;
+- the label of another training: its finished network (``settings`` holds ``finetune_from``);
+- ``"shared <label>"``: its checkpoint at ``calibrate_from`` of the epochs. Until then nnU-Net's own loss is all there
+  is, so the two differ in the last part only: they are a pair.
+
+A training's ``run`` number is that of its start.
+"""
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+SHARED = "shared "
+_KEYS = {"name", "about", "dataset", "group", "configuration", "validation", "network", "schedule", "methods"}
+_KEYS |= {"test_is_open", "queue"}
+_TRAINING_KEYS = {"label", "trainer", "start", "settings", "runs"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: a row of the tables for every method after it."""
+
+    label: str
+    trainer: str
+    run: int
+    start: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}_{self.run}"
+
+    @property
+    def shares(self) -> bool:
+        """It goes on from the first part of another."""
+        return self.start is not None and self.start.startswith(SHARED)
+
+    @property
+    def start_name(self) -> str | None:
+        """Name of the training that it starts from."""
+        return None if self.start is None else f"{self.start.removeprefix(SHARED)}_{self.run}"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """An experiment; see the module."""
+
+    file: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> "Protocol":
+        """Raises ValueError for what makes no experiment."""
+        content = json.loads(file.read_text())
+        if unknown := set(content) - _KEYS:
+            raise ValueError(f"{file}: unknown keys {sorted(unknown)}")
+        protocol = cls(file, content)
+        known: set[str] = set()
+        for training in protocol.trainings:
+            if training.name in known:
+                raise ValueError(f"{file}: {training.name} is there twice")
+            if training.start_name and training.start_name not in known:
+                raise ValueError(f"{file}: {training.name} starts from {training.start_name}, which is not before it")
+            known.add(training.name)
+        return protocol
+
+    @property
+    def name(self) -> str:
+        return self.content["name"]
+
+    @cached_property
+    def trainings(self) -> list[Training]:
+        """In the order of work."""
+        found = []
+        for entry in self.content["queue"]:
+            if unknown := set(entry) - _TRAINING_KEYS:
+                raise ValueError(f"{self.file}: unknown keys {sorted(unknown)} of {entry.get('label')}")
+            for run in entry.get("runs", [1]):
+                start, settings = entry.get("start"), entry.get("settings", {})
+                found.append(Training(entry["label"], entry["trainer"], run, start, settings))
+        return found
+
+    def training(self, name: str) -> Training:
+        return next(training for training in self.trainings if training.name == name)
+
+    def group(self, case: str) -> str:
+        """What the cases of one patient have in common."""
+        found = re.search(self.content["group"], case)
+        if not found:
+            raise ValueError(f"{case} does not match {self.content['group']!r}")
+        return found.group()
+
+    def split(self, cases: list[str]) -> tuple[list[str], list[str]]:
+        """Cases to train on and to validate on; those of a patient stay together."""
+        groups = sorted({self.group(case) for case in cases})
+        random.Random(self.content["validation"]["seed"]).shuffle(groups)
+        held = set(groups[: round(len(groups) * self.content["validation"]["share"])])
+        return [c for c in cases if self.group(c) not in held], [c for c in cases if self.group(c) in held]
+
+    def folds(self, cases: list[str], number: int = 5) -> list[list[str]]:
+        """Cases in folds, those of a patient together: for calibrators, which are fitted on the other folds."""
+        groups = sorted({self.group(case) for case in cases})
+        random.Random(0).shuffle(groups)
+        return [[case for case in cases if self.group(case) in groups[k::number]] for k in range(number)]
+
+
+def checksum(*files: Path) -> str:
+    """The first 16 digits of SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
