@@ -49,7 +49,7 @@ class Bench:
             **os.environ,
             **{f"nnUNet_{name}": str(folder) for name, folder in folders.items()},
             "nnUNet_extTrainer": os.pathsep.join(listed),
-            "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "0" if device == "cpu" else "8"),
+            "nnUNet_n_proc_DA": os.environ.get("nnUNet_n_proc_DA", "1" if device == "cpu" else "8"),
             "nnUNet_def_n_proc": "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if device == "cpu" else "4"),
         }
