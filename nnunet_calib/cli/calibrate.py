@@ -10,7 +10,7 @@ from nnunet_calib.cli.words import counted
 
 HELP = "honest probabilities from a trained model: fit a calibrator, apply it, check where it is used"
 
-_METHODS = ("temperature", "classwise", "ensemble", "vector", "isotonic", "dirichlet", "local")
+_METHODS = ("temperature", "classwise", "ensemble", "cmsop", "cmsap", "vector", "isotonic", "dirichlet", "local")
 _REGIONS = ("volume", "foreground", "boundary")
 _SCORES = ("NLL", "Brier", "ECE", "CECE")
 

@@ -6,12 +6,14 @@ test. ``folders`` fits, applies and checks them on folders of predictions.
 
 from nnunet_calib.posthoc.maps import (
     CALIBRATORS,
+    ArgmaxPreservingScaling,
     Calibrator,
     ClasswiseTemperature,
     DirichletCalibration,
     EnsembleTemperature,
     IsotonicCalibration,
     LocalTemperature,
+    OrderPreservingScaling,
     TemperatureScaling,
     VectorScaling,
     load_calibrator,
@@ -20,6 +22,7 @@ from nnunet_calib.posthoc.maps import (
 from nnunet_calib.posthoc.maps.volume import calibrate_case
 
 __all__ = [
+    "ArgmaxPreservingScaling",
     "CALIBRATORS",
     "Calibrator",
     "ClasswiseTemperature",
@@ -27,6 +30,7 @@ __all__ = [
     "EnsembleTemperature",
     "IsotonicCalibration",
     "LocalTemperature",
+    "OrderPreservingScaling",
     "TemperatureScaling",
     "VectorScaling",
     "calibrate_case",

@@ -13,6 +13,7 @@ from nnunet_calib.posthoc.maps.dirichlet import DirichletCalibration
 from nnunet_calib.posthoc.maps.ensemble import EnsembleTemperature
 from nnunet_calib.posthoc.maps.isotonic import IsotonicCalibration
 from nnunet_calib.posthoc.maps.local import LocalTemperature
+from nnunet_calib.posthoc.maps.preserving import ArgmaxPreservingScaling, OrderPreservingScaling
 from nnunet_calib.posthoc.maps.temperature import TemperatureScaling
 from nnunet_calib.posthoc.maps.vector import VectorScaling
 
@@ -22,6 +23,8 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
         TemperatureScaling,
         ClasswiseTemperature,
         EnsembleTemperature,
+        OrderPreservingScaling,
+        ArgmaxPreservingScaling,
         VectorScaling,
         IsotonicCalibration,
         DirichletCalibration,
@@ -48,6 +51,7 @@ def load_calibrator(path: str | Path) -> Calibrator:
 
 
 __all__ = [
+    "ArgmaxPreservingScaling",
     "CALIBRATORS",
     "Calibrator",
     "ClasswiseTemperature",
@@ -55,6 +59,7 @@ __all__ = [
     "EnsembleTemperature",
     "IsotonicCalibration",
     "LocalTemperature",
+    "OrderPreservingScaling",
     "TemperatureScaling",
     "VectorScaling",
     "load_calibrator",

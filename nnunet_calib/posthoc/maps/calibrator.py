@@ -97,6 +97,7 @@ class Calibrator(ABC):
     Attributes:
         key: its name in files, tables and commands.
         keeps_labels: the class with the largest probability stays the same in every voxel.
+        keeps_order: so do all classes their order.
         tells_classes_apart: what it does to a voxel depends on the classes that the voxel is given. Fitted to voxels
             that were chosen by their reference, such a method learns the choice: where only the foreground of reference
             or prediction counts, every voxel predicted as background is wrong.
@@ -109,6 +110,7 @@ class Calibrator(ABC):
 
     key: ClassVar[str]
     keeps_labels: ClassVar[bool]
+    keeps_order: ClassVar[bool] = False
     tells_classes_apart: ClassVar[bool] = True
     shared_by_regions: ClassVar[bool] = False
     margin: ClassVar[int] = 0
@@ -318,8 +320,10 @@ class VoxelwiseCalibrator(Calibrator):
             tried = self.apply(z)
         if not (np.isfinite(tried).all() and tried.min() >= 0 and tried.max() <= 1 + 1e-6):
             raise ValueError("parameters that make no probabilities")
-        if self.keeps_labels and (np.diff(tried, axis=0) < 0).any():
+        if self.keeps_order and (np.diff(tried, axis=0) < 0).any():
             raise ValueError("parameters that turn the order of the classes round")
+        if self.keeps_labels and not self.multilabel and (tried[-1] < tried.max(axis=0)).any():
+            raise ValueError("parameters that change the predicted class")
 
     def _problems(self, z: np.ndarray, y: np.ndarray, w: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         if not self.multilabel:

@@ -43,6 +43,7 @@ class LocalTemperature(Calibrator):
 
     key = "local"
     keeps_labels = True
+    keeps_order = True
     shared_by_regions = True
     margin = sum(_DILATIONS)
 

@@ -31,6 +31,7 @@ class TemperedCalibrator(VoxelwiseCalibrator):
     """A calibrator of one temperature, or one for each predicted class, and weights."""
 
     keeps_labels = True
+    keeps_order = True
 
     @abstractmethod
     def _mixture(self, parameters: Mapping[str, Any]) -> tuple[ArrayLike, tuple[float, ...]]:

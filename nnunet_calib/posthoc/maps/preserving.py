@@ -1,0 +1,180 @@
+"""Class-conditional scaling that keeps the decision: every predicted class has a map of its own, on the gaps to it.
+
+    p = softmax(-E),    E = 0 for the predicted class c = argmax z, and for the others
+
+    arg-max preserving (CMSap):  E_k = e_k,                    e = B_c d + m_c,    d_k = z_c - z_k
+    order preserving (CMSop):    E_(r) = e_1 + ... + e_r,      e = B_c d + m_c,    d_r = z_(r-1) - z_(r)
+
+    B_c, m_c >= 0, the diagonal of B_c above 0;  z_(0) >= z_(1) >= ... the logits of the voxel in order
+
+minimising NLL + off_diagonal mean (B_c off the diagonal)^2 + intercept mean m_c^2. Since all gaps stay above 0, the
+predicted class keeps the largest probability (ap), or all classes their order (op). The NLL is convex in (B_c, m_c) and
+the bounds are a box, so the fit is the best there is, found without step sizes or early stopping. One class' voxels
+have no part in another's map: the fits are separate.
+
+Rethinking post-hoc calibration in semantic segmentation, TMLR 2026, arXiv 2607.01902.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.maps.likelihood import RIDGE
+
+_SMALLEST = 1e-3  # of the diagonal: a gap above 0 stays above 0
+_MAX_STEPS = 500
+
+
+class PreservingScaling(VoxelwiseCalibrator):
+    """A matrix and offsets for every predicted class, none of them negative, on gaps between logits.
+
+    A class that is predicted nowhere in the fit set keeps its probabilities. A region is the two-class problem: a slope
+    and an offset inside, others outside; what is above 1/2 stays above.
+
+    Args:
+        multilabel: sigmoid regions.
+        off_diagonal: penalty of what a gap owes to other classes' gaps.
+        intercept: penalty of the offsets.
+    """
+
+    keeps_labels = True
+
+    def __init__(self, *, multilabel: bool = False, off_diagonal: float = 1e-4, intercept: float = 1e-4):
+        super().__init__(multilabel=multilabel)
+        if min(off_diagonal, intercept) < 0:
+            raise ValueError("off_diagonal and intercept must not be negative")
+        self.off_diagonal, self.intercept = off_diagonal, intercept
+
+    @classmethod
+    def _names(cls):
+        return ("matrix", "offset")
+
+    @staticmethod
+    @abstractmethod
+    def _gaps(z: np.ndarray, c: int) -> tuple[np.ndarray, np.ndarray]:
+        """Gaps (C-1, N) of logits (C, N) of voxels with predicted class c, and which class each is of, (C-1, N)."""
+
+    @staticmethod
+    @abstractmethod
+    def _distances(e: np.ndarray) -> np.ndarray:
+        """E (C-1, N) from e."""
+
+    @staticmethod
+    @abstractmethod
+    def _distances_transposed(slope: np.ndarray) -> np.ndarray:
+        """Slope by e (C-1, N) from that by E."""
+
+    def _estimate(self, z: np.ndarray, y: np.ndarray, w: np.ndarray) -> dict[str, Any]:
+        k = len(z) - 1
+        matrix, offset = np.tile(np.eye(k), (len(z), 1, 1)), np.zeros((len(z), k))
+        top = z.argmax(axis=0)
+        for c in range(len(z)):
+            own = top == c
+            if not own.any():
+                self.notes.append(f"class {c} is predicted nowhere in the fit set: it keeps its probabilities there")
+            elif k:
+                gaps, classes = self._gaps(z[:, own], c)
+                matrix[c], offset[c] = self._fit_one(gaps, classes == y[own], w[own])
+        return {"matrix": matrix.tolist(), "offset": offset.tolist()}
+
+    def _fit_one(self, gaps: np.ndarray, true: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix and offsets of smallest NLL and penalty; ``true`` (C-1, N) marks the reference's class."""
+        k = len(gaps)
+        scale = np.append(np.maximum(np.sqrt(np.square(gaps) @ w / w.sum()), 1e-12), 1.0)  # to step alike in all
+        x = np.vstack([gaps, np.ones_like(gaps[:1])]) / scale[:, None]
+        start = np.eye(k, k + 1)
+        penalty = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
+        penalty[:, k] = self.intercept / k
+        np.fill_diagonal(penalty, RIDGE)
+        smallest = _SMALLEST * np.eye(k, k + 1)
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            theta = flat.reshape(k, k + 1)
+            away = theta / scale - start
+            distance = self._distances(theta @ x)
+            p = np.exp(-distance)
+            total = 1 + p.sum(axis=0)
+            nll = float(w @ (np.log(total) + (distance * true).sum(axis=0)))
+            residual = self._distances_transposed((true - p / total) * w)
+            slope = residual @ x.T + 2 * penalty * away / scale
+            return nll + float((penalty * np.square(away)).sum()), slope.ravel()
+
+        bounds = [(low, None) for low in (smallest * scale).ravel()]
+        options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 1e-11, "gtol": 1e-9, "maxcor": 20}
+        found = minimize(
+            objective, (start * scale).ravel(), jac=True, bounds=bounds, method="L-BFGS-B", options=options
+        )
+        theta = np.maximum(found.x.reshape(k, k + 1) / scale, smallest)
+        return theta[:, :k], theta[:, k]
+
+    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+        if len(z) == 1:
+            return np.ones_like(z)
+        top, logits = z.argmax(axis=0), np.zeros_like(z)
+        for c, (matrix, offset) in enumerate(zip(parameters["matrix"], parameters["offset"], strict=True)):
+            own = np.flatnonzero(top == c)
+            if own.size:
+                gaps, classes = self._gaps(z[:, own], c)
+                e = np.asarray(matrix, dtype=np.float64) @ gaps + np.asarray(offset, dtype=np.float64)[:, None]
+                logits[classes, own] = -self._distances(e)
+        return softmax(logits)
+
+    def _check_works(self) -> None:
+        super()._check_works()
+        assert self.channels is not None
+        classes = 2 if self.multilabel else self.channels
+        k = classes - 1
+        for own in self.parameters:
+            matrix, offset = (np.asarray(own[name], dtype=np.float64) for name in self._names())
+            if matrix.shape != (classes, k, k) or offset.shape != (classes, k):
+                raise ValueError("parameters of another number of classes")
+            if not (matrix.min(initial=0) >= 0 and offset.min(initial=0) >= 0):
+                raise ValueError("parameters that may change labels")
+            if not (np.diagonal(matrix, axis1=1, axis2=2) > 0).all():
+                raise ValueError("parameters that may change labels")
+
+
+class ArgmaxPreservingScaling(PreservingScaling):
+    """CMSap: the predicted class stays; the others may change places."""
+
+    key = "cmsap"
+
+    @staticmethod
+    def _gaps(z, c):
+        others = np.delete(np.arange(len(z)), c)
+        return z[c] - z[others], np.tile(others[:, None], (1, z.shape[1]))
+
+    @staticmethod
+    def _distances(e):
+        return e
+
+    @staticmethod
+    def _distances_transposed(slope):
+        return slope
+
+
+class OrderPreservingScaling(PreservingScaling):
+    """CMSop: all classes keep their order. What the map sees of a class is its rank."""
+
+    key = "cmsop"
+    keeps_order = True
+
+    @staticmethod
+    def _gaps(z, c):
+        order = np.argsort(-z, axis=0, kind="stable")
+        ranked = np.take_along_axis(z, order, axis=0)
+        return ranked[:-1] - ranked[1:], order[1:]
+
+    @staticmethod
+    def _distances(e):
+        return e.cumsum(axis=0)
+
+    @staticmethod
+    def _distances_transposed(slope):
+        return slope[::-1].cumsum(axis=0)[::-1]
