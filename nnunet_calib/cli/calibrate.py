@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         metavar="M",
         nargs="+",
-        choices=("auto", *_METHODS),
+        choices=("auto", "any", *_METHODS),
         default=["auto"],
         help=f"one or more of {', '.join(_METHODS)}; of several the best on cases it was not fitted on is kept, "
         "or a simpler one that is not told from it; "
-        "auto (default): all but local, a network, which takes minutes; in the foreground temperature and "
-        "ensemble only",
+        "auto (default): all that change no label, but for local, a network, which takes minutes; in the foreground "
+        "temperature only; any: those that may change labels too",
     )
     fit.add_argument("--region", choices=_REGIONS, default="volume", help="voxels to fit on (default: volume)")
     fit.add_argument("--voxels", metavar="N", type=int, default=10_000, help="drawn from each case (default: 10000)")

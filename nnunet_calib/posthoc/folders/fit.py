@@ -22,18 +22,23 @@ from nnunet_calib.posthoc.folders.source import find_cases
 from nnunet_calib.posthoc.maps import CALIBRATORS
 from nnunet_calib.posthoc.maps.calibrator import FILE_NAME, Calibrator
 
-AUTO = "auto"
+AUTO, ANY = "auto", "any"
+_NOT_TRIED = {"ensemble"}  # never better than one temperature: docs/results/free_step.md
 
 
-def auto_methods(region: str) -> tuple[str, ...]:
-    """What ``auto`` compares: all that is fitted in seconds; a network must be asked for by name.
+def auto_methods(region: str, *, keep_labels: bool = True) -> tuple[str, ...]:
+    """What ``auto`` compares: all that changes no label and is fitted in seconds; ``any`` lets labels change.
 
-    In the foreground only methods that do not tell classes apart are compared (``Calibrator.tells_classes_apart``).
+    A network must be asked for by name. In the foreground only methods that do not tell classes apart are compared
+    (``Calibrator.tells_classes_apart``).
     """
     return tuple(
         name
         for name, method in CALIBRATORS.items()
-        if not method.margin and not (region == "foreground" and method.tells_classes_apart)
+        if not method.margin
+        and name not in _NOT_TRIED
+        and (method.keeps_labels or not keep_labels)
+        and not (region == "foreground" and method.tells_classes_apart)
     )
 
 
@@ -62,7 +67,7 @@ def fit_folder(
         output: folder for the file; made if needed.
         reference: label maps; of a trained model nnU-Net's own if None.
         dataset_json: found if None.
-        methods: keys of ``CALIBRATORS``, or ``auto`` (``auto_methods``); of several one is kept, see ``choose``.
+        methods: keys of ``CALIBRATORS``, ``auto`` or ``any`` (``auto_methods``); of several one is kept, see ``choose``.
         region: voxels to fit on: ``volume``, ``foreground`` or ``boundary``.
         voxels: drawn from each case.
         seed: of the sample, the folds and networks.
@@ -77,9 +82,11 @@ def fit_folder(
     """
     if region not in REGIONS:
         raise UsageError(f"no region {region!r}; there are {', '.join(REGIONS)}")
-    names = auto_methods(region) if AUTO in methods else tuple(dict.fromkeys(methods))
+    names = tuple(dict.fromkeys(methods))
+    if AUTO in names or ANY in names:
+        names = auto_methods(region, keep_labels=ANY not in names)
     if not names or not set(names) <= CALIBRATORS.keys():
-        raise UsageError(f"methods are {AUTO}, {', '.join(CALIBRATORS)}; not {', '.join(names) or 'none'}")
+        raise UsageError(f"methods are {AUTO}, {ANY}, {', '.join(CALIBRATORS)}; not {', '.join(names) or 'none'}")
     if voxels < 1 or processes < 1:
         raise UsageError("the numbers of voxels and processes must be 1 or more")
     source = find_cases(Path(folder), *(Path(path) if path else None for path in (reference, dataset_json)))

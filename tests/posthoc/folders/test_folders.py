@@ -90,7 +90,7 @@ def test_the_best_of_all_may_be_no_gain():
 def test_in_the_foreground_methods_that_tell_classes_apart_are_warned_of(tmp_path):
     """Measured on Hippocampus: Dirichlet fitted there raises the Brier score of the volume from .024 to .92."""
     made = predictions(tmp_path)
-    assert auto_methods("foreground") == ("temperature", "ensemble")
+    assert auto_methods("foreground") == ("temperature",)
     content = fit_folder(
         made.prediction, tmp_path / "out", made.reference, methods=["dirichlet"], region="foreground", voxels=2_000
     )
