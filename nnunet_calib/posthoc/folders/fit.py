@@ -67,7 +67,7 @@ def fit_folder(
         output: folder for the file; made if needed.
         reference: label maps; of a trained model nnU-Net's own if None.
         dataset_json: found if None.
-        methods: keys of ``CALIBRATORS``, ``auto`` or ``any`` (``auto_methods``); of several one is kept, see ``choose``.
+        methods: keys of ``CALIBRATORS``, ``auto`` or ``any`` (``auto_methods``); of several one is kept (``choose``).
         region: voxels to fit on: ``volume``, ``foreground`` or ``boundary``.
         voxels: drawn from each case.
         seed: of the sample, the folds and networks.
