@@ -79,6 +79,18 @@ class ACELoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0, "calibration_error": self.weight}
 
+    def _formula(self, v: Voxels, shared: Error) -> dict[str, Tensor]:
+        p = self._columns(v)
+        gap = self._gaps(v)  # p_c - [y = c]
+        k, share = self._interval(p)  # the bin of p_c; of soft bins the lower one, and the upper one's share
+        k = k.long()
+        # What a voxel adds to |mean p_c - mean [y = c]| of its bin: the sign and the bin's weight are in `slope`.
+        slope = shared.slope[v.images].gather(2, k)
+        if share is not None and shared.rise is not None:
+            slope = slope + share * shared.rise[v.images].gather(2, k)
+        error = (slope * gap).unflatten(1, (-1, v.target.shape[1])).sum(dim=1)
+        return {"cross_entropy": -v.log_p_y, "calibration_error": shared.mean + error - error.detach()}
+
     @property
     def _rate(self) -> float:
         """Bins in a unit of probability."""

@@ -3,6 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,26 @@ from torch.autograd.function import once_differentiable
 
 from nnunet_calib.losses.voxelwise import Batch, Term, Voxels, masked_sum
 
+# As many logits are not all from 0 to 1 by chance.
+_ENOUGH = 1000
+
 
 class CalibrationLoss(nn.Module, ABC):
     """Base class of the losses: ``forward(logits, target, valid=None) -> scalar``.
 
-    A loss is a weighted sum of means over voxels. A subclass writes `_terms`, each term with its slope in closed form,
-    and `_weights`; what a voxel's term needs to know of the whole batch it finds in `_shared`. The batch is read slab
-    by slab: small enough for a CPU's cache, a few kernels on a GPU. Value and gradient are computed together, and the
-    backward pass scales the gradient and gives it away: no other tensor of the logits' size is ever in memory.
+    A loss is a weighted sum of means over voxels. A subclass writes `_formula`, the terms in every voxel, and
+    `_weights`; what a voxel's term needs to know of the whole batch it finds in `_shared`. That is enough: autograd
+    differentiates the formula. `_terms` may be overridden with slopes in closed form, which save time.
+
+    The batch is read slab by slab: small enough for a CPU's cache, a few kernels on a GPU. Value and gradient are
+    computed together, and the backward pass scales the gradient and gives it away: no other tensor of the logits' size
+    is ever in memory. It can be done once a graph and not twice over: there are no second derivatives, and
+    `torch.func` transforms and ``torch.compile(fullgraph=True)`` of the loss itself are not supported (nnU-Net compiles
+    the network, not the loss).
 
     Computation is in float32 (float64 for float64 logits) with autocast off. Voxels outside ``valid`` change nothing,
     whatever they hold (NaN too), and get a gradient of exactly zero; no valid voxel gives 0 with a graph.
-    No operation synchronises with the GPU.
+    No operation synchronises with the GPU, but for a look at the values of the first batch: see `forward`.
 
     Args:
         multilabel: logits are sigmoid regions. Each region is the two-class problem with logits (0, z), for which
@@ -35,6 +44,7 @@ class CalibrationLoss(nn.Module, ABC):
     def __init__(self, *, multilabel: bool = False):
         super().__init__()
         self.multilabel = multilabel
+        self._checked = False  # the values of a first batch
 
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
         """Value of the loss.
@@ -48,7 +58,8 @@ class CalibrationLoss(nn.Module, ABC):
             Scalar, float32 (float64 for float64 logits).
 
         Raises:
-            ValueError: a shape or dtype is not the one above.
+            ValueError: a shape or dtype is not the one above; a valid label is not one of the C classes (on CPU; on a
+                GPU in the first batch); the first batch's logits are a softmax, or sigmoid regions, already.
         """
         return self._means(logits, target, valid, (self._weights(),))[0]
 
@@ -74,8 +85,24 @@ class CalibrationLoss(nn.Module, ABC):
         """Weight of each term in the loss."""
 
     @abstractmethod
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        """The terms of the formula in each voxel of a slab, (b, 1, *s), in sigmoid regions (b, R, *s).
+
+        Differentiable in ``v.z``, so nothing is written in place.
+        """
+
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
-        """The terms of the formula in a slab."""
+        """The same with their slopes d/dz: those of autograd, unless a loss has its own in closed form."""
+        z = v.z = v.z.detach().requires_grad_()
+        with torch.enable_grad():
+            values = self._formula(v, shared)
+
+        def slope_of(value: Tensor) -> Tensor:
+            if not value.requires_grad:
+                return torch.zeros_like(z)
+            return torch.autograd.grad(value, z, torch.ones_like(value), retain_graph=True)[0].clone()
+
+        return {name: Term(value.detach(), partial(slope_of, value)) for name, value in values.items()}
 
     def _shared(self, batch: Batch) -> Any:
         """What the terms of every slab need to know of the whole batch."""
@@ -84,6 +111,13 @@ class CalibrationLoss(nn.Module, ABC):
     def _batch(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> Batch:
         """The arguments of `forward`, checked."""
         check_shapes(logits, target, valid, self.multilabel)
+        if not torch.compiler.is_compiling():
+            # Reading a value waits for the GPU: there the first batch has to do.
+            if not self.multilabel and (target.device.type == "cpu" or not self._checked):
+                check_labels(target, valid, logits.shape[1])
+            if not self._checked:
+                check_logits(logits, self.multilabel)
+            self._checked = True
         return Batch(logits, target, valid, self.multilabel, self.in_rows)
 
     def _means(
@@ -224,6 +258,43 @@ def check_shapes(logits: Tensor, target: Tensor, valid: Tensor | None, multilabe
         raise ValueError(f"target must be {kind} of shape {wanted}, got {_describe(target)}")
     if valid is not None and (valid.shape != (batch, 1, *space) or valid.dtype != torch.bool):
         raise ValueError(f"valid must be bool of shape {(batch, 1, *space)}, got {_describe(valid)}")
+
+
+@torch.no_grad()
+def check_labels(target: Tensor, valid: Tensor | None, classes: int) -> None:
+    """Refuse labels (B, 1, *S) that are none of the classes; reads two values, which waits for a GPU.
+
+    Raises:
+        ValueError: a valid voxel has another label than 0 to ``classes`` - 1.
+    """
+    if target.numel() == 0:
+        return
+    known = target if valid is None else torch.where(valid, target, torch.zeros_like(target))
+    least, largest = (int(value) for value in torch.aminmax(known))
+    if least < 0 or largest >= classes:
+        raise ValueError(
+            f"target holds the label {least if least < 0 else largest}, but logits of {classes} classes know 0 to "
+            f"{classes - 1}; leave voxels to be ignored out with valid="
+        )
+
+
+@torch.no_grad()
+def check_logits(logits: Tensor, multilabel: bool) -> None:
+    """Refuse what is a softmax or a sigmoid already; reads a few values, which waits for a GPU.
+
+    Raises:
+        ValueError: all values are from 0 to 1 and, but for ``multilabel``, sum to 1 over the classes.
+    """
+    if logits.numel() == 0 or (multilabel and logits.numel() < _ENOUGH) or logits.shape[1] < 2 - multilabel:
+        return
+    least, largest = (float(value) for value in torch.aminmax(logits))
+    if not (0 <= least < largest <= 1):
+        return
+    if multilabel:
+        raise ValueError("logits are all from 0 to 1, as after a sigmoid; pass the network's output before it")
+    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+    if bool(((logits.float().sum(dim=1) - 1).abs() < tolerance).all()):
+        raise ValueError("logits sum to 1 over the classes, as after a softmax; pass the network's output before it")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -5,6 +5,8 @@ L = mean over voxels of -log p_y
 
 from typing import Any
 
+from torch import Tensor
+
 from nnunet_calib.losses.base import CalibrationLoss
 from nnunet_calib.losses.voxelwise import Term, Voxels, cross_entropy_term
 
@@ -14,6 +16,9 @@ class CrossEntropyLoss(CalibrationLoss):
 
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0}
+
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        return {"cross_entropy": -v.log_p_y}
 
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         return {"cross_entropy": cross_entropy_term(v)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, at_target, cross_entropy_term
@@ -44,6 +45,19 @@ class CPCLoss(CalibrationLoss):
             "discrimination": self.discrimination_weight,
             "exclusion": self.exclusion_weight,
         }
+
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        if isinstance(v, Regions) or v.classes < 3:  # one pair: y and the other class
+            pair = -v.log_p_y
+            return {"cross_entropy": pair, "discrimination": pair, "exclusion": torch.zeros_like(pair)}
+        z, z_y, C = v.z, at_target(v.z, v.target), v.classes
+        other = 1 + v.minus_onehot(torch.zeros_like(z))  # [c != y]
+        discrimination = (other * softplus(z - z_y)).sum(dim=1, keepdim=True) / (C - 1)
+        exclusion = torch.zeros_like(z_y)
+        for j in range(C):
+            pairs = other * other[:, j : j + 1] * softplus(z[:, j : j + 1] - z) / 2
+            exclusion = exclusion + pairs.sum(dim=1, keepdim=True) / ((C - 1) * (C - 2))
+        return {"cross_entropy": -v.log_p_y, "discrimination": discrimination, "exclusion": exclusion}
 
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         return {

@@ -38,10 +38,11 @@ class CRaCLoss(CalibrationLoss):
     state is in ``state_dict`` from the first call on. Sigmoid regions share the multipliers of their two classes.
 
     Args:
-        margin: what the logit of the label is to be inside a structure.
+        margin: what the logit of the label is to be inside a structure; 5 is the authors' example, 1 stands in their
+            configuration file.
         kernel_size: odd number of voxels, or one for each spatial axis (anisotropic data: ``(1, 3, 3)``).
         border: "replicate"; "background" is the authors' rule: beyond the image all is class 0.
-        rho: first penalty weight.
+        rho: first penalty weight; the authors have 0.1 in their example and 1 in their configuration file.
         rho_growth: factor by which a penalty weight grows.
         rho_every: epochs from one growth to the next.
         rho_max: largest penalty weight.
@@ -131,6 +132,20 @@ class CRaCLoss(CalibrationLoss):
     def _shared(self, batch: Batch) -> SoftTarget:
         self._start(batch)
         return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
+
+    def _formula(self, v: Voxels, shared: SoftTarget) -> dict[str, Tensor]:
+        boundary, distances = self._distances(v, shared)
+        penalty = torch.zeros_like(v.log_p_y)
+        for classes, d in distances:
+            h = d.abs()
+            # In each voxel one of the two regions r is empty, so that 2 C constraints are averaged.
+            lambda_rc, rho_rc = (
+                _by_region(state[:, classes.start : classes.stop].to(d.dtype), boundary)
+                for state in (self.multipliers, self.rho)
+            )
+            cost = lambda_rc * h + rho_rc / 2 * h**2
+            penalty = penalty + cost.unflatten(1, (-1, _channels(v))).sum(dim=1) / (2 * v.classes)
+        return {"cross_entropy": -v.log_p_y, "penalty": penalty}
 
     def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
         boundary, distances = self._distances(v, shared)

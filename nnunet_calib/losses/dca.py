@@ -49,6 +49,12 @@ class DCALoss(CalibrationLoss):
         weight = surplus.sign() * batch.voxel_count() / voxels
         return (surplus / voxels).to(batch.dtype), weight.to(batch.dtype)
 
+    def _formula(self, v: Voxels, shared: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        difference, sign = shared
+        p_max = _log_confidence(v).exp()
+        # Its value is known from the whole batch; what a voxel adds to it is its own confidence, with this sign.
+        return {"cross_entropy": -v.log_p_y, "difference": difference.abs() + sign * (p_max - p_max.detach())}
+
     def _terms(self, v: Voxels, shared: tuple[Tensor, Tensor]) -> dict[str, Term]:
         (difference, sign), confidence = shared, _log_confidence(v).exp()
 

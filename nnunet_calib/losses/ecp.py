@@ -34,8 +34,18 @@ class ECPLoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0, "entropy": -self.weight}
 
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        return {"cross_entropy": -v.log_p_y, "entropy": entropy(v) / (v.classes if self.class_mean else 1)}
+
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         return {"cross_entropy": cross_entropy_term(v), "entropy": entropy_term(v, v.classes if self.class_mean else 1)}
+
+
+def entropy(v: Voxels) -> Tensor:
+    """H = -sum_c p_c log p_c, in nats."""
+    if isinstance(v, Regions):
+        return -(v.p * logsigmoid(v.z) + (-v.z).sigmoid() * logsigmoid(-v.z))
+    return -(v.p * v.log_p).sum(dim=1, keepdim=True)
 
 
 def entropy_term(v: Voxels, divisor: int = 1) -> Term:
@@ -46,9 +56,9 @@ def entropy_term(v: Voxels, divisor: int = 1) -> Term:
             (size * (-size).sigmoid() - logsigmoid(size)) / divisor,
             lambda: v.p * (v.p - 1) * v.z / divisor,
         )
-    entropy = -(v.p * v.log_p).sum(dim=1, keepdim=True) / divisor
+    h = entropy(v) / divisor
 
     def slope() -> Tensor:  # -p_c (log p_c + H)
-        return (v.log_p / divisor).add_(entropy).mul_(v.p).neg_()
+        return (v.log_p / divisor).add_(h).mul_(v.p).neg_()
 
-    return Term(entropy, slope)
+    return Term(h, slope)

@@ -38,6 +38,14 @@ class FocalLoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"focal": 1.0}
 
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        log_p = v.log_p_y
+        q = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
+        return {"focal": -(q ** self._gamma(log_p.detach().exp())) * log_p}
+
+    def _gamma(self, p: Tensor) -> Tensor | float:
+        return self.gamma
+
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         log_p = v.log_p_y
         p = log_p.exp()
@@ -61,6 +69,9 @@ class FLSDLoss(FocalLoss):
     Raises:
         ValueError: gamma is negative or not a number.
     """
+
+    def _gamma(self, p: Tensor) -> Tensor:
+        return torch.where(p < 0.2, 5.0, torch.where(p < 0.5, 3.0, self.gamma)).to(p.dtype)
 
     def _power(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         # Sums with 0 and 1: on CPU a power with a tensor of exponents, and a choice by bools, take ten times as long.

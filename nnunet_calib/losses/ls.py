@@ -8,6 +8,8 @@ Szegedy et al., Rethinking the Inception architecture, CVPR 2016. Equal to
 
 from typing import Any
 
+from torch import Tensor
+
 from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, cross_entropy_term
 
@@ -30,11 +32,18 @@ class LabelSmoothingLoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1 - self.alpha, "uniform": self.alpha}
 
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        return {"cross_entropy": -v.log_p_y, "uniform": uniform(v)}
+
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         return {"cross_entropy": cross_entropy_term(v), "uniform": uniform_term(v)}
 
 
-def uniform_term(v: Voxels) -> Term:
+def uniform(v: Voxels) -> Tensor:
     """Mean over classes of -log p_c."""
-    values = v.soft_cross_entropy(0.5) if isinstance(v, Regions) else -v.log_p.mean(dim=1, keepdim=True)
-    return Term(values, lambda: v.p - 1 / v.classes)
+    return v.soft_cross_entropy(0.5) if isinstance(v, Regions) else -v.log_p.mean(dim=1, keepdim=True)
+
+
+def uniform_term(v: Voxels) -> Term:
+    """The same with its slope."""
+    return Term(uniform(v), lambda: v.p - 1 / v.classes)

@@ -37,6 +37,16 @@ class MbLSLoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0, "margin": self.weight}
 
+    def _formula(self, v: Voxels, shared: Any) -> dict[str, Tensor]:
+        # The only distance between the logits (0, z) of a region is |z|, that of one of its two classes.
+        distance = v.z.abs() if isinstance(v, Regions) else v.z.amax(dim=1, keepdim=True) - v.z
+        hinge = (distance - self.margin).relu()
+        cost = hinge if self.penalty == "l1" else hinge.square()
+        return {
+            "cross_entropy": -v.log_p_y,
+            "margin": cost / 2 if isinstance(v, Regions) else cost.mean(dim=1, keepdim=True),
+        }
+
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         z_max = None if isinstance(v, Regions) else v.z.amax(dim=1, keepdim=True)
         # The only distance between the logits (0, z) of a region is |z|.

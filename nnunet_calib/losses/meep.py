@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nnunet_calib.losses.base import CalibrationLoss, choice, flag, number
-from nnunet_calib.losses.ecp import entropy_term
-from nnunet_calib.losses.ls import uniform_term
+from nnunet_calib.losses.ecp import entropy, entropy_term
+from nnunet_calib.losses.ls import uniform, uniform_term
 from nnunet_calib.losses.processes import mean_over_processes
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal
 
@@ -59,6 +59,18 @@ class MEEPLoss(CalibrationLoss):
         weight = batch.voxel_count() * (number_wrong > 0) / number_wrong.clamp(min=_LEAST_WRONG)
         return weight.to(batch.dtype), iter(wrong)
 
+    def _formula(self, v: Voxels, shared: tuple[Tensor, Iterator[Tensor]]) -> dict[str, Tensor]:
+        average, wrong = shared
+        if self.variant == "kl":
+            doubt = -uniform(v)
+        else:
+            doubt = _class_mean(_keras_bce(v.p, v.p), v) if self.binary else entropy(v)
+        cross_entropy = _class_mean(_keras_bce(v.p, -v.minus_onehot(torch.zeros_like(v.p))), v)
+        return {
+            "cross_entropy": cross_entropy if self.binary else -v.log_p_y,
+            "doubt": average * next(wrong) * doubt,
+        }
+
     def _terms(self, v: Voxels, shared: tuple[Tensor, Iterator[Tensor]]) -> dict[str, Term]:
         if self.variant == "kl":
             measure = uniform_term(v)
@@ -83,6 +95,13 @@ def wrong_voxels(v: Voxels) -> Tensor:
     first = (most_likely * countdown.view(1, -1, *[1] * (v.z.ndim - 2))).amax(dim=1, keepdim=True)
     wrong = first != v.classes - v.target
     return wrong if v.valid is None else wrong & v.valid
+
+
+def _keras_bce(p: Tensor, t: Tensor) -> Tensor:
+    """Binary cross-entropy of probabilities p with targets t, with Keras' clipping of p in both places."""
+    t = t.clamp(_KERAS_EPSILON, 1 - _KERAS_EPSILON) if t is p else t
+    p = p.clamp(_KERAS_EPSILON, 1 - _KERAS_EPSILON)
+    return -(t * torch.log(p + _KERAS_EPSILON) + (1 - t) * torch.log(1 - p + _KERAS_EPSILON))
 
 
 def _binary_cross_entropy_term(v: Voxels) -> Term:

@@ -8,6 +8,7 @@ Neighbor-aware calibration of segmentation networks with penalty-based constrain
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nnunet_calib.losses.base import CalibrationLoss, choice, number
@@ -63,6 +64,17 @@ class NACLLoss(CalibrationLoss):
 
     def _shared(self, batch: Batch) -> SoftTarget:
         return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
+
+    def _formula(self, v: Voxels, shared: SoftTarget) -> dict[str, Tensor]:
+        if isinstance(v, Regions):
+            inside = shared.rows(v.images, v.rows, range(1, 2))
+            q = [shared.rows(v.images, v.rows, range(1)), inside]
+            s = [torch.zeros_like(v.z), v.z] if self.on == "logits" else [(-v.z).sigmoid(), v.p]
+            penalty = sum(self._distance(s_c - q_c) for q_c, s_c in zip(q, s, strict=True)) / 2
+        else:
+            q = shared.rows(v.images, v.rows, range(v.classes))
+            penalty = self._distance((v.z if self.on == "logits" else v.p) - q).mean(dim=1, keepdim=True)
+        return {"cross_entropy": -v.log_p_y, "penalty": penalty}
 
     def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
         penalty = self._of_regions(v, shared) if isinstance(v, Regions) else self._of_labels(v, shared)

@@ -7,6 +7,8 @@ Islam and Glocker, Spatially varying label smoothing, IPMI 2021. For a kernel of
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels
@@ -16,7 +18,8 @@ class SVLSLoss(CalibrationLoss):
     """Cross-entropy with targets that are soft at the borders of structures.
 
     Args:
-        sigma: of the Gaussian, in voxels; how the neighbours' half is shared among them.
+        sigma: of the Gaussian, in voxels; how the neighbours' half is shared among them. The default 2 is that of the
+            comparison tables of later papers; the authors' own code has 1.
         kernel_size: odd number of voxels, or one for each spatial axis (anisotropic data: ``(1, 3, 3)``).
         multilabel: sigmoid regions.
 
@@ -36,11 +39,13 @@ class SVLSLoss(CalibrationLoss):
     def _shared(self, batch: Batch) -> SoftTarget:
         return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
 
-    def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
+    def _formula(self, v: Voxels, shared: SoftTarget) -> dict[str, Tensor]:
         if isinstance(v, Regions):
-            q = shared.rows(v.images, v.rows, range(1, 2))
-            values = v.soft_cross_entropy(q)
-        else:
-            q = shared.rows(v.images, v.rows, range(v.classes))
-            values = -(q * v.log_p).sum(dim=1, keepdim=True)
+            return {"soft_cross_entropy": v.soft_cross_entropy(shared.rows(v.images, v.rows, range(1, 2)))}
+        q = shared.rows(v.images, v.rows, range(v.classes))
+        return {"soft_cross_entropy": -(q * v.log_p).sum(dim=1, keepdim=True)}
+
+    def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
+        q = shared.rows(v.images, v.rows, range(1, 2) if isinstance(v, Regions) else range(v.classes))
+        values = v.soft_cross_entropy(q) if isinstance(v, Regions) else -(q * v.log_p).sum(dim=1, keepdim=True)
         return {"soft_cross_entropy": Term(values, lambda: v.p - q)}

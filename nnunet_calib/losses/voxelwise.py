@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid
+from torch.nn.functional import log_softmax, logsigmoid, softplus
 
-# Elements of a slab: on CPU a core's cache, on GPU few kernels to start and little memory.
+# Elements of a slab: on CPU a core's cache; on GPU enough to fill it (an estimate, not measured), and the dozen tensors
+# of a slab's size that a loss makes stay small beside the logits.
 _SLAB_ON_CPU = 2**17
-_SLAB_ON_GPU = 2**24
+_SLAB_ON_GPU = 2**21
 
 
 class Term(NamedTuple):
@@ -85,6 +86,8 @@ class Regions(Voxels):
 
     def soft_cross_entropy(self, q: Tensor | float) -> Tensor:
         """-q log p - (1 - q) log(1 - p) = log(1 + e^z) - q z, without cancellation."""
+        if self.z.requires_grad:  # for autograd, to which relu and abs have no slope at 0
+            return q * softplus(-self.z, threshold=40) + (1 - q) * softplus(self.z, threshold=40)
         return (self.z.relu() - q * self.z).sub_(logsigmoid(self.z.abs()))
 
     @cached_property
