@@ -115,14 +115,16 @@ class CRaCLoss(CalibrationLoss):
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(self._violations)
             distributed.all_reduce(self._voxels)
-        if self._voxels > 0:
-            mean = (self._violations / self._voxels).float()
-            self.multipliers = (self.multipliers + self.rho * mean).clamp(_FIRST_MULTIPLIER, _LARGEST_MULTIPLIER)
-            self.updates = self.updates + 1
-            if self.updates > 1 and self.updates % self.rho_every == 0:
-                grown = (self.rho * self.rho_growth).clamp(max=self.rho_max)
-                self.rho = torch.where(mean > _FALL * self.previous, grown, self.rho)
-            self.previous = mean
+        # Without a question to the device, so that it is not waited for.
+        seen = self._voxels > 0
+        mean = (self._violations / self._voxels.clamp(min=1)).float()
+        raised = (self.multipliers + self.rho * mean).clamp(_FIRST_MULTIPLIER, _LARGEST_MULTIPLIER)
+        self.multipliers = torch.where(seen, raised, self.multipliers)
+        self.updates = self.updates + seen
+        due = seen & (self.updates > 1) & (self.updates % self.rho_every == 0)
+        grown = (self.rho * self.rho_growth).clamp(max=self.rho_max)
+        self.rho = torch.where(due & (mean > _FALL * self.previous), grown, self.rho)
+        self.previous = torch.where(seen, mean, self.previous)
         self._violations = torch.zeros_like(self._violations)
         self._voxels = torch.zeros_like(self._voxels)
 
