@@ -27,8 +27,8 @@ from nnunet_calib.demo import phantom
 from nnunet_calib.demo.commands import find_command, run_command
 from nnunet_calib.evaluation import evaluate_folder
 from nnunet_calib.posthoc.folders.apply import open_calibration
-from nnunet_calib.posthoc.maps.calibrator import FILE_NAME
 from nnunet_calib.posthoc.folders.fit import fit_folder
+from nnunet_calib.posthoc.maps.calibrator import FILE_NAME
 from nnunet_calib.report.comparison import compare
 from nnunet_calib.report.page import write_report
 from nnunet_calib.report.runs import parse_runs
