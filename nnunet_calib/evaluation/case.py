@@ -2,8 +2,9 @@
 
 import itertools
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,22 +58,57 @@ def evaluate_case(
     Raises:
         InputError: a file that cannot be used; one line, naming it.
     """
-    ignored = [] if dataset.ignore_label is None else [dataset.ignore_label]
-    reference = read_labels(files.reference, reader, [*dataset.labels, *ignored])
+    reference = read_reference(files.reference, dataset, reader)
     prediction = read_labels(files.prediction, reader, dataset.labels)
     check_same_geometry(reference, prediction)
+    if files.probabilities is None:
+        return score(files, dataset, reference, prediction, protocol)
+    stored = ProbabilityFile(files.probabilities, exclusive=not dataset.has_regions)
+    stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
+    passes = _passes(stored, calibration, 2 if protocol.nacl else 1)
+    parts = _slabs(stored) if stored.in_slabs and calibration is None else [(slice(None), passes[0])]
+
+    def notes(decided: np.ndarray) -> list[str]:
+        return _notes(decided, prediction.labels, stored, calibration is not None)
+
+    return score(files, dataset, reference, prediction, protocol, parts, notes, passes[1] if protocol.nacl else None)
+
+
+def read_reference(path: Path, dataset: Dataset, reader: type[BaseReaderWriter]) -> LabelImage:
+    """A label map that may hold the ignore label.
+
+    Raises:
+        InputError: as ``read_labels``.
+    """
+    ignored = [] if dataset.ignore_label is None else [dataset.ignore_label]
+    return read_labels(path, reader, [*dataset.labels, *ignored])
+
+
+def score(
+    files: CaseFiles,
+    dataset: Dataset,
+    reference: LabelImage,
+    prediction: LabelImage,
+    protocol: Protocol,
+    parts: Iterable[tuple[slice, Iterable[np.ndarray]]] = (),
+    notes: Callable[[np.ndarray], list[str]] | None = None,
+    channels: Iterator[np.ndarray] | None = None,
+) -> CaseResult:
+    """Score one case that is in memory, from wherever its probabilities come.
+
+    Args:
+        files: named in the record.
+        dataset: labels.
+        reference: with ignored voxels, where there are any.
+        prediction: on the same grid; the axes of both may be in any order that is the same.
+        protocol: the options.
+        parts: slices of the first axis and their channels, float (C, n, y, x) or one (n, y, x) after the other; each
+            is used before the next is asked for. None: no probabilities.
+        notes: of the segmentation that the probabilities decide for, what a reader should know.
+        channels: the probabilities once more, for the protocol of NACL.
+    """
     valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
-    statistics: dict[str, metrics.CalibrationStatistics] = {}
-    notes: list[str] = []
-    exclusive = not dataset.has_regions
-    stored = None if files.probabilities is None else ProbabilityFile(files.probabilities, exclusive=exclusive)
-    passes: Sequence[Iterator[np.ndarray]] = ()
-    if stored is not None:
-        stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
-        passes = _passes(stored, calibration, 2 if protocol.nacl else 1)
-        parts = _slabs(stored) if stored.in_slabs and calibration is None else [(slice(None), passes[0])]
-        statistics, decided = _statistics(parts, dataset, reference, prediction, valid, protocol)
-        notes = _notes(decided, prediction.labels, stored, calibration is not None)
+    statistics, decided = _statistics(parts, dataset, reference, prediction, valid, protocol)
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
         "case": files.name,
@@ -81,14 +117,14 @@ def evaluate_case(
         "probabilities_file": None if files.probabilities is None else str(files.probabilities),
         "metrics": _segmentation_scores(dataset, reference, prediction, valid, protocol),
         "calibration": {region: metrics.scores(counted, channel_keys) for region, counted in statistics.items()},
-        "notes": notes,
+        "notes": notes(decided) if notes else [],
     }
     if protocol.nacl:
         record["nacl"] = nacl_scores(
             _without_ignored(reference.labels, valid),
             _without_ignored(prediction.labels, valid),
             dataset,
-            passes[1] if passes else None,
+            channels,
         )
     return CaseResult(record, statistics)
 

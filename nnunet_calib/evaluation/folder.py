@@ -118,7 +118,6 @@ def evaluate_folder(
     records.refuse_others({case.name for case in cases}, reference_folder, fresh=fresh)
     kept = set() if fresh else {case.name for case in cases if records.hold(case)}
     failed: dict[str, str] = {}
-    by_name = {case.name: case for case in cases}
     to_do = [case if scheduler is None else _absolute(case) for case in cases if case.name not in kept]
     progress = tqdm(
         chosen.map(records, to_do),
@@ -137,11 +136,42 @@ def evaluate_folder(
     for case, error in progress:
         if error is not None:
             fail(case, error)
+    about = {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__}
+    return summarise_records(output, records, cases, failed, dataset, protocol, about | {"calibrator": calibrator}, fail)
+
+
+def summarise_records(
+    output: Path,
+    records: Records,
+    cases: Sequence[CaseFiles],
+    failed: dict[str, str],
+    dataset: Dataset,
+    protocol: Protocol,
+    about: dict[str, Any],
+    fail: Callable[[CaseFiles, Exception], None],
+) -> dict[str, Any]:
+    """Write the three files of an evaluation from the records of its cases.
+
+    Args:
+        output: folder for the files.
+        records: of all cases that did not fail.
+        cases: all.
+        failed: by name of the case, why; ``fail`` may add to it.
+        dataset: labels of the cases.
+        protocol: they were scored by.
+        about: more of the protocol, for the summary.
+        fail: called for a case whose record turns out to be damaged.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    by_name = {case.name: case for case in cases}
     summary = _summary(records, [case for case in cases if case.name not in failed], dataset, fail) | {
         "failed": [{"case": name, "error": failed[name]} for name in by_name if name in failed],
-        "protocol": protocol.describe(dataset)
-        | {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__}
-        | {"calibrator": calibrator},
+        "protocol": protocol.describe(dataset) | about,
         "software": records.setting["software"],
     }
     statistics = (

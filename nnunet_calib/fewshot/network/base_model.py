@@ -1,152 +1,20 @@
-"""The base model: a folder that ``nnUNetv2_train`` left, read without unpickling what it does not need."""
+"""The base model of few-shot: a trained model whose decoder's features can be read."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
-
-from nnunet_calib.data.checkpoints import read_checkpoint
-from nnunet_calib.data.dataset import key, read_dataset
-from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.model import file_sha256, json_sha256
-from nnunet_calib.data.plans import read_plans, resolve_configuration
 from nnunet_calib.fewshot.network.features import check_decoder
+from nnunet_calib.prediction.model import CHECKPOINT, TrainedModel
 
-CHECKPOINT = "checkpoint_final.pth"
 
-
-class BaseModel:
-    """A trained model: plans, labels, configuration, and the weights of its folds.
-
-    Args:
-        folder: with ``plans.json``, ``dataset.json`` and ``fold_*``.
-        folds: which of them; all that hold the checkpoint if None.
-        checkpoint: name of the checkpoint in each fold.
-
-    Attributes:
-        folder: as given.
-        folds: their names, such as ``"0"`` or ``"all"``.
-        dataset: the labels.
-        plans_manager: nnU-Net's.
-        configuration_name: such as ``3d_fullres``.
-        configuration_manager: nnU-Net's, of the configuration.
-        trainer_name: the trainer's class.
-        mirroring_axes: of the test-time augmentation; None if there is none.
-        weights: of each fold, on the CPU.
+class BaseModel(TrainedModel):
+    """A trained model with a decoder that features can be read from.
 
     Raises:
-        UsageError: not the folder of a trained model, or folds that are not there.
-        InputError: files that cannot be used, or a network without the decoder that features are read from.
+        UsageError: as ``TrainedModel``.
+        InputError: files that cannot be used, or a network without that decoder.
     """
 
     def __init__(self, folder: str | Path, folds: Sequence[str | int] | None = None, checkpoint: str = CHECKPOINT):
-        self.folder = Path(folder)
-        for name in ("plans.json", "dataset.json"):
-            if not (self.folder / name).is_file():
-                raise UsageError(f"{self.folder} is not the folder of a trained model: no {name} in it")
-        self.dataset = read_dataset(self.folder / "dataset.json", self.folder / "plans.json")
-        self._files = self._checkpoints(folds, checkpoint)
-        self.folds = tuple(self._files)
-        contents = [read_checkpoint(file) for file in self._files.values()]
-        plans = read_plans(self.folder / "plans.json")
-        self.plans_manager = PlansManager(plans)
-        try:
-            self.trainer_name = str(contents[0]["trainer_name"])
-            self.configuration_name = str(contents[0]["init_args"]["configuration"])
-        except (LookupError, TypeError) as error:
-            file = next(iter(self._files.values()))
-            raise InputError(f"{file} is not a checkpoint of a training with nnU-Net v2") from error
-        resolve_configuration(plans, self.configuration_name)
-        self.configuration_manager = self.plans_manager.get_configuration(self.configuration_name)
-        axes = contents[0].get("inference_allowed_mirroring_axes")
-        self.mirroring_axes = None if axes is None else tuple(axes)
-        self.weights = [content["network_weights"] for content in contents]
+        super().__init__(folder, folds, checkpoint)
         check_decoder(self.network, self.trainer_name)
-
-    @cached_property
-    def network(self) -> nn.Module:
-        """The network, built as the trainer builds it, with the weights of the first fold."""
-        trainer = recursive_find_trainer_class_by_name(self.trainer_name)
-        network = trainer.build_network_architecture(
-            self.plans_manager,
-            self.configuration_manager,
-            self.input_channels,
-            self.label_manager.num_segmentation_heads,
-            enable_deep_supervision=False,
-        )
-        for fold, weights in zip(self._files.values(), self.weights, strict=True):
-            try:
-                network.load_state_dict(weights)
-            except (RuntimeError, TypeError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise InputError(f"{fold} does not fit the network of {self.trainer_name}: {reason}") from error
-        network.load_state_dict(self.weights[0])
-        return network.eval()
-
-    @property
-    def label_manager(self) -> Any:
-        """nnU-Net's label manager."""
-        return self.plans_manager.get_label_manager(self.dataset.content)
-
-    @property
-    def input_channels(self) -> int:
-        """Channels that the network takes."""
-        return determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset.content)
-
-    @property
-    def previous_stage(self) -> str | None:
-        """Configuration whose segmentations a cascade takes besides the image."""
-        return self.configuration_manager.previous_stage_name
-
-    def check_previous_stage(self, segmentations: Path | None) -> None:
-        """Refuse a cascade without the segmentations of its previous stage, and these without a cascade.
-
-        Args:
-            segmentations: where they are; None: there are none.
-
-        Raises:
-            UsageError: as said.
-        """
-        if segmentations is not None and self.previous_stage is None:
-            raise UsageError(f"{self.folder} is not a cascade; leave -prev_stage_predictions out")
-        if segmentations is None and self.previous_stage is not None:
-            raise UsageError(
-                f"{self.folder} continues {self.previous_stage}; name the folder of its segmentations with "
-                "-prev_stage_predictions, or use a model that is no cascade"
-            )
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What a task file records of the model it was fitted to; JSON types."""
-        return {
-            "dataset": self.plans_manager.dataset_name,
-            "classes": [key(channel) for channel in self.dataset.channels],
-            "labels": self.dataset.content["labels"],
-            "plans": json_sha256(self.plans_manager.plans),
-            "trainer": self.trainer_name,
-            "configuration": self.configuration_name,
-            "checkpoints": dict(self._checksums),
-        }
-
-    @cached_property
-    def _checksums(self) -> dict[str, str]:
-        return {fold: file_sha256(file) for fold, file in self._files.items()}
-
-    def _checkpoints(self, folds: Sequence[str | int] | None, checkpoint: str) -> dict[str, Path]:
-        there = {
-            path.name.removeprefix("fold_"): path / checkpoint
-            for path in sorted(self.folder.glob("fold_*"))
-            if (path / checkpoint).is_file()
-        }
-        if not there:
-            raise UsageError(f"{self.folder}: no fold with {checkpoint}; train one, or name another with -chk")
-        if folds is None:
-            # nnU-Net's own detection leaves fold_all out too; alone it is the model.
-            return {fold: path for fold, path in there.items() if fold != "all"} or there
-        if missing := [fold for fold in map(str, folds) if fold not in there]:
-            raise UsageError(f"{self.folder}: no {checkpoint} in fold {missing[0]}; there are {', '.join(there)}")
-        return {fold: there[fold] for fold in map(str, folds)}
