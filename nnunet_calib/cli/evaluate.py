@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         stop_at_failure=args.debug,
         insist=args.force,
     )
-    print("\n".join(_tables(summary)))
+    print("\n".join(tables(summary)))
     print(f"\nwritten to {args.output}: summary.json, cases.csv, reliability.json")
     return 1 if summary["failed"] else 0
 
@@ -146,7 +146,8 @@ def _calibration(args: argparse.Namespace) -> Any:
     return open_calibration(args.calibrator, args.prediction, found, plans, any_model=args.any_model)
 
 
-def _tables(summary: dict[str, Any]) -> Iterator[str]:
+def tables(summary: dict[str, Any]) -> Iterator[str]:
+    """The means of a summary, line by line."""
     cases = len(summary["metric_per_case"])
     yield f"{counted(cases, 'case')} scored" + (f", {len(summary['failed'])} failed" if summary["failed"] else "")
     if summary["mean"]:

@@ -103,12 +103,16 @@ def score(
         prediction: on the same grid; the axes of both may be in any order that is the same.
         protocol: the options.
         parts: slices of the first axis and their channels, float (C, n, y, x) or one (n, y, x) after the other; each
-            is used before the next is asked for. None: no probabilities.
+            is used before the next is asked for. Empty: no probabilities.
         notes: of the segmentation that the probabilities decide for, what a reader should know.
         channels: the probabilities once more, for the protocol of NACL.
     """
     valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
-    statistics, decided = _statistics(parts, dataset, reference, prediction, valid, protocol)
+    statistics: dict[str, metrics.CalibrationStatistics] = {}
+    said: list[str] = []
+    if parts:
+        statistics, decided = _statistics(parts, dataset, reference, prediction, valid, protocol)
+        said = notes(decided) if notes else []
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
         "case": files.name,
@@ -117,7 +121,7 @@ def score(
         "probabilities_file": None if files.probabilities is None else str(files.probabilities),
         "metrics": _segmentation_scores(dataset, reference, prediction, valid, protocol),
         "calibration": {region: metrics.scores(counted, channel_keys) for region, counted in statistics.items()},
-        "notes": notes(decided) if notes else [],
+        "notes": said,
     }
     if protocol.nacl:
         record["nacl"] = nacl_scores(

@@ -137,7 +137,9 @@ def evaluate_folder(
         if error is not None:
             fail(case, error)
     about = {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__}
-    return summarise_records(output, records, cases, failed, dataset, protocol, about | {"calibrator": calibrator}, fail)
+    return summarise_records(
+        output, records, cases, failed, dataset, protocol, about | {"calibrator": calibrator}, fail
+    )
 
 
 def summarise_records(

@@ -182,7 +182,9 @@ def software() -> dict[str, str]:
     """Versions of all that takes part in the numbers; of this package also its very code, for development."""
     root = Path(nnunet_calib.__file__).parent
     sources = sorted(
-        file for room in ("metrics", "data", "prediction", "evaluation", "posthoc") for file in (root / room).rglob("*.py")
+        file
+        for room in ("metrics", "data", "prediction", "evaluation", "posthoc")
+        for file in (root / room).rglob("*.py")
     )
     return installed_versions(_PACKAGES) | {"code": _digest(b"".join(file.read_bytes() for file in sources))[:12]}
 

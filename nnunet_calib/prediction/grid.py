@@ -26,7 +26,7 @@ class Axis:
     """What the voxels along one axis are interpolated from.
 
     Attributes:
-        first, second: int32 (n,), indices of the two neighbours; the same one twice beyond the centre of the last voxel.
+        first, second: int32 (n,), indices of the two neighbours; twice the same beyond the last centre.
         before, after: float64 (n,), their weights; ``after`` is 0 where a single voxel counts.
     """
 
