@@ -16,6 +16,7 @@ VERBS = (
     "trainers-path",
     "doctor",
     "configure",
+    "validate",
     "predict",
     "evaluate",
     "convert",

@@ -114,6 +114,15 @@ def summarise_validation(
     return work.summarise(names, {}, on_failure)
 
 
+def validation_means(summary: dict[str, Any]) -> dict[str, float]:
+    """The means that a log shows: of the foreground, and of the calibration of each region."""
+    structures = summary["foreground_mean"]
+    means = {f"foreground/{name}": structures[name] for name in ("Dice", "HD95", "ASSD", "NSD") if name in structures}
+    for region, scores in summary["calibration_mean"].items():
+        means |= {f"{region}/{name}": scores[name] for name in ("ECE", "CECE", "NLL", "Brier")}
+    return means
+
+
 def validate_model(
     model_folder: str | Path,
     folds: Sequence[str] | None = None,

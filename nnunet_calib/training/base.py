@@ -17,9 +17,10 @@ from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
 from nnunet_calib.losses import LOSSES
+from nnunet_calib.pipeline.validation import scored_validation, summarise_validation, validation_means
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.objective import Objective
 from nnunet_calib.training.settings import (
@@ -218,6 +219,21 @@ class CalibrationTrainer(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         if self.LOSS is not None:
             self._objective().calibration.update()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation, whose ``summary.json`` has all of ``evaluate``'s numbers, from logits in memory."""
+        with scored_validation():
+            super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:  # all ranks have written their cases: nnU-Net waits for them
+            try:
+                _, cases = self.do_split()
+                summary = summarise_validation(self.output_folder, cases, self.plans_manager, self.print_to_log_file)
+            except (InputError, UsageError) as error:  # nnU-Net's own summary is there
+                self.print_to_log_file(f"WARNING nnunet-calib: the validation could not be scored: {error}")
+                return
+            for name, value in validation_means(summary).items():
+                self.print_to_log_file(f"validation {name}: {value:.4f}", add_timestamp=False)
+                self.logger.log_summary(f"final_val/{name}", value)
 
     def save_checkpoint(self, filename: str) -> None:
         """Save nnU-Net's checkpoint, with the state of the loss in its plans if it has one."""

@@ -68,7 +68,7 @@ KINDS = {
 def test_labels_and_probabilities_are_those_of_nnunet(kind, tmp_path):
     options = KINDS[kind]
     model = write_model(tmp_path, spacing=0.8, **options)
-    images = write_images(tmp_path / "images", border=0 if kind == "cascade" else 2)
+    images = write_images(tmp_path / "images", border=0 if kind in ("cascade", "2d") else 2)
     previous, words = None, ["--probabilities", "npz"]
     if kind == "cascade":
         previous = tmp_path / "previous"
