@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,11 @@ from nnunet_calib.data.errors import UsageError
 HELP = "a new structure from a few annotated volumes, on top of a trained model"
 
 _HEADS = ("linear", "prototype", "local_prototypes", "adapter")
+FEWEST_SAMPLED = 100
+"""Voxels of a volume without which a head has nothing to be fitted on."""
+
+MOST_CHUNKS = 1000
+
 _AXES = {"lr": 0, "ap": 1, "is": 2}
 
 
@@ -124,18 +130,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from nnunet_calib.fewshot.structure.fitted import Settings
-    from nnunet_calib.fewshot.structure.objective import Objective
-    from nnunet_calib.fewshot.task.fit import describe, fit_folder, task_file
-
     if args.refine and args.head != "linear":
         raise UsageError(f"--refine works with head linear, not {args.head}")
     if args.unlabelled is not None and args.head != "adapter":
         raise UsageError(f"--unlabelled works with head adapter, not {args.head}")
-    if min(args.chunks, args.voxels) < 1:
-        raise UsageError("--chunks and --voxels must be 1 or more")
+    _check_labels(args.label, args.ignore)
+    _at_least(1, chunks=args.chunks)
+    _at_least(0, seed=args.seed)
+    _at_least(FEWEST_SAMPLED, voxels=args.voxels)
+    if args.chunks > MOST_CHUNKS:
+        raise UsageError(f"--chunks {args.chunks}: at most {MOST_CHUNKS}")
     if not 0 <= args.margin < 1:
         raise UsageError(f"--margin {args.margin:g}: it must be at least 0 and below 1")
+    from nnunet_calib.fewshot.structure.fitted import Settings
+    from nnunet_calib.fewshot.structure.objective import Objective
+    from nnunet_calib.fewshot.task.fit import describe, fit_folder, task_file
+
     settings = Settings(
         head=args.head,
         chunks=args.chunks,
@@ -164,7 +174,7 @@ def _fit(args: argparse.Namespace) -> int:
     for support in told["supports"]:
         dice = told["left_out_dice"].get(support["case"])
         by_others = "" if dice is None else f"   Dice by the others {dice:.3f}"
-        print(f"{support['case']:<32} {support['volume_mm3'] / 1000:10.2f} ml{by_others}")
+        print(f"{support['case']:<32} {_size(support):>14}{by_others}")
     for note in told["notes"]:
         print(f"note: {note}")
     print(f"written to {task_file(args.output, args.name)}")
@@ -185,14 +195,41 @@ def _apply(args: argparse.Namespace) -> int:
         overwrite=not args.continue_prediction,
         **_prediction(args),
     )
-    for report in reports:
+    broken = [report for report in reports if "error" in report]
+    for report in broken:
+        print(f"nnunet-calib fewshot: {report['error']}", file=sys.stderr)
+    for report in (report for report in reports if "error" not in report):
         for name, found in report["structures"].items():
-            what = "absent" if found["absent"] else f"{found['volume_mm3'] / 1000:.2f} ml"
+            what = "absent" if found["absent"] else _size(found)
             print(f"{report['case']:<32} {name:<20} {what:>12}")
             for warning in found["warnings"]:
                 print(f"nnunet-calib fewshot: {report['case']}, {name}: {warning}", file=sys.stderr)
-    print(f"{len(reports)} cases; written to {args.output}")
-    return 0
+    done = len(reports) - len(broken)
+    left = f", {len(broken)} could not be used" if broken else ""
+    print(f"{done} {'case' if done == 1 else 'cases'}{left}; written to {args.output}")
+    return 1 if broken else 0
+
+
+def _size(measured: Mapping[str, Any]) -> str:
+    """Size of a structure: ml, or what a 2D image has instead."""
+    if "area_mm2" in measured:
+        return f"{measured['area_mm2']:.1f} mm2"
+    return f"{measured['pixels']:.0f} pixels" if "pixels" in measured else f"{measured['volume_mm3'] / 1000:.2f} ml"
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    """Refuse whole numbers below the least that makes sense."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value}: it must be {least} or more")
+
+
+def _check_labels(label: int, ignore: int | None) -> None:
+    if label < 1:
+        raise UsageError(f"--label {label}: label maps hold a structure as 1 or more; 0 is background")
+    if ignore is not None and ignore in (0, label):
+        what = "background" if ignore == 0 else "the structure"
+        raise UsageError(f"--ignore {ignore} is {what}; name the value of voxels that do not count")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -261,10 +298,15 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    _check_labels(args.label, None)
+    _at_least(1, chunks=min(args.chunks), sets=args.sets)
+    _at_least(FEWEST_SAMPLED, voxels=args.voxels)
+    if min(args.k) < 1:
+        raise UsageError(f"-k {min(args.k)}: it must be 1 or more")
+    if not all(0 <= weight < float("inf") for weight in args.refine):
+        raise UsageError("--refine: weights of the entropy are 0 or more")
     from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
 
-    if min(*args.chunks, *args.k, args.voxels, args.sets or 1) < 1:
-        raise UsageError("--chunks, -k, --sets and --voxels must be 1 or more")
     prediction = _prediction(args)
     if prediction.pop("previous") is not None:
         raise UsageError("evaluate takes no cascade")

@@ -20,7 +20,7 @@ from nnunet_calib.fewshot.apply.query import Found, Structures
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.structure.fitted import FittedStructure
 from nnunet_calib.fewshot.task.file import Task
-from nnunet_calib.fewshot.volume.files import Volume, to_image_grid, turn_back, write_segmentation
+from nnunet_calib.fewshot.volume.files import MEASURES, Volume, to_image_grid, turn_back, voxel_size, write_segmentation
 
 _PACKAGES = ("nnunet-calib", "nnunetv2", "torch", "numpy")
 _OUTSIDE = -40.0  # log odds outside the box that nnU-Net crops to
@@ -119,7 +119,8 @@ def write_case(
 
 def report_of(volume: Volume, structures: Structures, found: Sequence[Found], voxels: Sequence[int]) -> dict[str, Any]:
     """What is told of a case; JSON."""
-    step = float(np.prod(volume.file_properties["spacing"]))
+    step = voxel_size(volume.file_properties["spacing"], volume.unit)
+    measure = MEASURES[volume.unit]
     rows = zip(structures.tasks, structures.fitted, structures.values, found, voxels, strict=True)
     told: dict[str, Any] = {}
     for task, fitted, value, one, count in rows:
@@ -127,10 +128,12 @@ def report_of(volume: Volume, structures: Structures, found: Sequence[Found], vo
         told[task.name] = {
             "label": value,
             "absent": novel.absent,
-            "volume_mm3": count * step,
-            "expected_volume_mm3": novel.expected_mm3,
+            "volume_mm3": None,
+            "expected_volume_mm3": None,
+            measure: count * step,
+            f"expected_{measure}": novel.expected_mm3,
             "share_in_view": one.in_view,
-            "presence_score": None if novel.presence == np.inf else float(novel.presence),
+            "presence_score": float(novel.presence) if np.isfinite(novel.presence) else None,
             "presence_limit": fitted.presence_limit,
             "shift_by_volume_prior": novel.shift,
             "threshold": novel.threshold,
@@ -205,11 +208,13 @@ def _warnings(task: Task, fitted: FittedStructure, volume: Volume, found: Found)
             f"stored {volume.stored}, turned into {volume.orientation} of the supports and back: the base classes too "
             "are those of the turned image"
         )
-    if novel.absent:
+    if not found.in_view:
+        warnings.append("absent: no place where the supports have the structure lies in the field of view")
+    elif novel.absent:
         warnings.append(f"absent: presence score {novel.presence:.1f}, limit {fitted.presence_limit:.1f}")
     elif fitted.prior is None:
         warnings.append("nothing is known of the structure's size; neither its volume nor its presence is checked")
-    if found.in_view < 1:
+    if 0 < found.in_view < 1:
         warnings.append(f"the field of view can hold {found.in_view:.0%} of the structure; less volume is expected")
     if found.distance > task.background.limit:
         warnings.append(

@@ -5,15 +5,16 @@ What is known of a query is its image. Labels of queries have no place here.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nnunet_calib.data.errors import UsageError
-from nnunet_calib.data.files import write_whole
+from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import read_json, write_whole
+from nnunet_calib.data.model import file_sha256
 from nnunet_calib.fewshot.apply.files import make_folders, report_of, write_case
 from nnunet_calib.fewshot.apply.query import Structures, find_structures
 from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
@@ -22,6 +23,8 @@ from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.files import Volume, find_images, read_volume
 
 REPORT_ENDING = ".fewshot.json"
+MADE_FROM = "made_from.json"
+"""What all cases of a folder were made from."""
 
 
 def apply_folder(
@@ -61,16 +64,17 @@ def apply_folder(
         mirroring: test-time augmentation of the base classes.
         previous: of a cascade, the folder of the previous stage's segmentations.
         readers: cases read ahead.
-        overwrite: else cases with a report are left as they are.
+        overwrite: else cases with a report of the same images are left as they are.
         progress: show a bar.
         seed: of sampled voxels.
 
     Returns:
-        The reports of the cases.
+        The reports of the cases; of one whose files cannot be used ``case`` and ``error``, a line, and no file.
 
     Raises:
-        UsageError: options or folders that make no sense.
-        InputError: files that cannot be used, or a task of another model.
+        UsageError: options or folders that make no sense; an output that holds other cases made with other tasks,
+            options or another order of tasks, or anything to be continued that was.
+        InputError: tasks that cannot be used, or of another model.
     """
     images, output = Path(images), Path(output)
     files = _task_files([Path(task) for task in tasks])
@@ -82,25 +86,88 @@ def apply_folder(
     cases = find_images(images, model.dataset.file_ending)
     if output.resolve() == images.resolve():
         raise UsageError(f"{output} holds the images; name another folder for the results")
+    made_from = {
+        "model": model.fingerprint() | {"folds": list(model.folds)},
+        "tasks": [{"name": task.name, "sha256": file_sha256(file)} for file, task in zip(files, loaded, strict=True)],
+        "options": {
+            "merge": merge,
+            "probabilities": probabilities,
+            "step_size": step_size,
+            "mirroring": mirroring,
+            "previous": None if previous is None else str(previous.resolve()),
+            "seed": seed,
+        },
+    }
+    _check_same_results(output, made_from, cases if overwrite else ())
     make_folders(output, model, structures, merge)
+    write_whole(output / MADE_FROM, json.dumps(made_from, indent=1) + "\n")
     if not overwrite:
-        cases = {case: paths for case, paths in cases.items() if not (output / (case + REPORT_ENDING)).is_file()}
+        cases = {case: paths for case, paths in cases.items() if not _is_done(output, case, paths)}
     predictor = FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
 
-    def read(case: str) -> Volume:
+    def read(case: str) -> Volume | InputError:
         stage = None if previous is None else previous / (case + model.dataset.file_ending)
-        return read_volume(model, case, cases[case], orientation=orientation, previous=stage)
+        try:
+            return read_volume(model, case, cases[case], orientation=orientation, previous=stage)
+        except InputError as error:  # of one case; the others are done
+            return error
 
-    def segment(volume: Volume) -> dict[str, Any]:
+    def segment(case: str, volume: Volume | InputError) -> dict[str, Any]:
+        if isinstance(volume, InputError):
+            # what an earlier run left of it would pass for a result of this one
+            (output / (case + REPORT_ENDING)).unlink(missing_ok=True)
+            return {"case": case, "error": str(volume)}
         begin = time.perf_counter()
+        images_of = _checksums(cases[case])
         logits, found = find_structures(model, predictor, volume, structures, seed)
         voxels = write_case(model, volume, logits, structures, found, output, merge, probabilities)
-        report = report_of(volume, structures, found, voxels) | {"seconds": round(time.perf_counter() - begin, 3)}
+        report = report_of(volume, structures, found, voxels)
+        report |= {"images": images_of, "seconds": round(time.perf_counter() - begin, 3)}
         write_whole(output / (volume.case + REPORT_ENDING), json.dumps(report, indent=1, allow_nan=False) + "\n")
         return report
 
     volumes = _ahead(read, list(cases), readers)
-    return [segment(volume) for volume in tqdm(volumes, "cases", len(cases), unit="case", disable=not progress)]
+    bar = tqdm(zip(cases, volumes, strict=True), "cases", len(cases), unit="case", disable=not progress)
+    return [segment(case, volume) for case, volume in bar]
+
+
+def _check_same_results(output: Path, made_from: Mapping[str, Any], replaced: Collection[str]) -> None:
+    """Refuse a folder with cases of other tasks, options or another model beside which these would lie.
+
+    Args:
+        output: the folder.
+        made_from: what all cases of this run are made from.
+        replaced: cases that this run makes anew.
+
+    Raises:
+        UsageError: as said.
+    """
+    kept = {file.name.removesuffix(REPORT_ENDING) for file in output.glob("*" + REPORT_ENDING)} - set(replaced)
+    if not kept:
+        return
+    try:
+        there = read_json(output / MADE_FROM)
+    except InputError:
+        there = {}
+    different = next((name for name in made_from if there.get(name) != made_from[name]), None)
+    if different is not None:
+        shown = {"model": "another model", "tasks": "other tasks, or in another order", "options": "other options"}
+        why = shown[different] if there else "another version of nnunet-calib"
+        raise UsageError(
+            f"{output} holds {sorted(kept)[0]}, made with {why}: its labels mean something else; name another folder"
+        )
+
+
+def _is_done(output: Path, case: str, images: Sequence[Path]) -> bool:
+    """Whether a case has a report, of these images."""
+    try:
+        return read_json(output / (case + REPORT_ENDING)).get("images") == _checksums(images)
+    except (InputError, OSError):
+        return False
+
+
+def _checksums(images: Sequence[Path]) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in images}
 
 
 def _structures(model: BaseModel, tasks: Sequence[Task], files: Sequence[Path]) -> Structures:
@@ -134,7 +201,9 @@ def _folds(tasks: Sequence[Task], folds: Sequence[str | int] | None) -> Sequence
 def _task_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
-        inside = sorted(path.glob("*.fewshot")) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.glob("*.fewshot") if not file.name.startswith("."))
         if not inside:
             raise UsageError(f"{path}: no task file in it; fewshot fit writes NAME.fewshot")
         files += inside
@@ -143,7 +212,9 @@ def _task_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _ahead(read: Callable[[str], Volume], cases: Sequence[str], readers: int) -> Iterator[Volume]:
+def _ahead(
+    read: Callable[[str], Volume | InputError], cases: Sequence[str], readers: int
+) -> Iterator[Volume | InputError]:
     """Volumes in order; up to ``readers`` are read while others are predicted."""
     if readers < 1:
         yield from map(read, cases)

@@ -14,11 +14,11 @@ from torch import Tensor
 from nnunet_calib.fewshot.apply.refine import refine_on_query
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
-from nnunet_calib.fewshot.structure.background import VOXELS
 from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, apply_structure
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.files import Volume
+from nnunet_calib.fewshot.volume.sampling import drawn_evenly
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 
 
@@ -63,8 +63,7 @@ def find_structures(
     query, one for each with adapters.
     """
     image = torch.from_numpy(volume.image)
-    generator = np.random.default_rng(seed)
-    some = torch.from_numpy(np.stack([generator.integers(0, size, VOXELS) for size in volume.shape], axis=1))
+    some = torch.from_numpy(drawn_evenly(volume.shape, seed))
     plain = [fitted for fitted in structures.fitted if _in_one_pass(fitted)]
     weights = _projections([fitted.heads for fitted in plain], predictor.folds)
     seen = predictor.predict(image, weights, some)
@@ -99,12 +98,11 @@ def _sampled(predictor: FeaturePredictor, image: Tensor, index: np.ndarray) -> l
 
 def _found(task: Task, fitted: FittedStructure, scan: Scan, novel: NovelMap, features: Tensor) -> Found:
     alignment = fitted.frame.align(scan.size, scan.landmarks)
-    low, high = (fitted.frame.position(alignment(end)) for end in (np.zeros(3), scan.size))
     return Found(
         novel,
         task.background.distance(features),
         int(alignment.landmarks[fitted.settings.axis]),
-        fitted.places.share_inside(low, high),
+        fitted.share_in_view(scan, alignment),
     )
 
 

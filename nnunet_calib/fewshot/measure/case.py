@@ -19,7 +19,7 @@ from nnunet_calib.fewshot.measure.scores import base_dice, mean_dice
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.structure.fitted import NovelMap
 from nnunet_calib.fewshot.volume.files import STRUCTURE, Volume, read_volume, to_image_grid, turn_back
-from nnunet_calib.fewshot.volume.sampling import sample_support
+from nnunet_calib.fewshot.volume.sampling import drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Support, overlaps
 
@@ -170,6 +170,7 @@ class Case:
             weight,
             self.predicted.sampled(index),
             self.volume.structure_mm3,
+            self.predicted.sampled(np.ravel_multi_index(drawn_evenly(self.volume.shape).T, self.volume.shape))[0],
             self.volume.cut,
             part,
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -326,4 +327,8 @@ def _score(
 
 
 def _about(found: NovelMap) -> dict[str, Any]:
-    return {"presence": float(min(found.presence, 1e6)), "absent": found.absent, "expected_mm3": found.expected_mm3}
+    return {
+        "presence": float(np.clip(found.presence, -1e6, 1e6)),
+        "absent": found.absent,
+        "expected_mm3": found.expected_mm3,
+    }

@@ -6,7 +6,6 @@ over windows with nnU-Net's own Gaussian weights. Only projections of all voxels
 """
 
 import contextlib
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
+from nnunet_calib.data.quiet import quiet
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.branch import BranchFeatures
 from nnunet_calib.fewshot.network.features import DecoderFeatures
@@ -61,7 +61,7 @@ class FeaturePredictor(nnUNetPredictor):
         everything_on_device: bool = True,
     ):
         device = torch.device(device)
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells on the CPU that this is not CUDA
+        with quiet():  # nnU-Net tells on the CPU that this is not CUDA
             super().__init__(
                 tile_step_size=step_size,
                 use_mirroring=mirroring,

@@ -101,6 +101,11 @@ class FittedStructure:
         """There were left-out supports to calibrate on."""
         return self.calibration != PlattScaling()
 
+    def share_in_view(self, scan: Scan, alignment: Alignment) -> float:
+        """Share of the places of the structure that lie in the field of view of a query."""
+        low, high = (self.frame.position(alignment(end)) for end in (np.zeros(3), scan.size))
+        return self.places.share_inside(low, high)
+
     @property
     def projections(self) -> list[Tensor]:
         """W of each fold, float32 (R, F)."""
@@ -209,7 +214,9 @@ def apply_structure(
         logit[index] = found
         curve.add(found if counted is None else found[counted[index]], scan.voxel_mm3)
     shift, presence, absent = 0.0, np.inf, False
-    if expected is not None:
+    if expected_mm3 is None and not fitted.share_in_view(scan, alignment):
+        presence, absent = -np.inf, True  # whatever looks like it there is something else
+    elif expected is not None:
         presence = presence_score(curve, expected)
         absent = presence < fitted.presence_limit
         shift = operating_shift(curve, expected, fitted.settings.margin, present=not absent)
@@ -219,7 +226,7 @@ def apply_structure(
 
 
 def expected_volume(fitted: FittedStructure, scan: Scan, alignment: Alignment) -> float | None:
-    """Volume of the structure to expect in a query, mm3; None without prior or out of view."""
+    """Volume of the structure to expect in a query, mm3; None without prior, 0 out of view."""
     return _expected(fitted.prior, fitted.frame, fitted.places, scan, alignment)
 
 
@@ -272,7 +279,7 @@ def _expected(prior: SizePrior | None, frame: Frame, places: Places, scan: Scan,
     if prior is None:
         return None
     low, high = (frame.position(alignment(end)) for end in (np.zeros(3), scan.size))
-    return prior.expected(scan.body, places.share_inside(low, high)) or None
+    return prior.expected(scan.body, places.share_inside(low, high))
 
 
 def _prior(supports: Sequence[Support]) -> SizePrior | None:

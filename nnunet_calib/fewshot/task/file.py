@@ -19,16 +19,18 @@ from torch import Tensor
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import whole_file
 from nnunet_calib.fewshot.network.base_model import BaseModel
+from nnunet_calib.fewshot.network.features import DecoderFeatures
 from nnunet_calib.fewshot.structure.background import Background
 from nnunet_calib.fewshot.structure.fitted import FittedStructure, Settings
 from nnunet_calib.fewshot.structure.heads import HEADS
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.structure.platt import PlattScaling
 from nnunet_calib.fewshot.structure.prior import Places, SizePrior
-from nnunet_calib.fewshot.volume.frame import MODES, Frame
+from nnunet_calib.fewshot.task.validity import check_parts
+from nnunet_calib.fewshot.volume.frame import Frame
 
 ENDING = ".fewshot"
-_FORMAT = 1
+_FORMAT = 2  # 2: the background of each support
 _KEY = "nnunet_calib_fewshot"
 _COMPARED = ("classes", "plans", "trainer", "configuration")
 _KEPT = 1000  # voxels of the structure, and of background, of each support: what a head is refined with
@@ -47,7 +49,7 @@ class Task:
         structure: what was fitted; its samples are a few voxels of each support where heads are refined on queries,
             and none where they are not.
         inside: base labels that the structure may override.
-        background: features of the supports outside the structure, of the first fold.
+        background: features of the supports, of the first fold.
         report: what ``fit`` found; JSON.
     """
 
@@ -60,11 +62,15 @@ class Task:
     background: Background
     report: dict[str, Any]
 
+    def __post_init__(self):
+        parts = (self.name, self.model, self.orientation, self.folds, self.structure, self.inside)
+        check_parts(*parts, self.background, self.report)
+
     def check(self, model: BaseModel, path: Path) -> None:
-        """Refuse another model than the task was fitted to.
+        """Refuse another model than the task was fitted to, and what does not fit this one.
 
         Raises:
-            InputError: it is another, or has a fold without head.
+            InputError: it is another, has a fold without head, or a class of the structure's name.
         """
         given = model.fingerprint()
         different = [name for name in _COMPARED if given[name] != self.model.get(name)]
@@ -76,6 +82,16 @@ class Task:
                 f"{path}: fitted to another model than {model.folder} (other {different[0]}); features of another "
                 "network mean something else: fit the task to this one"
             )
+        if self.name in model.dataset.content["labels"]:
+            raise InputError(f"{path}: the model has a class {self.name!r} already; fit the task under another --name")
+        if self.name.endswith(model.dataset.file_ending):
+            raise InputError(f"{path}: {self.name!r} ends as image files do; fit the task under another --name")
+        known = model.dataset.labels
+        if unknown := [label for label in self.inside if label not in known]:
+            raise InputError(f"{path}: it lies inside label {unknown[0]}; the model's are {', '.join(map(str, known))}")
+        size = DecoderFeatures(model.network).size
+        if (given_size := self.background.mean.shape[1]) != size:
+            raise InputError(f"{path}: of {given_size} features, the model has {size}")
 
     def of_folds(self, folds: tuple[str, ...]) -> FittedStructure:
         """The structure with the heads of these folds only."""
@@ -165,15 +181,10 @@ def thinned(fitted: FittedStructure, seed: int = 0) -> FittedStructure:
 
 
 def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
-    for name, part in tensors.items():
-        if not part.isfinite().all():
-            raise ValueError(f"{name} is not finite")
     settings, frame, prior = _settings(content["settings"]), content["frame"], content["prior"]
-    folds = tuple(str(fold) for fold in content["folds"])
+    folds = tuple(content["folds"])
     heads = [HEADS[settings.head].from_state(_below(f"head.{fold}.", tensors)) for fold in folds]
     low, high = (np.array(frame[end], dtype=np.float64) for end in ("low", "high"))
-    if not heads or low.shape != (3,) or not (high > low).all():
-        raise ValueError("no heads, or a frame without extent")
     landmarks = {
         int(c): np.array([[_number(x) for x in row] for row in rows]) for c, rows in frame["landmarks"].items()
     }
@@ -184,24 +195,22 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
     fitted = FittedStructure(
         settings=settings,
         heads=heads,
-        frame=Frame(str(frame["extent"]), low, high, landmarks),
+        frame=Frame(frame["extent"], low, high, landmarks),
         prior=None if prior is None else SizePrior(**prior | {"body": {int(c): v for c, v in prior["body"].items()}}),
         places=Places(tensors["places"].numpy()),
         calibration=PlattScaling(**content["calibration"]),
-        presence_limit=float(content["presence_limit"]),
+        presence_limit=content["presence_limit"],
         samples=samples,  # type: ignore[arg-type]
-        left_out=[float(dice) for dice in content["left_out"]],
+        left_out=list(content["left_out"]),
     )
-    background = Background(
-        tensors["background.mean"], tensors["background.factor"], float(content["background_limit"])
-    )
+    background = Background(tensors["background.mean"], tensors["background.factor"], content["background_limit"])
     return Task(
-        name=str(content["name"]),
+        name=content["name"],
         model=dict(content["model"]),
-        orientation=str(content["orientation"]),
+        orientation=content["orientation"],
         folds=folds,
         structure=fitted,
-        inside=tuple(int(label) for label in content["inside"]),
+        inside=tuple(content["inside"]),
         background=background,
         report=dict(content["report"]),
     )
@@ -210,8 +219,8 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
 def _settings(content: Mapping[str, Any]) -> Settings:
     objective = content["objective"]
     settings = Settings(**dict(content) | {"objective": None if objective is None else Objective(**objective)})
-    if settings.chunks < 1 or settings.mode not in MODES or settings.axis not in (0, 1, 2):
-        raise ValueError("chunks that make no sense")
+    if settings.head not in HEADS:
+        raise ValueError(f"head {settings.head!r:.30}")
     return settings
 
 

@@ -18,7 +18,8 @@ from nnunet_calib.fewshot.structure.fitted import Settings, fit_structure
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.file import ENDING, Task, thinned
-from nnunet_calib.fewshot.volume.files import Volume, find_images, find_supports, read_volume
+from nnunet_calib.fewshot.task.validity import valid_name
+from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_images, find_supports, read_volume
 from nnunet_calib.fewshot.volume.sampling import VOXELS
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Annotated, Support, read_support
@@ -88,7 +89,7 @@ def fit_folder(
     model = BaseModel(model_folder, folds, checkpoint)
     model.check_previous_stage(previous)
     known = model.dataset.labels
-    if unknown := sorted(set(inside or ()) - set(known)):
+    if unknown := sorted(set(inside or ()) - set(known) | {0} & set(inside or ())):
         raise UsageError(f"--inside {unknown[0]}: the model's labels are {', '.join(map(str, known))}")
     if name in model.dataset.content["labels"]:
         raise UsageError(f"the model has a class {name!r} already; choose another --name")
@@ -165,8 +166,6 @@ def fit_task(
         notes.append("the base model predicts no class to align volumes by: the ends of the volumes are used")
     notes += _disagreements([support.case for support in supports], fitted.left_out)
     containing, told = nested(model, [support.overlaps for support in supports], inside)
-    features = torch.cat([support.features[0] for support in seen])
-    _, target, weight, _, _, number = fitted.samples[0]
     return Task(
         name=name,
         model=model.fingerprint(),
@@ -174,12 +173,12 @@ def fit_task(
         folds=model.folds,
         structure=thinned(fitted),
         inside=containing,
-        background=Background.of(features[~target], weight[~target], number[~target]),
+        background=Background.of([support.even for support in seen]),
         report={
             "supports": [
                 {
                     "case": support.case,
-                    "volume_mm3": support.support.structure_mm3,
+                    MEASURES[support.unit]: support.support.structure_mm3,
                     "cut": support.support.cut,
                     "voxels": len(support.support.index),
                     "landmarks": sorted(int(c) for c in support.support.scan.landmarks),
@@ -198,7 +197,7 @@ def task_file(output: Path, name: str) -> Path:
     Raises:
         UsageError: a name or a place that cannot be used.
     """
-    if not name.strip() or set(name) & set("/\\\0") or name in (".", "..", "background", "ignore"):
+    if not valid_name(name):
         raise UsageError(f"{name!r} cannot name a structure")
     if output.is_dir():
         return output / (name + ENDING)
@@ -227,7 +226,7 @@ def nested(
         elif share > _MOSTLY and inside is None:
             found.append(c)
             notes.append(f"{share:.0%} of the structure lies in {named} and will override it; else pass --inside")
-    return (tuple(found) if inside is None else tuple(inside)), notes
+    return (tuple(found) if inside is None else tuple(sorted(set(inside)))), notes
 
 
 def _disagreements(cases: Sequence[str], dice: Sequence[float]) -> list[str]:

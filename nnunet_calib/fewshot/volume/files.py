@@ -5,12 +5,10 @@ are carried along. nnU-Net predicts an array as it is stored; chunks, positions 
 in the patient, so a case stored in another orientation than the task's is turned before and turned back after.
 """
 
-import contextlib
-import io
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import LabelImage, affine_of, check_same_geometry, geometry_of, read_labels
+from nnunet_calib.data.quiet import quiet
 from nnunet_calib.fewshot.network.base_model import BaseModel
 
 STRUCTURE, IGNORED = 1, 2
@@ -53,6 +52,9 @@ class Volume:
         structure_mm3: volume of the structure in the image; None for a query.
         cut: the structure touches the border of the image, or voxels that do not count: some of it may lie there.
         coarsest: the largest ratio of the image's spacing to that of S.
+        unit: of ``structure_mm3`` and all volumes of the case: ``mm3``; of a 2D image ``mm2``, its slice being taken as
+            1 mm thick, for nnU-Net's spacing along the third axis is a placeholder; or ``pixels`` where the format
+            holds no spacing.
     """
 
     case: str
@@ -67,6 +69,7 @@ class Volume:
     structure_mm3: float | None = None
     cut: bool = False
     coarsest: float = 1.0
+    unit: str = "mm3"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -96,7 +99,7 @@ def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(file_ending)}")
     cases: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if match := pattern.fullmatch(path.name):
+        if (match := pattern.fullmatch(path.name)) and not path.name.startswith("."):
             cases.setdefault(match[1], []).append(path)
     if not cases:
         raise InputError(f"{folder}: no images; nnU-Net names them CASE_0000{file_ending}, one file a channel")
@@ -113,7 +116,11 @@ def find_supports(images: Path, labels: Path, file_ending: str) -> dict[str, tup
     found = find_images(images, file_ending)
     if not labels.is_dir():
         raise UsageError(f"{labels} is not a folder")
-    maps = {path.name.removesuffix(file_ending): path for path in labels.iterdir() if path.name.endswith(file_ending)}
+    maps = {
+        path.name.removesuffix(file_ending): path
+        for path in labels.iterdir()
+        if path.name.endswith(file_ending) and not path.name.startswith(".")
+    }
     if not maps:
         raise InputError(f"{labels}: no label map; they are named CASE{file_ending}, like the cases of {images}")
     if alone := sorted(maps.keys() - found.keys()):
@@ -157,6 +164,7 @@ def read_volume(
         raise InputError(f"{images[0]}: {len(image)} image channels, the model takes {channels}")
     spacing: Any = tuple(float(step) for step in properties["spacing"])
     stored = _orientation(affine_of(properties, spacing))
+    unit = unit_of(image, properties)
     target = stored if orientation is None else orientation
     if UNKNOWN in (stored, target) and stored != target:
         unknown = images[0] if stored == UNKNOWN else "the task's supports"
@@ -193,15 +201,33 @@ def read_volume(
         _axes(target),
         properties,
         file_properties,
+        unit=unit,
     )
     volume = _preprocess(model, volume, segmentations, carried=label is not None)
     if label is None:
         return volume
     return replace(
         volume,
-        structure_mm3=float(np.count_nonzero(structure) * np.prod(spacing)),
+        structure_mm3=np.count_nonzero(structure) * voxel_size(spacing, unit),
         cut=_touches_border(structure) or _touch(structure, uncounted),
     )
+
+
+def unit_of(image: np.ndarray, properties: Mapping[str, Any]) -> str:
+    """Unit of a voxel of an image (channels, z, y, x), as ``Volume.unit``, from nnU-Net's properties of its file."""
+    geometry = geometry_of(dict(properties))
+    if not geometry:
+        return "pixels" if image.shape[1] == 1 else "mm3"
+    return "mm2" if any(len(place) == 2 for place in geometry.values()) else "mm3"
+
+
+MEASURES = {"mm3": "volume_mm3", "mm2": "area_mm2", "pixels": "pixels"}
+"""Key in reports of a structure's size in each unit."""
+
+
+def voxel_size(spacing: Sequence[float], unit: str) -> float:
+    """Of one voxel of spacing (z, y, x), in its unit."""
+    return float(np.prod(spacing if unit == "mm3" else spacing[1:]))
 
 
 def to_image_grid(model: BaseModel, volume: Volume, channels: np.ndarray, fill: float) -> np.ndarray:
@@ -260,7 +286,11 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
     forward = model.plans_manager.transpose_forward
     before = properties["shape_after_cropping_and_before_resampling"]
     steps = [properties["spacing"][axis] for axis in forward]
-    spacing: Any = tuple(step * old / new for step, old, new in zip(steps, before, image.shape[1:], strict=True))
+    found = [step * old / new for step, old, new in zip(steps, before, image.shape[1:], strict=True)]
+    coarsest = max(step / new for step, new in zip(steps, found, strict=True))
+    if volume.unit != "mm3":
+        found[list(forward).index(0)] = 1.0  # of the one slice, for which nnU-Net has a placeholder
+    spacing: Any = tuple(found)
     return replace(
         volume,
         image=image,
@@ -269,18 +299,17 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
         properties=properties,
         # nnU-Net marks what lies outside the nonzero mask with -1: not the structure.
         label=segmentation[-1].clip(min=0) if carried else None,
-        coarsest=max(step / new for step, new in zip(steps, spacing, strict=True)),
+        coarsest=coarsest,
     )
 
 
 def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output):
+    with quiet() as output:
+        try:
             image, properties = reader().read_images([str(path) for path in images])
-    except Exception as error:  # third-party readers raise whatever their file format library does
-        said = (str(error).strip() or output.getvalue().strip() or type(error).__name__).splitlines()[-1]
-        raise InputError(f"{images[0]}: cannot be read as an image ({said})") from error
+        except Exception as error:  # third-party readers raise whatever their file format library does
+            said = (str(error).strip() or output.getvalue().strip() or type(error).__name__).splitlines()[-1]
+            raise InputError(f"{images[0]}: cannot be read as an image ({said})") from error
     if not np.isfinite(image).all():
         raise InputError(f"{images[0]}: values that are NaN or infinite")
     return image, properties

@@ -15,6 +15,9 @@ from nnunet_calib.data.strata import draw
 VOXELS = 30_000
 """Voxels drawn from each volume unless said otherwise."""
 
+EVEN_VOXELS = 2000
+"""Drawn evenly from a volume, to see how it differs from others."""
+
 BANDS_MM = (3.0, 10.0, 30.0)
 """Ends of the bands of distance that tell background apart; the last band has no end."""
 
@@ -72,3 +75,9 @@ def distance_band(structure: np.ndarray, spacing: Sequence[float]) -> np.ndarray
     band = np.full(structure.shape, len(BANDS_MM), dtype=np.uint8)
     band[near] = np.searchsorted(BANDS_MM, distance, side="right")
     return band
+
+
+def drawn_evenly(shape: Sequence[int], seed: int = 0) -> np.ndarray:
+    """Indices int64 (2000, 3) of voxels of a volume, drawn evenly."""
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.integers(0, size, EVEN_VOXELS) for size in shape], axis=1)

@@ -13,7 +13,7 @@ from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume
-from nnunet_calib.fewshot.volume.sampling import VOXELS, sample_support
+from nnunet_calib.fewshot.volume.sampling import VOXELS, drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 
 FEWEST_VOXELS = 10
@@ -31,6 +31,7 @@ class Support:
         weight: float64 (N,), voxels that each stands for.
         features: of each fold float32 (N, F).
         structure_mm3: volume of the structure.
+        even: float32 (M, F), features of the first fold at voxels drawn evenly from the volume.
         cut: the structure touches an end of the volume.
         part: int64 (N,), chunk of each voxel where the pairing is given; None: by the extent.
     """
@@ -41,6 +42,7 @@ class Support:
     weight: np.ndarray
     features: list[Tensor]
     structure_mm3: float
+    even: Tensor
     cut: bool = False
     part: np.ndarray | None = None
 
@@ -54,12 +56,14 @@ class Annotated:
         support: what a structure is fitted to.
         overlaps: of each base label that is predicted in the structure, its share of the structure, and their Dice.
         notes: one sentence each.
+        unit: of its volume, as ``Volume.unit``.
     """
 
     case: str
     support: Support
     overlaps: Mapping[int, tuple[float, float]]
     notes: tuple[str, ...]
+    unit: str = "mm3"
 
 
 def read_support(
@@ -91,16 +95,19 @@ def read_support(
         structure, scan.base, volume.spacing, volume.label != IGNORED, voxels=voxels, seed=seed
     )
     places = np.stack(np.unravel_index(index, volume.shape), axis=1)
+    even = drawn_evenly(volume.shape, seed)
+    features = predictor.features_at(image, torch.from_numpy(np.concatenate([places, even])))
     support = Support(
         scan,
         index,
         structure.ravel()[index],
         weight,
-        predictor.features_at(image, torch.from_numpy(places)),
+        [part[: len(index)] for part in features],
         volume.structure_mm3,
+        features[0][len(index) :],
         volume.cut,
     )
-    return Annotated(volume.case, support, overlaps(structure, scan.base), tuple(_notes(volume)))
+    return Annotated(volume.case, support, overlaps(structure, scan.base), tuple(_notes(volume)), volume.unit)
 
 
 def overlaps(structure: np.ndarray, base: np.ndarray) -> dict[int, tuple[float, float]]:
