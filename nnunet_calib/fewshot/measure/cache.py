@@ -6,10 +6,11 @@ Only evaluation keeps them. F features of a volume of V voxels take 2 F V bytes 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,16 +57,24 @@ class FeatureCache:
     """Predictions of one model, kept in a folder.
 
     Args:
-        folder: made if needed; what another model left there is not looked at.
+        folder: made if needed; what another model, or other options of the prediction, left there is not looked at.
         model: the base model.
+        options: of the prediction, JSON.
         predictor: makes the predictor.
     """
 
-    def __init__(self, folder: Path, model: BaseModel, predictor: Callable[[], FeaturePredictor]):
-        identity = hashlib.sha256(json.dumps(model.fingerprint(), sort_keys=True).encode()).hexdigest()[:12]
+    def __init__(
+        self,
+        folder: Path,
+        model: BaseModel,
+        predictor: Callable[[], FeaturePredictor],
+        options: Mapping[str, Any] | None = None,
+    ):
+        made_from = json.dumps([model.fingerprint(), list(model.folds), dict(options or {})], sort_keys=True)
+        identity = hashlib.sha256(made_from.encode()).hexdigest()[:12]
         self.folder = folder / identity
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._make = predictor
+        self._make, self._folds = predictor, len(model.folds)
 
     @cached_property
     def predictor(self) -> FeaturePredictor:
@@ -76,13 +85,14 @@ class FeatureCache:
         """The prediction of a case, from disk or by the network.
 
         Args:
-            name: of the files; other images need other names.
+            name: of the files; what they hold is told apart by the image.
             image: float32 (channels, *S), preprocessed.
         """
+        name = f"{name}.{hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()[:12]}"
         done = self.folder / f"{name}.base.npy"
         if not done.exists():
             self._run(name, image, done)
-        folds = sorted(self.folder.glob(f"{name}.fold*.npy"))
+        folds = [self.folder / f"{name}.fold{fold}.npy" for fold in range(self._folds)]
         return CachedPrediction(
             torch.from_numpy(np.load(done, allow_pickle=False)),
             [np.load(file, mmap_mode="r", allow_pickle=False) for file in folds],

@@ -12,6 +12,7 @@ import numpy as np
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunet_calib.data.images import read_labels
+from nnunet_calib.data.model import file_sha256
 from nnunet_calib.fewshot.apply.merge import merge_labels
 from nnunet_calib.fewshot.measure.cache import CachedPrediction, FeatureCache
 from nnunet_calib.fewshot.measure.protocols import alpnet_parts, alpnet_support_slices
@@ -33,6 +34,12 @@ class Files:
     images: tuple[Path, ...]
     label: Path
     base: Path | None = None
+
+    @cached_property
+    def checksums(self) -> list[str]:
+        """Of all files."""
+        paths = [*self.images, self.label, *([] if self.base is None else [self.base])]
+        return [file_sha256(path) for path in paths]
 
 
 class Case:
@@ -65,6 +72,13 @@ class Case:
         kept = f"{name}.as_{orientation}" if self.volume.turned else name
         self.predicted: CachedPrediction = cache.predict(kept, self.volume.image)
         self.scan: Scan = scan_of(model, self.volume, self.predicted.base)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it may take, with all that is computed of it."""
+        voxels, grid = int(np.prod(self.volume.properties["shape_before_cropping"])), self.scan.base.size
+        image, logits = self.volume.image.nbytes, self.predicted.base.nbytes
+        return image + logits + 8 * grid + 16 * voxels + 4 * self._voxels * self.predicted.features[0].shape[1]
 
     @cached_property
     def structure(self) -> np.ndarray:

@@ -5,8 +5,10 @@ which are trained for each set of supports and look at each query anew. Every pa
 ``pairs.jsonl`` as soon as it is scored, and is not done again.
 """
 
+import hashlib
 import itertools
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import read_labels
+from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.apply.refine import refine_on_query
 from nnunet_calib.fewshot.measure.cache import FeatureCache
 from nnunet_calib.fewshot.measure.case import Case, Files
@@ -32,8 +35,14 @@ from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.task.adapters import FEWEST, adapt
 from nnunet_calib.fewshot.task.fit import nested
 from nnunet_calib.fewshot.volume.files import find_supports
+from nnunet_calib.fewshot.volume.support import FEWEST_VOXELS
 
 ORACLE = "oracle"
+
+MEMORY = 2 << 30
+"""Bytes of cases that are kept for the next pair; one case is kept whatever its size."""
+
+_PACKAGES = ("nnunet-calib", "nnunetv2", "torch", "numpy", "SimpleITK")
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ def evaluate_structure(
     trials: Sequence[Trial],
     *,
     voxels: int = 30_000,
+    run: str = "",
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Score every pair of every trial.
@@ -123,9 +133,10 @@ def evaluate_structure(
         queries: cases to try on, of both protocols; they may be supports too.
         structure: its name.
         value: its label.
-        output: folder of ``pairs.jsonl``; lines that are there are not computed again.
+        output: folder of ``pairs.jsonl``; lines that are there, and were made from the same, are not computed again.
         trials: from ``grid``.
         voxels: drawn from each support.
+        run: what all pairs were made with, as ``evaluate_folder`` says it.
         progress: show a bar.
 
     Returns:
@@ -137,15 +148,12 @@ def evaluate_structure(
     """
     output.mkdir(parents=True, exist_ok=True)
     file = output / "pairs.jsonl"
-    done = {identity(record): record for record in read_pairs(file)}
-    cases: dict[str, Case] = {}
+    known_files = {**supports, **queries}
+    cases = _Cases()
+    orientation: str | None = None
 
     def case(name: str) -> Case:
-        if name not in cases:
-            # all lie as the first support, whichever pairs are left to do
-            turned = None if name == annotated[0] else case(annotated[0]).volume.orientation
-            cases[name] = Case(name, queries.get(name) or supports[name], model, value, cache, voxels, turned)
-        return cases[name]
+        return cases.get(name, lambda: Case(name, known_files[name], model, value, cache, voxels, orientation))
 
     reader = model.plans_manager.image_reader_writer_class
     with_structure = {
@@ -156,7 +164,30 @@ def evaluate_structure(
     if not with_structure & supports.keys():
         raise InputError(f"{next(iter(supports.values())).label.parent}: no label map holds {value}")
     # A query without the structure is a question of P2; P1 has no slice of it to score.
-    annotated = [name for name in supports if name in with_structure]
+    annotated = []
+    for name in supports:
+        if name in with_structure:
+            read = case(name)
+            # all lie as the first support that can be used, as in ``fit``
+            if np.count_nonzero(read.structure) >= FEWEST_VOXELS:
+                annotated.append(name)
+                orientation = orientation or read.volume.orientation
+            elif orientation is None:
+                cases.forget(name)  # as a query it lies as the first support
+    if not annotated:
+        folder = next(iter(supports.values())).label.parent
+        raise InputError(f"{folder}: no case has {FEWEST_VOXELS} voxels of {value} at the model's spacing")
+    if PAPER in {trial.protocol for trial in trials}:
+        with_structure = {
+            name
+            for name in with_structure
+            if name in annotated or (name in queries and np.count_nonzero(case(name).structure) >= FEWEST_VOXELS)
+        }
+    done = {
+        identity(record): record
+        for record in read_pairs(file)
+        if record["structure"] == structure and _holds(record, known_files, run, value)
+    }
     wanted = []
     for trial in trials:
         episodes = (
@@ -183,6 +214,7 @@ def evaluate_structure(
                 if fitted[0] != (trial, episode.supports):
                     fitted = ((trial, episode.supports), _fit(model, cache, trial, episode, case))
                 assert fitted[1] is not None
+                known |= {"run": run, "made_from": _made_from(known, known_files, run, value)}
                 record = known | _score(model, cache, trial, episode, fitted[1], case)
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
@@ -264,11 +296,71 @@ def evaluate_folder(
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    cache = FeatureCache(output / "features", model, predictor)
-    evaluate_structure(model, cache, supports, queries, name, value, output, trials, voxels=voxels, progress=progress)
-    about = {"model": model.fingerprint(), "supports": sorted(supports), "queries": sorted(queries), "voxels": voxels}
-    rows = write_results(output, read_pairs(output / "pairs.jsonl"), about)
+    options = {"step_size": step_size, "mirroring": mirroring}
+    cache = FeatureCache(output / "features", model, predictor, options)
+    software = installed_versions(_PACKAGES)
+    run = _hash([model.fingerprint(), list(model.folds), options, voxels, software])
+    evaluate_structure(
+        model, cache, supports, queries, name, value, output, trials, voxels=voxels, run=run, progress=progress
+    )
+    everything = read_pairs(output / "pairs.jsonl")
+    kept = [
+        record
+        for record in everything
+        if record.get("run") == run
+        and (record["structure"] != name or _holds(record, {**supports, **queries}, run, value))
+    ]
+    about = {
+        "model": model.fingerprint(),
+        "supports": sorted(supports),
+        "queries": sorted(queries),
+        "label": value,
+        "voxels": voxels,
+        **options,
+        "software": software,
+        "pairs_left_out": len(everything) - len(kept),  # made from something else
+    }
+    rows = write_results(output, kept, about)
     return [row for row in rows if row["structure"] == name]
+
+
+def _made_from(record: Mapping[str, Any], files: Mapping[str, Files], run: str, value: int) -> str | None:
+    """What the numbers of a pair would be made from today; None if a case of it is not there any more."""
+    names = [*record["supports"], record["query"]]
+    if any(name not in files for name in names):
+        return None
+    return _hash([run, value, [files[name].checksums for name in names]])
+
+
+def _holds(record: Mapping[str, Any], files: Mapping[str, Files], run: str, value: int) -> bool:
+    now = _made_from(record, files, run, value)
+    return now is not None and record.get("made_from") == now
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Cases:
+    """The cases that were used last, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Case] = OrderedDict()
+
+    def get(self, name: str, make: Callable[[], Case]) -> Case:
+        """A case; read again if it had to make room for others."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        self._kept.move_to_end(name)
+        total = sum(case.size for case in self._kept.values())
+        while total > MEMORY and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            total -= oldest.size
+        return self._kept[name]
+
+    def forget(self, name: str) -> None:
+        """Read a case again when it is next wanted."""
+        self._kept.pop(name, None)
 
 
 def _fit(

@@ -23,23 +23,26 @@ def identity(record: Mapping[str, Any]) -> str:
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:
-    """Records of ``pairs.jsonl``; a line that was cut off is left out."""
+    """Records of ``pairs.jsonl``, of a pair that is there twice the later; a line that was cut off is left out."""
     if not file.exists():
         return []
-    records = []
+    records = {}
     for line in file.read_text().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            records[identity(record)] = record
+        except (json.JSONDecodeError, LookupError, TypeError):
             continue
-    return records
+    return list(records.values())
 
 
 def write_results(output: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Write ``pairs.csv`` and ``summary.json``; the rows of the summary are returned."""
     if not records:
         raise InputError(f"{output}: no pair was scored")
-    columns = list(dict.fromkeys(name for record in records for name in record if name != "base_classes"))
+    columns = list(
+        dict.fromkeys(name for record in records for name in record if name not in ("base_classes", "run", "made_from"))
+    )
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
