@@ -5,9 +5,11 @@ are carried along. nnU-Net predicts an array as it is stored; chunks, positions 
 in the patient, so a case stored in another orientation than the task's is turned before and turned back after.
 """
 
+import gzip
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ STRUCTURE, IGNORED = 1, 2
 UNKNOWN = "unknown"
 """Orientation of images whose files do not say how they lie in the patient, such as 2D images."""
 
+_CHUNK = 1 << 20
 _COARSE = 3.0  # times the target spacing, from which a label map has visible steps
 
 
@@ -303,7 +306,25 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
     )
 
 
+def _check_compressed(path: Path) -> None:
+    """Refuse a gzip file that is cut or damaged: SimpleITK makes up for what is missing with zeros."""
+    try:
+        with path.open("rb") as raw:
+            if raw.read(2) != b"\x1f\x8b":  # not compressed, whatever its name
+                return
+        with gzip.open(path) as stream:
+            while stream.read(_CHUNK):
+                pass
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    for path in images:
+        if path.suffix == ".gz":
+            _check_compressed(path)
     with quiet() as output:
         try:
             image, properties = reader().read_images([str(path) for path in images])
