@@ -39,7 +39,7 @@ def test_two_commands_segment_a_new_structure(made, tmp_path, capsys):
     words[words.index(str(made.task))] = str(tmp_path / "ball.fewshot")
     assert main(words) == 0
     assert "query_10" in (printed := capsys.readouterr().out)
-    assert "1 cases; written to" in printed
+    assert "1 case; written to" in printed
     merged = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "query_10.nii.gz")))
     assert (merged == 3).sum() > 100
     assert json.loads((tmp_path / "out" / "query_10.fewshot.json").read_text())["structures"]["ball"]["label"] == 3
@@ -117,3 +117,19 @@ def test_what_cannot_be_applied_is_told_in_one_line(made, tmp_path, capsys):
     words[words.index("-i") + 1] = str(broken)
     assert main(words) == 1
     assert "x_0000.nii.gz: cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--label", "0"], "--label 0"),
+        (["--ignore", str(STRUCTURE)], "is the structure"),
+        (["--voxels", "1"], "--voxels 1"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--chunks", "0"], "--chunks 0"),
+        (["--chunks", "100000"], "--chunks 100000"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(made, tmp_path, capsys, flags, told):
+    assert main(fit(made, tmp_path, *flags)) == 2
+    assert told in capsys.readouterr().err

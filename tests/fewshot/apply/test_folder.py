@@ -11,6 +11,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.apply.folder import apply_folder
 from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
@@ -18,6 +19,7 @@ from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.task.fit import fit_folder
+from nnunet_calib.fewshot.volume.files import find_images
 
 from ..conftest import STRUCTURE, Supports, write_case
 from ..hosts import landmarks, phantom, write_image, write_model
@@ -485,3 +487,59 @@ def test_requests_without_meaning_are_refused(supports, tmp_path):
     replace(other, name="other", orientation="RAS").save(tmp_path / "other.fewshot")
     with pytest.raises(UsageError, match="apply these tasks one after the other"):
         apply(supports, images, tmp_path / "out", [supports.task, tmp_path / "other.fewshot"])
+
+
+# ------------------------------------------------------------------------------------- what a result was made from
+
+
+def test_an_unreadable_image_is_reported_and_the_others_are_done(supports, tmp_path):
+    images = queries(tmp_path, 2)
+    file = images / "query_10_0000.nii.gz"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 6 // 10])
+    broken, done = apply(supports, images, tmp_path / "out", readers=2)
+    assert broken["case"] == "query_10"
+    assert "query_10_0000.nii.gz: truncated or damaged" in broken["error"]
+    assert done["structures"]["ball"]["volume_mm3"] > 0
+    assert {file.name for file in (tmp_path / "out").glob("query*")} == {"query_11.nii.gz", "query_11.fewshot.json"}
+    assert main(["fewshot", "apply", str(supports.model), str(supports.task), "-i", str(images), "-o",
+                 str(tmp_path / "again"), "-device", "cpu"]) == 1  # fmt: skip
+
+
+def test_hidden_files_are_no_cases(supports, tmp_path):
+    images = queries(tmp_path)
+    (images / "._query_10_0000.nii.gz").write_bytes(b"macOS")
+    assert find_images(images, ".nii.gz").keys() == {"query_10"}
+
+
+def test_a_folder_is_continued_with_the_same_tasks_and_options_only(supports, tmp_path):
+    images, out, two = queries(tmp_path, 2), tmp_path / "out", tmp_path / "two.fewshot"
+    supports.fit(two, name="two", settings=Settings(head="prototype", chunks=2))
+    apply(supports, images, out, [supports.task, two])
+    before = (out / "dataset.json").read_bytes()
+    others = [([two, supports.task], {}), ([supports.task], {}), ([supports.task, two], {"merge": False})]
+    for tasks, options in others:
+        with pytest.raises(UsageError, match="made with other .*name another folder"):
+            apply(supports, images, out, tasks, overwrite=False, **options)
+    (images / "query_11_0000.nii.gz").unlink()
+    with pytest.raises(UsageError, match="holds query_11, made with other tasks"):
+        apply(supports, images, out, [two])  # query_11 would keep labels that mean something else
+    assert (out / "dataset.json").read_bytes() == before
+    assert apply(supports, images, out, [supports.task, two], overwrite=False) == []
+    write_case(tmp_path, "query_10", 12)  # another image of the same name
+    assert [report["case"] for report in apply(supports, images, out, [supports.task, two], overwrite=False)] == [
+        "query_10"
+    ]
+
+
+def test_a_structure_out_of_view_is_absent(supports, tmp_path):
+    """Only the landmarks are in view, and something that looks like the structure."""
+    image, _ = phantom(10)
+    write_case(tmp_path, "query_10", 10, image=image[:, :, :11])
+    task = Task.load(supports.task)
+    far = replace(task.structure, places=replace(task.structure.places, points=task.structure.places.points + 5))
+    replace(task, structure=far).save(tmp_path / "far.fewshot")
+    (report,) = apply(supports, tmp_path / "images", tmp_path / "out", [tmp_path / "far.fewshot"], merge=False)
+    told = report["structures"]["ball"]
+    assert (told["share_in_view"], told["absent"], told["volume_mm3"], told["expected_volume_mm3"]) == (0, True, 0, 0)
+    assert any("lies in the field of view" in warning for warning in told["warnings"])

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from nnunet_calib.cli.main import main
@@ -217,3 +218,31 @@ def test_a_case_cannot_be_support_and_query(supports, tmp_path):
             query_images=supports.root / "images",
             query_labels=supports.root / "labels",
         )
+
+
+def test_pairs_made_from_something_else_are_computed_again_and_leave_the_table(supports, evaluated, tmp_path):
+    """Another label, other files and other options each: never the old numbers."""
+    trials = grid(["prototype"], [2], ["aligned"], [1], ["P2"])
+    first = run(supports, tmp_path, trials, voxels=2000)
+    (tmp_path / "labels").mkdir()
+    for file in (supports.root / "labels").iterdir():
+        image = sitk.ReadImage(str(file))
+        rolled = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(image), 4, axis=0))
+        rolled.CopyInformation(image)
+        sitk.WriteImage(rolled, str(tmp_path / "labels" / file.name))
+    given = {"name": "ball", "value": STRUCTURE, "trials": trials, "voxels": 2000, "progress": False}
+    rolled = evaluate_folder(supports.model, supports.root / "images", tmp_path / "labels", tmp_path, **given)
+    assert [row["pairs"] for row in rolled] == [row["pairs"] for row in first]
+    assert rolled[0]["Dice"] != first[0]["Dice"]
+    assert repr(run(supports, tmp_path, trials, voxels=2000)) == repr(first)
+    other = run(supports, tmp_path, grid(["prototype"], [1], ["aligned"], [1], ["P2"]), voxels=2000, mirroring=False)
+    assert [row["chunks"] for row in other] == [1], "what was predicted with mirroring is in no table without"
+    assert json.loads((tmp_path / "summary.json").read_text())["about"]["pairs_left_out"] == 6
+
+
+def test_cases_are_read_again_where_memory_has_no_room_for_all(supports, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_calib.fewshot.measure.evaluate.MEMORY", 0)
+    trials = grid(["prototype"], [2], ["aligned"], [1], ["P2"])
+    (row,) = run(supports, tmp_path, trials)
+    (same,) = [r for r in evaluated[1] if (r["head"], r["k"], r["protocol"]) == ("prototype", 1, "P2")]
+    assert row["Dice"] == same["Dice"]

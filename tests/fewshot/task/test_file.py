@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,28 @@ def changed(file, target, change) -> None:
         lambda content: content["calibration"].update(slope=-1),
         lambda content: content.update(folds=["7"]),
         lambda content: content.update(folds=[]),
+        lambda content: content.update(name="../outside"),
+        lambda content: content.update(name="/tmp/outside"),
+        lambda content: content.update(name=".hidden"),
+        lambda content: content.update(name=7),
+        lambda content: content.update(orientation="XYZ"),
+        lambda content: content.update(orientation="LLS"),
+        lambda content: content.update(presence_limit=None),
+        lambda content: content.update(presence_limit=1.0),
+        lambda content: content.update(background_limit=-1.0),
+        lambda content: content.update(inside=[0]),
+        lambda content: content.update(inside=["1"]),
+        lambda content: content.update(left_out=[2.0]),
+        lambda content: content["settings"].update(chunks=12.5),
+        lambda content: content["settings"].update(chunks=7),
+        lambda content: content["settings"].update(chunks=10**9),
+        lambda content: content["settings"].update(margin=-0.3),
+        lambda content: content["settings"].update(extent="oracle"),
+        lambda content: content["settings"].update(head=["linear"]),
+        lambda content: content["settings"].update(objective={"entropy": -1}),
+        lambda content: content["frame"].update(extent="volume"),
+        lambda content: content["prior"].update(volume=0),
+        lambda content: content["prior"].update(volume="large"),
     ],
 )
 def test_a_damaged_task_is_refused_in_one_line(supports, tmp_path, change):
@@ -104,9 +127,24 @@ def test_a_damaged_task_is_refused_in_one_line(supports, tmp_path, change):
 
 
 def test_a_task_of_another_version_is_refused(supports, tmp_path):
-    changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(format=2))
+    changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(format=1))
     with pytest.raises(InputError, match="of another version of nnunet-calib"):
         Task.load(tmp_path / "x.fewshot")
+
+
+def test_a_name_or_a_label_of_the_model_is_refused(supports, tmp_path):
+    model = BaseModel(supports.model)
+    changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(name="a"))
+    with pytest.raises(InputError, match="the model has a class 'a' already"):
+        Task.load(tmp_path / "x.fewshot").check(model, tmp_path / "x.fewshot")
+    changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(inside=[999]))
+    with pytest.raises(InputError, match="inside label 999; the model's are 0, 1, 2"):
+        Task.load(tmp_path / "x.fewshot").check(model, tmp_path / "x.fewshot")
+
+
+def test_fit_and_load_check_the_same(supports):
+    with pytest.raises(ValueError, match="cannot name a structure"):
+        replace(supports.fitted, name="../outside")
 
 
 def test_a_task_is_refused_for_another_model(supports, tmp_path):
