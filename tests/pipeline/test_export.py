@@ -22,7 +22,6 @@ from nnunet_calib.data.model import check_same_model, identify
 from nnunet_calib.pipeline.export import PROVENANCE, stock_trainer
 from tests.training.toy import DATASET, PATCH, batch, build, dataset_json, prepare_folders
 
-
 RESAMPLING = {f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "seg", "probabilities")} | {
     f"resampling_fn_{what}_kwargs": {"is_seg": what == "seg", "order": 1, "order_z": 0, "force_separate_z": None}
     for what in ("data", "seg", "probabilities")
