@@ -1,4 +1,4 @@
-"""Class-conditional calibrators, ours and fiducio's (Apache-2.0, ``pip install fiducio``), on the same simulated voxels.
+"""Class-conditional calibrators, ours and fiducio's (Apache-2.0, ``pip install fiducio``), on one set of voxels.
 
     python scripts/compare_fiducio.py [--csv docs/results/calibrators_simulated.csv]
 
