@@ -20,12 +20,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: a JSON object is expected, the file holds a {type(content).__name__}")
     return content
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """What to say of a file that cannot be opened or read."""
+    if path.is_symlink() and not path.exists():
+        return InputError(f"{path}: a link to {os.readlink(path)}, which is not there")
+    return InputError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def write_whole(path: Path, text: str) -> None:

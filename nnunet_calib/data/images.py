@@ -1,30 +1,23 @@
-"""Label maps on disk, read through nnU-Net's own readers, and the geometry they must share."""
+"""Label maps and images on disk, read through nnU-Net's own readers, and the geometry they must share."""
 
 import contextlib
-import gzip
 import io
-import itertools
-import os
-import struct
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunet_calib.data import nifti
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.whole import announced, check_whole
 
 _SPACING_TOLERANCE = 1e-3  # relative: half a voxel over 500
 _ORIGIN_TOLERANCE = 1e-2  # of the smallest spacing
 _DIRECTION_TOLERANCE = 1e-3  # of the direction cosines: half a voxel over 500
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,19 +72,8 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
     Raises:
         InputError: a file that is damaged, not a single volume, or holds other values; one line, naming the file.
     """
-    header = nifti.read_header(path) if path.name.endswith(nifti.ENDINGS) else None
-    if (dtype := _float_type(header)) is not None and dtype.kind == "c":
-        raise InputError(f"{path}: holds complex numbers; labels are integers")
-    output = io.StringIO()  # readers print advice of their own
-    try:
-        with contextlib.redirect_stdout(output):
-            volume, properties = reader().read_seg(str(path))
-    except MemoryError as error:
-        raise InputError(f"{path}: does not fit into memory") from error
-    except Exception as error:  # third-party readers raise whatever their file format library does
-        _check_whole(path, None, None)  # why, in most cases
-        raise InputError(f"{path}: cannot be read as a label map ({_last_line(error)})") from error
-    _check_whole(path, header, volume)
+    volume, properties = _read([path], "a label map", lambda: reader().read_seg(str(path)))
+    check_whole(path, volume, finite=True)
     if volume.ndim != 4 or volume.shape[0] != 1 or not volume.size:
         raise InputError(f"{path}: one 2D or 3D label map is expected; it holds an array of shape {volume.shape[1:]} "
                          f"with {volume.shape[0]} channels")  # fmt: skip
@@ -100,6 +82,27 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
         raise InputError(f"{path}: the spacing {_numbers(spacing)} is not positive")
     labels = _as_integers(volume[0], path, allowed)
     return LabelImage(path, labels, spacing, geometry_of(properties), affine_of(properties, spacing))
+
+
+def read_image(paths: Sequence[Path], reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read an image with nnU-Net's reader, and check that its files are whole, which that does not.
+
+    Args:
+        paths: a file a channel.
+        reader: from ``choose_reader`` or the plans.
+
+    Returns:
+        float32 (channels, z, y, x) and the reader's properties.
+
+    Raises:
+        InputError: a file that is damaged, or cannot be read; one line, naming it.
+    """
+    names = [str(path) for path in paths]
+    image, properties = _read(paths, "an image", lambda: reader().read_images(names))
+    own = len(image) == len(paths)
+    for c, path in enumerate(paths):
+        check_whole(path, image[c : c + 1] if own else image if len(paths) == 1 else None)
+    return image, properties
 
 
 def check_same_geometry(reference: LabelImage, prediction: LabelImage, role: str = "reference") -> None:
@@ -122,62 +125,22 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage, role: str
             raise _differ(name, prediction, ours.ravel(), reference, theirs.ravel(), role)
 
 
-def _check_whole(path: Path, header: nibabel.Nifti1Header | None, volume: np.ndarray | None) -> None:
-    """Refuse what SimpleITK makes up for: the rest of a truncated or damaged gzip file, and zeros for NaN.
-
-    The checksum at the end of a ``.nii.gz`` is that of the header and the voxels, which are in memory. Where it is not,
-    as with reoriented or scaled voxels, the file is decompressed once more.
-    """
-    compressed = path.suffix == ".gz"
-    dtype = _float_type(header)
-    if not compressed and dtype is None:
-        return
-    if compressed and header is not None and volume is not None and _is_of(path, header, volume):
-        return
-    finite = True
+def _read(
+    paths: Sequence[Path], what: str, read: Callable[[], tuple[np.ndarray, dict[str, Any]]]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    for path in paths:
+        announced(path)  # before the reader sets aside the memory that the header asks for
+    output = io.StringIO()  # readers print advice of their own
     try:
-        with gzip.open(path) if compressed else path.open("rb") as stream:
-            stream.read(0 if header is None else nifti.first_voxel(header))
-            while piece := stream.read(_CHUNK):
-                if dtype is not None:
-                    values = np.frombuffer(piece, dtype=dtype, count=len(piece) // dtype.itemsize)
-                    finite = finite and bool(np.isfinite(values).all())
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy or predict it again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if not finite:
-        raise InputError(f"{path}: label values that are NaN or infinite; labels are integers in [0, 65535]")
-
-
-def _float_type(header: nibabel.Nifti1Header | None) -> np.dtype | None:
-    """Type of the voxels on file, if they can be NaN."""
-    if header is None:
-        return None
-    try:
-        dtype = header.get_data_dtype()
-    except nibabel.spatialimages.HeaderDataError:  # of a type that only another reader knows
-        return None
-    return dtype if dtype.kind in "fc" and _CHUNK % dtype.itemsize == 0 else None
-
-
-def _is_of(path: Path, header: nibabel.Nifti1Header, volume: np.ndarray) -> bool:
-    """Whether the gzip checksum and length of a NIfTI file are those of this volume after the file's own header."""
-    try:
-        dtype = header.get_data_dtype()
-        offset = nifti.first_voxel(header)
-    except nibabel.spatialimages.HeaderDataError:
-        return False
-    if offset > _CHUNK:
-        return False
-    with gzip.open(path) as stream:
-        checksum = zlib.crc32(stream.read(offset))
-    with np.errstate(invalid="ignore"):
-        for part in itertools.chain.from_iterable(volume):  # slice by slice: no copy of the whole
-            checksum = zlib.crc32(np.ascontiguousarray(part, dtype=dtype).data, checksum)
-    with path.open("rb") as raw:
-        raw.seek(-8, os.SEEK_END)
-        return raw.read() == struct.pack("<II", checksum, (offset + volume.size * dtype.itemsize) % (1 << 32))
+        with contextlib.redirect_stdout(output):
+            return read()
+    except MemoryError as error:
+        raise InputError(f"{paths[0]}: does not fit into memory") from error
+    except Exception as error:  # third-party readers raise whatever their file format library does
+        for path in paths:
+            check_whole(path)  # why, in most cases
+        said = _last_line(error) or _last_line(output.getvalue()) or type(error).__name__
+        raise InputError(f"{paths[0]}: cannot be read as {what} ({said})") from error
 
 
 def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.ndarray:
@@ -244,6 +207,6 @@ def _numbers(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
 
 
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+def _last_line(said: Exception | str) -> str:
+    lines = str(said).strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import unreadable
 
 ENDINGS = (".nii", ".nii.gz")
 _MAX_RATIO = 1032  # deflate cannot do better
@@ -26,26 +27,40 @@ def read_header(path: Path) -> nibabel.Nifti1Header | None:
     Raises:
         InputError: the file cannot be read, or is too small for the volume its header announces.
     """
-    compressed = path.suffix == ".gz"
     try:
+        compressed = is_compressed(path)
         with gzip.open(path) if compressed else path.open("rb") as stream:
             begin = stream.read(_LONGEST)
         size = os.path.getsize(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy or predict it again") from error
+        raise InputError(f"{path}: truncated or damaged ({error}); copy or predict it again") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     header = _parse(begin)
     if header is None:
         return None
     offset = float(header["vox_offset"])
-    axes = max(0, min(7, int(header["dim"][0])))
-    voxels = math.prod(max(1, int(length)) for length in header["dim"][1 : 1 + axes])
     possible = size * (_MAX_RATIO if compressed else 1)
-    if not 0 <= offset <= possible - voxels * _itemsize(header):  # NaN fails too
+    if not 0 <= offset <= possible - voxels(header) * _itemsize(header):  # NaN fails too
         dims = tuple(int(length) for length in header["dim"][1:])
         raise InputError(f"{path}: truncated or damaged: {size} bytes cannot hold the volume {dims} of its header")
     return header
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether it is a gzip file, whatever it is called: ITK reads a plain one that is called ``.gz``.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+def voxels(header: nibabel.Nifti1Header) -> int:
+    """How many values a file has."""
+    axes = max(0, min(7, int(header["dim"][0])))
+    return math.prod(max(1, int(length)) for length in header["dim"][1 : 1 + axes])
 
 
 def first_voxel(header: nibabel.Nifti1Header) -> int:

@@ -75,7 +75,7 @@ def test_not_a_number_is_no_label(tmp_path, reader, ending, value):
     """ITK makes it 0."""
     labels = np.where(LABELS == 1, value, LABELS).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / f"a{ending}")
-    with pytest.raises(InputError, match=r"a\.nii.*: label values .*(NaN|nan|inf)"):
+    with pytest.raises(InputError, match=r"a\.nii.*: (values that are NaN|label values .*(nan|inf))"):
         read_labels(tmp_path / f"a{ending}", reader, (0, 1, 2))
 
 
@@ -97,7 +97,7 @@ def test_a_flipped_byte_is_noticed(tmp_path, dtype):
     position = packed.index(voxel * 10) + 4 * len(voxel)
     packed[position : position + len(voxel)] = np.array(1, dtype=dtype).tobytes()
     path.write_bytes(packed)
-    with pytest.raises(InputError, match="truncated or damaged gzip file"):
+    with pytest.raises(InputError, match="truncated or damaged"):
         read(path)
 
 
