@@ -114,6 +114,10 @@ class CalibrationTrainer(nnUNetTrainer):
         return resolve_settings(given, cls.LOSS, cls.FIXED, kernel_size)
 
     def _build_loss(self) -> nn.Module:
+        if self.enable_deep_supervision and not self._get_deep_supervision_scales():
+            raise RefusedSettings(
+                f"the network of configuration {self.configuration_name} has one stage; nnU-Net needs two or more"
+            )
         with np.errstate(invalid="ignore"):  # 0 / 0 of a network with one scale
             loss = super()._build_loss()
         supervised = isinstance(loss, DeepSupervisionWrapper)

@@ -191,6 +191,14 @@ def test_the_scales_of_a_shallow_network_have_weights_that_sum_to_one(name, stag
 
 
 @pytest.mark.parametrize("name", ["MbLSTrainer", "StockTrainer"])
+def test_a_network_of_one_stage_is_refused(name, monkeypatch):
+    trainer = construct(name, axes=2)
+    monkeypatch.setattr(type(trainer.configuration_manager), "pool_op_kernel_sizes", [[1, 1]])
+    with pytest.raises(RefusedSettings, match="has one stage; nnU-Net needs two or more"):
+        trainer._build_loss()
+
+
+@pytest.mark.parametrize("name", ["MbLSTrainer", "StockTrainer"])
 def test_a_training_ends_in_one_line_when_no_step_of_an_epoch_had_a_finite_loss(name):
     trainer = build(name, axes=2)
     trainer.on_train_epoch_end([{"loss": float("nan")}, {"loss": 0.5}])  # mixed precision has such steps
