@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from os.path import isfile, join
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.pipeline.validation import scored_validation, summarise_validation, validation_means
 from nnunet_calib.training.checkpoint import load_weights
+from nnunet_calib.training.curves import append, draw
 from nnunet_calib.training.objective import Objective
 from nnunet_calib.training.settings import (
     RESOLVED_KEY,
@@ -223,6 +225,24 @@ class CalibrationTrainer(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         if self.LOSS is not None:
             self._objective().calibration.update()
+            self._record_curves()
+
+    def _record_curves(self) -> None:
+        """Append what the validation batches of this epoch showed to the curves, and hand it to nnU-Net's loggers."""
+        objective = self._objective()
+        values = objective.counts.scores(self.is_ddp)
+        if not values or self.local_rank != 0:
+            return
+        values["share"] = objective.share
+        state = objective.calibration.state_dict()
+        if "multipliers" in state:
+            for region, row in zip(("boundary", "inside"), state["multipliers"].tolist(), strict=True):
+                values |= {f"multiplier/{region}_{c}": value for c, value in enumerate(row)}
+        rows = append(Path(self.output_folder), self.current_epoch, values)
+        for logger in self.logger.loggers:  # not nnU-Net's local one, which takes no other keys than its own
+            for name, value in values.items():
+                logger.log(f"nnunet_calib/{name}", value, self.current_epoch)
+        draw(Path(self.output_folder), rows)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, whose ``summary.json`` has all of ``evaluate``'s numbers, from logits in memory."""

@@ -1,8 +1,10 @@
 """The loss nnU-Net calls at each scale: its own until calibration begins, then more and more the objective."""
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_calib.losses import CalibrationLoss
+from nnunet_calib.training.curves import ValidationCounts
 
 
 class Objective(nn.Module):
@@ -40,6 +42,8 @@ class Objective(nn.Module):
         self.share = 1.0
         self.seen_full_resolution = False
         """Whether an output of the network had the shape of the patch."""
+        self.counts = ValidationCounts()
+        """Of the validation batches at full resolution."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Loss of one scale.
@@ -50,12 +54,20 @@ class Objective(nn.Module):
         """
         full_resolution = tuple(output.shape[2:]) == self.patch_size
         self.seen_full_resolution |= full_resolution
+        watched = full_resolution and not self.calibration.training
+        if watched:
+            self.counts.add(output, *self._labels_and_valid(target), self.calibration.multilabel)
         if self.share == 0 or not (full_resolution or self.all_scales):
             return self.stock(output, target)
         labels, valid = self._labels_and_valid(target)
-        if full_resolution and not self.calibration.training:
+        if watched:
             self.calibration.observe(output, labels, valid)
-        loss = self.calibration(output, labels, valid)
+            terms = self.calibration.parts(output, labels, valid)
+            self.counts.add_terms(terms)
+            weights = self.calibration._weights()
+            loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        else:
+            loss = self.calibration(output, labels, valid)
         if self.dice_weight != 0:
             known = labels if valid is None else labels.masked_fill(~valid, 0)
             loss = loss + self.dice_weight * self.stock.get_submodule("dc")(output, known, loss_mask=valid)
