@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             args.confidence,
             args.entropy,
             args.members,
-            calibration and calibration.calibrator,
+            None if calibration is None else calibration.calibrator,
         ),
         Options(
             args.device,
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         ),
         reference=args.reference,
         previous=args.prev_stage_predictions,
-        calibrator=calibration and calibration.describe(),
+        calibrator=None if calibration is None else calibration.describe(),
         parts=(args.num_parts, args.part_id),
         fresh=args.fresh,
         on_failure=lambda line: tqdm.write(f"nnunet-calib predict: {line}", file=sys.stderr),

@@ -68,9 +68,9 @@ class NACLLoss(CalibrationLoss):
     def _formula(self, v: Voxels, shared: SoftTarget) -> dict[str, Tensor]:
         if isinstance(v, Regions):
             inside = shared.rows(v.images, v.rows, range(1, 2))
-            q = [shared.rows(v.images, v.rows, range(1)), inside]
-            s = [torch.zeros_like(v.z), v.z] if self.on == "logits" else [(-v.z).sigmoid(), v.p]
-            penalty = sum(self._distance(s_c - q_c) for q_c, s_c in zip(q, s, strict=True)) / 2
+            outside = shared.rows(v.images, v.rows, range(1))
+            s_0, s_1 = (torch.zeros_like(v.z), v.z) if self.on == "logits" else ((-v.z).sigmoid(), v.p)
+            penalty = (self._distance(s_0 - outside) + self._distance(s_1 - inside)) / 2
         else:
             q = shared.rows(v.images, v.rows, range(v.classes))
             penalty = self._distance((v.z if self.on == "logits" else v.p) - q).mean(dim=1, keepdim=True)

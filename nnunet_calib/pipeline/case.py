@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Structure
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -23,6 +24,18 @@ from nnunet_calib.posthoc.maps.calibrator import Calibrator
 from nnunet_calib.posthoc.maps.volume import calibrate_case
 from nnunet_calib.prediction import Grid, Part, PredictedCase
 from nnunet_calib.prediction.model import TrainedModel
+
+
+class Model(Structure):
+    """What ``Prediction`` asks of a model: nnU-Net's managers and the names of the folds."""
+
+    plans_manager: Any
+    configuration_manager: Any
+    folds: Any
+
+    @property
+    def label_manager(self) -> Any:
+        """nnU-Net's, of the data set."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Prediction:
     """
 
     def __init__(
-        self, name: str, logits: Tensor, members: Sequence[Tensor], properties: Mapping[str, Any], model: TrainedModel
+        self, name: str, logits: Tensor, members: Sequence[Tensor], properties: Mapping[str, Any], model: Model
     ):
         self.name, self.properties, self._model = name, properties, model
         self.grid = Grid.of(tuple(logits.shape), properties, model.plans_manager, model.configuration_manager)
@@ -172,7 +185,7 @@ class Prediction:
     def _mean_parts(self) -> Iterator[Part]:
         for together in zip(*(member.parts() for member in self._members), strict=True):
             mean = np.mean([part.probabilities for part in together], axis=0, dtype=np.float32)
-            yield Part(together[0].planes, mean)
+            yield Part(together[0].planes, np.asarray(mean))
 
     def _as_seen(self, image: LabelImage) -> LabelImage:
         """A label map with its axes in the order of the plans."""

@@ -31,7 +31,7 @@ def entropy(probabilities: np.ndarray, *, multilabel: bool) -> np.ndarray:
 
 def mutual_information(members: Sequence[np.ndarray], *, multilabel: bool) -> np.ndarray:
     """Float32 (...) in nats, of each member's float32 (C, ...); rounding below 0 is 0."""
-    whole = entropy(np.mean(members, axis=0, dtype=np.float32), multilabel=multilabel)
+    whole = entropy(np.asarray(np.mean(members, axis=0, dtype=np.float32)), multilabel=multilabel)
     return np.maximum(whole - np.mean([entropy(p, multilabel=multilabel) for p in members], axis=0), 0)
 
 

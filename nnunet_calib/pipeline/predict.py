@@ -113,8 +113,8 @@ def predict_folder(
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
     model.check_previous_stage(Path(previous) if previous else None)
-    work = _Work(model, output, wanted, reference and Path(reference), calibrator, protocol or Protocol())
-    cases = work.find(images, previous and Path(previous))[parts[1] :: parts[0]]
+    work = _Work(model, output, wanted, Path(reference) if reference else None, calibrator, protocol or Protocol())
+    cases = work.find(images, Path(previous) if previous else None)[parts[1] :: parts[0]]
     work.prepare_folder()
     kept = [] if fresh else [case.name for case in cases if work.holds(case)]
     failed: dict[str, str] = {}
@@ -276,7 +276,7 @@ class _Work:
             on_failure(failed[pair.name])
 
         records = Records(self.output / RECORDS, _never, self.setting)
-        about = {
+        about: dict[str, Any] = {
             "dataset_json": str(self.model.folder / "dataset.json"),
             "plans": str(self.model.folder / "plans.json"),
         }

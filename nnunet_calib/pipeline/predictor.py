@@ -54,11 +54,12 @@ class Predictor(nnUNetPredictor):
             model.trainer_name,
             model.mirroring_axes,
         )
-        self._keep, self.members = keep_members, []
+        self._keep = keep_members
+        self.members: list[Tensor] = []
 
     def predict(self, data: Tensor) -> Tensor:
         """Logits (C, *S) on the CPU, averaged over folds, of a preprocessed image (channels, *S)."""
-        self.members: list[Tensor] = []
+        self.members = []
         return self.predict_logits_from_preprocessed_data(data).cpu()
 
     @torch.inference_mode()

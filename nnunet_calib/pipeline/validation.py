@@ -38,7 +38,7 @@ _SEAM = "export_prediction_from_logits"
 _FOLDER = "validation"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Host:
     """nnU-Net's managers of the model that is validated; what ``Prediction`` asks of a model."""
 

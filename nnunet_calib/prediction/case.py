@@ -107,7 +107,7 @@ class PredictedCase:
                 target = part
             else:
                 self._fill_outside(part)
-                target = part[(slice(None), slice(None), *grid.box[1:])]
+                target = part[(slice(None), slice(None)) + grid.box[1:]]
             nonlinear = self._labels.apply_inference_nonlin(values)
             torch.from_numpy(target).copy_(nonlinear)
             yield Part(slice(before + planes.start, before + planes.stop), part)
