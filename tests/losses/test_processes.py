@@ -1,15 +1,18 @@
 """What MEEP and DCA pool over the processes of multi-GPU training: the batch cut in two is the batch as a whole."""
 
-from functools import partial
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from .cases import name, problem
 
 CASES = [("meep", {}), ("meep", {"variant": "kl"}), ("dca", {})]
 FORM = "labels"
+ROOT = Path(__file__).parents[2]
 
 
 def whole():
@@ -24,19 +27,19 @@ def step(cases, images):
     return [whole().map(lambda tensor: tensor[images]).gradient(case) for case in cases]
 
 
-def process(rank, cases, folder):
+def process(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(step(cases, slice(rank, rank + 1)), f"{folder}/{rank}.pt")
+    torch.save(step(CASES, slice(rank, rank + 1)), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    context = multiprocessing.start_processes(
-        partial(process, cases=CASES, folder=str(folder)), nprocs=2, start_method="fork"
-    )
-    assert context is None
+    # Processes that start anew: forked ones inherit the locks of torch's threads, and can wait for ever.
+    code = "import sys; from tests.losses.test_processes import process; process(int(sys.argv[1]), sys.argv[2])"
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], cwd=ROOT) for rank in (0, 1)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
