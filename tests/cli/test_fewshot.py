@@ -85,7 +85,7 @@ def test_warnings_go_to_the_error_stream(made, tmp_path, capsys):
         (["--label", "9"], 1, "no support can be used; case_0: 0 voxels of the structure"),
         (["--name", "a/b"], 2, "'a/b' cannot name a structure"),
         (["--name", "a"], 2, "the model has a class 'a' already"),
-        (["--chunks", "0"], 2, "--chunks and --voxels must be 1 or more"),
+        (["--chunks", "0"], 2, "--chunks 0: it must be 1 or more"),
         (["--refine", "--head", "prototype"], 2, "--refine works with head linear"),
         (["--unlabelled", "images"], 2, "--unlabelled works with head adapter, not linear"),
         (["-prev_stage_predictions", "."], 2, "is not a cascade; leave -prev_stage_predictions out"),

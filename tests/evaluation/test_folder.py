@@ -88,7 +88,7 @@ def test_the_record_has_every_promised_part(folders):
     summary = folders.summary()
     assert set(summary) == {
         "metric_per_case", "mean", "foreground_mean", "structures", "calibration_mean", "calibration_pooled",
-        "intervals", "failed", "protocol", "software",
+        "intervals", "failed", "protocol", "software", "median", "mean_in_both",
     }  # fmt: skip
     case = summary["metric_per_case"][0]
     assert case["case"] == "case_0"

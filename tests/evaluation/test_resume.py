@@ -112,7 +112,7 @@ def new_reference(folders):
 
 
 def new_probabilities(folders):
-    np.savez_compressed(folders.prediction / "case_1.npz", probabilities=np.sqrt(ambiguous(1, (6, 14, 12))[1]) / 2)
+    np.savez_compressed(folders.prediction / "case_1.npz", probabilities=ambiguous(9, (6, 14, 12))[1])
 
 
 def no_probabilities(folders):
