@@ -90,7 +90,7 @@ class Sizes(TorchDispatchMode):
 @every_loss
 @forms
 def test_nothing_else_of_the_logits_size_is_made(case, form, monkeypatch):
-    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", 4096)
+    monkeypatch.setattr(voxelwise, "_SLAB_ON_CPU", 4096 // torch.get_num_threads())
     given = problem(form, (48, 8, 8), classes=8, dtype=torch.float32)
     given.logits.requires_grad_()
     loss, a_half = given.loss(case), given.logits.numel() * 4 // 2
