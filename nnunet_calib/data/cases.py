@@ -76,7 +76,12 @@ def pair_cases(
 
 
 def _names(folder: Path, ending: str) -> set[str]:
-    return {path.name[: -len(ending)] for path in folder.iterdir() if path.name.endswith(ending) and path.is_file()}
+    # A link to nothing is a case too: whatever reads it says so. Hidden files, such as macOS' ``._x.nii.gz``, are not.
+    return {
+        path.name[: -len(ending)]
+        for path in folder.iterdir()
+        if path.name.endswith(ending) and not path.name.startswith(".") and (path.is_file() or path.is_symlink())
+    }
 
 
 def _and_more(names: list[str]) -> str:

@@ -17,6 +17,7 @@ from nnunet_calib.data.whole import announced, check_whole
 
 _SPACING_TOLERANCE = 1e-3  # relative: half a voxel over 500
 _ORIGIN_TOLERANCE = 1e-2  # of the smallest spacing
+_ROUNDING = 1e-3  # of a label stored as a float
 _DIRECTION_TOLERANCE = 1e-3  # of the direction cosines: half a voxel over 500
 
 
@@ -145,15 +146,20 @@ def _read(
 
 def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.ndarray:
     lowest, highest = volume.min(), volume.max()
-    if not (lowest >= 0 and highest < 1 << 16):  # NaN fails too
+    if not (lowest >= -_ROUNDING and highest <= (1 << 16) - 1 + _ROUNDING):  # NaN fails too
         raise InputError(f"{path}: label values from {lowest:g} to {highest:g}; labels are integers in [0, 65535]")
-    labels = np.empty(volume.shape, dtype=np.uint8 if highest < 1 << 8 else np.uint16)
-    present = np.zeros(int(highest) + 1, dtype=bool)
+    labels = np.empty(volume.shape, dtype=np.uint8 if np.rint(highest) < 1 << 8 else np.uint16)
+    present = np.zeros(int(np.rint(highest)) + 1, dtype=bool)
     for ours, theirs in zip(labels, volume, strict=True):  # slice by slice: it stays in the cache
-        ours[...] = theirs
-        if (different := ours != theirs).any():
-            example = theirs[different][0]
-            raise InputError(f"{path}: holds values that are not integers, such as {example:g}; is it an image?")
+        if theirs.dtype.kind == "f":  # tools that resample leave 0.9999999 for 1
+            ours[...] = np.rint(theirs)
+            different = np.abs(theirs - ours) > _ROUNDING
+        else:
+            ours[...] = theirs
+            different = ours != theirs
+        if different.any():
+            example = float(theirs[different][0])
+            raise InputError(f"{path}: holds values that are not integers, such as {example:.9g}; is it an image?")
         row = ours.reshape(-1)
         present[row[0]] = True
         present[row[1:][row[1:] != row[:-1]]] = True  # most voxels are as the one before

@@ -149,7 +149,9 @@ def _segmentation_scores(
         device=protocol.device,
     )
     # formats without geometry have no volumes: nnU-Net's spacing of 999 for their third axis is a placeholder
-    mm3 = float(np.prod(reference.spacing)) if reference.geometry else float("nan")
+    # Where a file has two axes, nnU-Net's third spacing is a placeholder: an area is no volume.
+    in_space = len(reference.geometry.get("origin", ())) == 3
+    mm3 = float(np.prod(reference.spacing)) if in_space else float("nan")
     rule = protocol.percentile_rule
     scored = {}
     for structure, overlap, distances in zip(dataset.structures, overlaps, measured, strict=True):

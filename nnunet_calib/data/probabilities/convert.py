@@ -139,7 +139,11 @@ def _files(sources: Iterable[Path], target_ending: str) -> Iterator[Path]:
     for source in sources:
         if source.is_dir():
             endings = tuple(ending for ending in ENDINGS if ending != target_ending)
-            found = sorted(path for path in source.iterdir() if path.name.endswith(endings) and path.is_file())
+            found = sorted(
+                path
+                for path in source.iterdir()
+                if path.name.endswith(endings) and not path.name.startswith(".") and path.is_file()
+            )
             if not found:
                 raise UsageError(f"{source}: no file ends with {', '.join(endings)}")
             yield from found
