@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.records import Records, setting, software
 from nnunet_calib.pipeline.case import Prediction, Wanted, check_members
 from nnunet_calib.pipeline.files import FORMATS
-from nnunet_calib.pipeline.predictor import Predictor
+from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
 from nnunet_calib.prediction.model import TrainedModel
 
 MADE_FROM = "made_from"
@@ -135,7 +135,7 @@ def predict_folder(
         on_failure(failed[name])
 
     with (
-        ThreadPoolExecutor(max(1, options.export), "export") as export,
+        one_thread_each(max(1, options.export), "export") as export,
         tqdm(total=len(cases), initial=len(kept), desc="predict", unit="case", disable=len(cases) < 2) as bar,
     ):
         behind: deque[tuple[str, Future]] = deque()
@@ -311,7 +311,7 @@ class _Work:
 
 def _ahead(prepare: Callable[[_Image], Any], cases: Sequence[_Image], workers: int) -> Iterator[tuple[_Image, Future]]:
     """Cases in order, while those that follow are prepared: as many as there are workers."""
-    with ThreadPoolExecutor(workers, "preprocess") as pool:
+    with one_thread_each(workers, "preprocess") as pool:
         waiting: deque[tuple[_Image, Future]] = deque()
         for case in cases:
             waiting.append((case, pool.submit(prepare, case)))

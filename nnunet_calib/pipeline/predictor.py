@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -69,3 +70,12 @@ class Predictor(nnUNetPredictor):
         if self._keep:  # a copy: nnU-Net adds the other folds to the first one's
             self.members.append(logits.to("cpu", copy=True))
         return logits
+
+
+def one_thread_each(workers: int, name: str) -> ThreadPoolExecutor:
+    """Threads in which torch uses one thread.
+
+    A new thread else takes the number that is set at that moment, which nnU-Net changes while it predicts; torch's
+    softmax differs in the last bit with it, and so would files of the same command.
+    """
+    return ThreadPoolExecutor(workers, name, torch.set_num_threads, (1,))

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.records import Records, setting
 from nnunet_calib.pipeline.case import Prediction, Wanted
-from nnunet_calib.pipeline.predictor import Predictor
+from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
 from nnunet_calib.prediction.model import TrainedModel
 
 _SEAM = "export_prediction_from_logits"
@@ -197,7 +197,7 @@ def _validate_fold(
             failed[name] = f"case {name}: {' '.join(str(error).split())[:500]}"
             on_failure(failed[name])
 
-    with ThreadPoolExecutor(1, "export") as export:
+    with one_thread_each(1, "export") as export:
         behind: tuple[str, Future] | None = None
         for name in tqdm(names, desc=f"validate fold {fold}", unit="case"):
             try:
