@@ -130,7 +130,9 @@ def _label_manager(content: dict[str, Any], path: Path, plans: Path | None) -> A
         if manager_class is None:
             raise InputError(f"{plans}: nnU-Net has no label manager {name!r}")
     order = content.get("regions_class_order")
-    if order is not None and not (isinstance(order, list) and all(type(label) is int for label in order)):
+    if order is not None and not (
+        isinstance(order, list) and all(type(label) is int and 0 <= label < 1 << 16 for label in order)
+    ):
         raise InputError(f"{path}: 'regions_class_order' must be a list of label values, it is {order!r:.100}")
     try:
         return manager_class(content["labels"], order)

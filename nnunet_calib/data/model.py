@@ -53,6 +53,24 @@ def identify(folder: Path, dataset: Dataset) -> dict[str, Any]:
     return found | {"checkpoints": {n: file_sha256(path) for n, path in checkpoints.items() if path.is_file()}}
 
 
+def known_model(file: Path, model: Any) -> dict[str, Any]:
+    """What a file says of a model, as ``identify`` wrote it; empty where it says nothing.
+
+    Raises:
+        InputError: it is something else.
+    """
+    texts = ("dataset", "plans", "trainer", "plans_name", "configuration")
+    found = {} if model is None else model
+    if (
+        not isinstance(found, dict)
+        or not all(isinstance(found.get(name), str | None) for name in texts)
+        or not isinstance(found.get("classes", []), list)
+        or not isinstance(found.get("checkpoints", {}), dict)
+    ):
+        raise InputError(f"{file}: 'model' does not describe a trained model; fit it again")
+    return found
+
+
 def check_same_model(fitted: Mapping[str, Any], given: Mapping[str, Any], calibrator: Path, folder: Path) -> None:
     """Refuse probabilities of another model than the calibrator's, where both tell.
 

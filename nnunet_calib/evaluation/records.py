@@ -91,7 +91,7 @@ class Records:
                 | {"probabilities_file": None if files.probabilities is None else str(files.probabilities)},
                 statistics_from_json(json.loads("{" + statistics_line)["statistics"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{self._path(files)}: damaged; delete it and run again") from error
         return result
 

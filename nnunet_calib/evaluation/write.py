@@ -145,7 +145,7 @@ def read_reliability(path: Path) -> dict[str, dict[str, CalibrationStatistics]]:
     content = read_json(path)
     try:
         return {case: statistics_from_json(regions) for case, regions in content["cases"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a reliability.json of nnunet-calib evaluate") from error
 
 

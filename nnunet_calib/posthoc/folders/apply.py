@@ -19,7 +19,7 @@ from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, re
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.data.images import choose_reader, read_labels
-from nnunet_calib.data.model import check_same_model, identify
+from nnunet_calib.data.model import check_same_model, identify, known_model
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
 from nnunet_calib.posthoc.folders.sampling import decide, open_probabilities
 from nnunet_calib.posthoc.maps import Calibrator, load_calibrator
@@ -98,7 +98,7 @@ def open_calibration(
                          f"{len(dataset.channels)} {_kind(dataset.has_regions)}")  # fmt: skip
     if not any_model:
         given = Path(model or predictions)
-        check_same_model(read_json(file).get("model") or {}, identify(given, dataset), file, given)
+        check_same_model(known_model(file, read_json(file).get("model")), identify(given, dataset), file, given)
     return Calibration(calibrator, dataset)
 
 

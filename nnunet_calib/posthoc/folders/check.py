@@ -86,6 +86,11 @@ def check_shift(fitted: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray])
     return found
 
 
+def _are_shares(shares: np.ndarray) -> bool:
+    """Whether they are shares of bins: not negative, and of sum 1."""
+    return shares.shape == (CONFIDENCE_BINS,) and bool((shares >= 0).all()) and abs(shares.sum() - 1) < 1e-6
+
+
 def _mean_confidence(shares: np.ndarray) -> float:
     return float(shares @ ((np.arange(shares.size) + 0.5) / shares.size))
 
@@ -119,7 +124,7 @@ def check_folder(
     file = file_of(calibrator_file)
     try:
         known = {name: np.array(v, dtype=float) for name, v in read_json(file)["confidences"]["cases"].items()}
-        if not known or any(shares.shape != (CONFIDENCE_BINS,) for shares in known.values()):
+        if not known or not all(_are_shares(shares) for shares in known.values()):
             raise ValueError
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(

@@ -45,7 +45,7 @@ def load_calibrator(path: str | Path) -> Calibrator:
     """
     file = file_of(path)
     method = read_json(file).get("method")
-    if method not in CALIBRATORS:
+    if not isinstance(method, str) or method not in CALIBRATORS:
         raise InputError(f"{file}: not a calibrator of this package (method {method!r}); fit it again")
     return CALIBRATORS[method].load(file)
 

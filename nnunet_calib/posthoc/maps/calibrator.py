@@ -8,6 +8,7 @@ literally the two-class problem with logits (0, log odds), so a method is writte
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.metrics import smallest_complement, smallest_probability
 
 FILE_NAME = "calibrator.json"
+MAX_CHANNELS = 1 << 16
+"""Classes or regions: labels are 16 bits, so there are no more."""
 _FORMAT = 1
 
 if TYPE_CHECKING:
@@ -89,6 +92,22 @@ def voxel_weights(shape: tuple[int, ...], valid: np.ndarray | None, weights: np.
     if not w.any():
         raise ValueError("no voxel to fit on")
     return w
+
+
+def check_numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Nested lists of finite numbers as float64 of exactly that shape.
+
+    Raises:
+        ValueError: they are something else; found before an array is made.
+    """
+    level = [value]
+    for length in shape:
+        if not all(isinstance(entry, list) and len(entry) == length for entry in level):
+            raise ValueError(f"numbers of the shape {shape} are needed")
+        level = [inner for entry in level for inner in entry]
+    if not all(type(entry) in (int, float) and math.isfinite(entry) for entry in level):
+        raise ValueError("a parameter is no finite number")
+    return np.array(level, dtype=np.float64).reshape(shape)
 
 
 class Calibrator(ABC):
@@ -219,16 +238,25 @@ class Calibrator(ABC):
 
     @classmethod
     def _from_state(cls, content: Mapping[str, Any]) -> Self:
-        calibrator = cls(multilabel=bool(content["multilabel"]))
-        calibrator.channels = int(content["channels"])
+        multilabel, channels, notes = content["multilabel"], content["channels"], content.get("notes", [])
+        if type(multilabel) is not bool or type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError("multilabel or channels are none")
+        if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
+            raise ValueError("notes are texts")
+        calibrator = cls(multilabel=multilabel)
+        calibrator.channels = channels
         single = cls.shared_by_regions or not calibrator.multilabel
         values = {name: content[name] for name in cls._names()}
+        if not single and any(not isinstance(value, list) or len(value) != channels for value in values.values()):
+            raise ValueError("as many parameters as regions are needed")
         calibrator.parameters = (
             [values]
             if single
             else [{name: value[r] for name, value in values.items()} for r in range(calibrator.channels)]
         )
-        calibrator.notes = list(content.get("notes", []))
+        calibrator.notes = notes
+        for parameters in calibrator.parameters:  # before anything is made of their size
+            calibrator._check_parameters(parameters, 2 if multilabel else channels)
         calibrator._check_works()
         return calibrator
 
@@ -236,6 +264,10 @@ class Calibrator(ABC):
     @abstractmethod
     def _names(cls) -> tuple[str, ...]:
         """Names of the parameters."""
+
+    @abstractmethod
+    def _check_parameters(self, parameters: Mapping[str, Any], classes: int) -> None:
+        """Refuse parameters of another form than so many classes have (ValueError, or what their use raises)."""
 
     @abstractmethod
     def _check_works(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.posthoc.maps.temperature import fit_temperature
-from nnunet_calib.posthoc.maps.tempered import ALONE, TemperedCalibrator
+from nnunet_calib.posthoc.maps.tempered import ALONE, TemperedCalibrator, check_temperature
 
 
 class ClasswiseTemperature(TemperedCalibrator):
@@ -39,6 +39,9 @@ class ClasswiseTemperature(TemperedCalibrator):
             if not own.any():
                 self.notes.append(f"class {c} is predicted nowhere in the fit set: it has the overall temperature")
         return {"temperature": temperatures}
+
+    def _check_parameters(self, parameters, classes):
+        check_temperature(parameters["temperature"], () if self.multilabel else (classes,))
 
     def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float | list[float], tuple[float, ...]]:
         return parameters["temperature"], ALONE

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numbers, softmax
 from nnunet_calib.posthoc.maps.likelihood import RIDGE, fit_linear, note_absent, present_classes
 
 
@@ -52,6 +52,10 @@ class DirichletCalibration(VoxelwiseCalibrator):
         place = np.ix_(there, np.append(there, classes))
         theta[place] = fit_linear(np.vstack([z, np.ones_like(z[:1])]), theta[place], penalty, y, w)
         return {"matrix": theta[:, :-1].tolist(), "offset": theta[:, -1].tolist()}
+
+    def _check_parameters(self, parameters, classes):
+        check_numbers(parameters["matrix"], (classes, classes))
+        check_numbers(parameters["offset"], (classes,))
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         matrix, offset = (np.asarray(parameters[name], dtype=np.float64) for name in self._names())

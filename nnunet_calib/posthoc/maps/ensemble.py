@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from nnunet_calib.posthoc.maps.calibrator import softmax
+from nnunet_calib.posthoc.maps.calibrator import check_numbers, softmax
 from nnunet_calib.posthoc.maps.temperature import BOUNDS, fit_temperature
-from nnunet_calib.posthoc.maps.tempered import TemperedCalibrator
+from nnunet_calib.posthoc.maps.tempered import TemperedCalibrator, check_temperature
 
 
 class EnsembleTemperature(TemperedCalibrator):
@@ -57,6 +57,12 @@ class EnsembleTemperature(TemperedCalibrator):
             options={"ftol": 1e-14, "maxiter": 500},
         ).x.clip(0)
         return {"temperature": temperature, "weights": (found / found.sum()).tolist()}
+
+    def _check_parameters(self, parameters, classes):
+        check_temperature(parameters["temperature"], ())
+        weights = check_numbers(parameters["weights"], (3,))
+        if weights.min() < 0 or abs(weights.sum() - 1) > 1e-6:
+            raise ValueError("weights are not on the simplex")
 
     def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
         soft, raw, uniform = map(float, parameters["weights"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator
+from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numbers
 
 _KNOTS = 500  # of a curve in the file; between them it is a straight line
 
@@ -46,6 +46,17 @@ class IsotonicCalibration(VoxelwiseCalibrator):
             knots, values = knots[kept], values[kept]
         smallest = 0.5 / (y.size + 1)
         return {"p": knots.tolist(), "q": values.clip(smallest, 1 - smallest).tolist()}
+
+    def _check_parameters(self, parameters, classes):
+        curves = parameters["curves"]
+        if not isinstance(curves, list) or len(curves) != classes:
+            raise ValueError("a curve for each class is needed")
+        for curve in curves:
+            if not curve["p"]:
+                raise ValueError("a curve has points")
+            p, q = (check_numbers(curve[axis], (len(curve["p"]),)) for axis in ("p", "q"))
+            if (np.diff(p) < 0).any() or (np.diff(q) < 0).any() or q.min() < 0 or q.max() > 1:
+                raise ValueError("a curve ascends between 0 and 1")
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         p = np.exp(z)

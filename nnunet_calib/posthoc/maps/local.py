@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_calib.posthoc.maps.calibrator import Calibrator, probabilities, voxel_weights
+from nnunet_calib.posthoc.maps.calibrator import MAX_CHANNELS, Calibrator, check_numbers, probabilities, voxel_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _WIDTH = 8
 _DILATIONS = (1, 2, 4)
+_LARGEST = 1e3  # weight: those of a fit are of the order of 1; sums of products stay finite in float32
+_COLDEST = 1e-6  # temperature: a softplus far below 0 ends at 0
 _LEAST, _SCALE = -16.0, 8.0  # log p as the network sees it: floors of float16, and numbers of the order of 1
 
 
@@ -132,6 +134,23 @@ class LocalTemperature(Calibrator):
         if not np.isfinite(tried).all():
             raise ValueError("weights that make no temperature")
 
+    def _check_parameters(self, parameters, classes):
+        images, state = parameters["image_channels"], parameters["network"]
+        if type(images) is not int or not 0 <= images <= MAX_CHANNELS:
+            raise ValueError("image_channels is no number of channels")
+        width: int = (self.channels or 0) + images
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(len(_DILATIONS)):
+            shapes |= {f"{2 * layer}.weight": (_WIDTH, width, 3, 3, 3), f"{2 * layer}.bias": (_WIDTH,)}
+            width = _WIDTH
+        last = 2 * len(_DILATIONS)
+        shapes |= {f"{last}.weight": (1, _WIDTH, 1, 1, 1), f"{last}.bias": (1,)}
+        if not isinstance(state, dict) or state.keys() != shapes.keys():
+            raise ValueError("not the layers of this network")
+        for name, shape in shapes.items():
+            if np.abs(check_numbers(state[name], shape)).max() > _LARGEST:
+                raise ValueError("weights that make no temperature")
+
     def _inputs(self, z: np.ndarray, image: np.ndarray | None) -> np.ndarray:
         """What the network sees: float32 (C + image channels, *S)."""
         if z.ndim not in (4, 5):
@@ -182,7 +201,7 @@ def _network(channels: int) -> nn.Sequential:
 def _temperature(network: nn.Module, inputs: Tensor) -> Tensor:
     """T (B, 1, z, y, x); 1 where the network says 0."""
     one = torch.tensor(math.log(math.e - 1))
-    return functional.softplus(network(inputs) + one) / functional.softplus(one)
+    return (functional.softplus(network(inputs) + one) / functional.softplus(one)).clamp(min=_COLDEST)
 
 
 def _patches_first(volumes: Tensor) -> Tensor:

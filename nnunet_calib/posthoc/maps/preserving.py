@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numbers, softmax
 from nnunet_calib.posthoc.maps.likelihood import RIDGE
 
 _SMALLEST = 1e-3  # of the diagonal: a gap above 0 stays above 0
@@ -125,19 +125,14 @@ class PreservingScaling(VoxelwiseCalibrator):
                 logits[classes, own] = -self._distances(e)
         return softmax(logits)
 
-    def _check_works(self) -> None:
-        super()._check_works()
-        assert self.channels is not None
-        classes = 2 if self.multilabel else self.channels
+    def _check_parameters(self, parameters, classes):
         k = classes - 1
-        for own in self.parameters:
-            matrix, offset = (np.asarray(own[name], dtype=np.float64) for name in self._names())
-            if matrix.shape != (classes, k, k) or offset.shape != (classes, k):
-                raise ValueError("parameters of another number of classes")
-            if not (matrix.min(initial=0) >= 0 and offset.min(initial=0) >= 0):
-                raise ValueError("parameters that may change labels")
-            if not (np.diagonal(matrix, axis1=1, axis2=2) > 0).all():
-                raise ValueError("parameters that may change labels")
+        matrix = check_numbers(parameters["matrix"], (classes, k, k))
+        offset = check_numbers(parameters["offset"], (classes, k))
+        if not (matrix.min(initial=0) >= 0 and offset.min(initial=0) >= 0):
+            raise ValueError("parameters that may change labels")
+        if not (np.diagonal(matrix, axis1=1, axis2=2) > 0).all():
+            raise ValueError("parameters that may change labels")
 
 
 class ArgmaxPreservingScaling(PreservingScaling):

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 
 from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
 from nnunet_calib.posthoc.maps.calibrator import softmax
-from nnunet_calib.posthoc.maps.tempered import ALONE, TemperedCalibrator
+from nnunet_calib.posthoc.maps.tempered import ALONE, TemperedCalibrator, check_temperature
 
 BOUNDS = (0.05, 20.0)
 """Temperatures that are looked at. All predictions right: 0 would fit best; all wrong: infinity."""
@@ -63,6 +63,9 @@ class TemperatureScaling(TemperedCalibrator):
         if temperature in self.bounds:
             self.notes.append(f"the temperature ended at the bound {temperature:g}: {_why(z, y)}")
         return {"temperature": temperature}
+
+    def _check_parameters(self, parameters, classes):
+        check_temperature(parameters["temperature"], ())
 
     def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
         return float(parameters["temperature"]), ALONE

@@ -18,13 +18,20 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from nnunet_calib.metrics import smallest_complement, smallest_probability
 from nnunet_calib.metrics.backends import available
-from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numbers, softmax
 
 _ADDED = 8  # classes
 _ROUNDED_DOWN = 1 - 2.0**-24  # half the spacing of float32, and four times sooner than nextafter
 
 ALONE = (1.0, 0.0, 0.0)
 """Weights w of a temperature and nothing else."""
+
+
+def check_temperature(temperature: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what is no temperature, or not one for each class (ValueError)."""
+    found = check_numbers(temperature, shape)
+    if found.size and not 1e-6 <= found.min() <= found.max() <= 1e6:
+        raise ValueError("a temperature is positive")
 
 
 class TemperedCalibrator(VoxelwiseCalibrator):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, softmax
+from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numbers, softmax
 from nnunet_calib.posthoc.maps.likelihood import RIDGE, fit_linear, note_absent, present_classes
 
 
@@ -35,6 +35,10 @@ class VectorScaling(VoxelwiseCalibrator):
         features = np.stack([z, np.ones_like(z)], axis=1)
         theta[there] = fit_linear(features, theta[there], np.full((len(z), 2), RIDGE), y, w)
         return {"slope": theta[:, 0].tolist(), "offset": theta[:, 1].tolist()}
+
+    def _check_parameters(self, parameters, classes):
+        for name in self._names():
+            check_numbers(parameters[name], (classes,))
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         slope, offset = (np.asarray(parameters[name], dtype=np.float64)[:, None] for name in self._names())
