@@ -13,6 +13,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.quiet import quiet
 from nnunet_calib.data.whole import announced, check_whole
 
 _SPACING_TOLERANCE = 1e-3  # relative: half a voxel over 500
@@ -131,17 +132,16 @@ def _read(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     for path in paths:
         announced(path)  # before the reader sets aside the memory that the header asks for
-    output = io.StringIO()  # readers print advice of their own
-    try:
-        with contextlib.redirect_stdout(output):
+    with quiet() as output:  # readers print advice of their own
+        try:
             return read()
-    except MemoryError as error:
-        raise InputError(f"{paths[0]}: does not fit into memory") from error
-    except Exception as error:  # third-party readers raise whatever their file format library does
-        for path in paths:
-            check_whole(path)  # why, in most cases
-        said = _last_line(error) or _last_line(output.getvalue()) or type(error).__name__
-        raise InputError(f"{paths[0]}: cannot be read as {what} ({said})") from error
+        except MemoryError as error:
+            raise InputError(f"{paths[0]}: does not fit into memory") from error
+        except Exception as error:  # third-party readers raise whatever their file format library does
+            for path in paths:
+                check_whole(path)  # why, in most cases
+            said = _last_line(error) or _last_line(output.getvalue()) or type(error).__name__
+            raise InputError(f"{paths[0]}: cannot be read as {what} ({said})") from error
 
 
 def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.ndarray:

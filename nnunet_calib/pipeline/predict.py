@@ -28,6 +28,7 @@ from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, write_whole
+from nnunet_calib.data.whole import check_whole
 from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.records import Records, setting, software
@@ -241,6 +242,8 @@ class _Work:
     def preprocess(self, case: _Image) -> tuple[torch.Tensor, dict[str, Any]]:
         """Image (channels, *S) float32 as the network takes it, and nnU-Net's properties."""
         self._check(case)
+        for file in (*case.files, *([case.previous] if case.previous else [])):
+            check_whole(Path(file))  # SimpleITK fills up what is missing with zeros
         case.identity = self._made_from(case)  # before the files are read: a change meanwhile is a change since
         configuration, manager = self.model.configuration_manager, self.model.label_manager
         data, labels, properties = configuration.preprocessor_class(verbose=False).run_case(

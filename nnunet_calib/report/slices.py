@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
-from nnunet_calib.data.images import check_same_geometry, choose_reader, read_labels
+from nnunet_calib.data.images import check_same_geometry, choose_reader, read_image, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.report.runs import Run
 
@@ -89,10 +89,7 @@ def case_pictures(run: Run, case: str, images: Path, dataset: Dataset) -> CasePi
 
 
 def _read_image(path: Path, reader: Any) -> np.ndarray:
-    try:
-        volume, _ = reader().read_images([str(path)])
-    except Exception as error:  # third-party readers raise whatever their file format library does
-        raise InputError(f"{path}: cannot be read as an image ({str(error).strip().splitlines()[-1:]})") from error
+    volume, _ = read_image([path], reader)
     return np.asarray(volume[0], dtype=np.float32)
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_applied_is_told_in_one_line(made, tmp_path, capsys):
     words = apply(made, tmp_path / "out")
     words[words.index("-i") + 1] = str(broken)
     assert main(words) == 1
-    assert "x_0000.nii.gz: cannot be read as an image" in capsys.readouterr().err
+    assert "x_0000.nii.gz: truncated or damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

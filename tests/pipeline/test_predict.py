@@ -222,3 +222,17 @@ def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
     for path in theirs:
         if path.parent.name != "made_from":
             assert (output / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_image_is_reported_and_not_predicted(damage, tmp_path, capsys):
+    model, images = write_model(tmp_path), write_images(tmp_path / "images")
+    broken = images / "case_0_0000.nii.gz"
+    content = broken.read_bytes()
+    middle = len(content) * 6 // 10
+    rest = b"" if damage == "cut" else bytes([content[middle] ^ 16]) + content[middle + 1 :]
+    broken.write_bytes(content[:middle] + rest)
+    assert predict(model, images, tmp_path / "ours") == 1
+    assert "case_0_0000.nii.gz" in capsys.readouterr().err
+    assert not (tmp_path / "ours" / "case_0.nii.gz").exists()
+    assert (tmp_path / "ours" / "case_1.nii.gz").exists()

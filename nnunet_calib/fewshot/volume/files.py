@@ -5,11 +5,9 @@ are carried along. nnU-Net predicts an array as it is stored; chunks, positions 
 in the patient, so a case stored in another orientation than the task's is turned before and turned back after.
 """
 
-import gzip
 import os
 import re
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +20,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.images import LabelImage, affine_of, check_same_geometry, geometry_of, read_labels
-from nnunet_calib.data.quiet import quiet
+from nnunet_calib.data.images import LabelImage, affine_of, check_same_geometry, geometry_of, read_image, read_labels
 from nnunet_calib.fewshot.network.base_model import BaseModel
 
 STRUCTURE, IGNORED = 1, 2
@@ -32,7 +29,6 @@ STRUCTURE, IGNORED = 1, 2
 UNKNOWN = "unknown"
 """Orientation of images whose files do not say how they lie in the patient, such as 2D images."""
 
-_CHUNK = 1 << 20
 _COARSE = 3.0  # times the target spacing, from which a label map has visible steps
 
 
@@ -306,31 +302,8 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
     )
 
 
-def _check_compressed(path: Path) -> None:
-    """Refuse a gzip file that is cut or damaged: SimpleITK makes up for what is missing with zeros."""
-    try:
-        with path.open("rb") as raw:
-            if raw.read(2) != b"\x1f\x8b":  # not compressed, whatever its name
-                return
-        with gzip.open(path) as stream:
-            while stream.read(_CHUNK):
-                pass
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: truncated or damaged gzip file ({error}); copy it again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
 def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
-    for path in images:
-        if path.suffix == ".gz":
-            _check_compressed(path)
-    with quiet() as output:
-        try:
-            image, properties = reader().read_images([str(path) for path in images])
-        except Exception as error:  # third-party readers raise whatever their file format library does
-            said = (str(error).strip() or output.getvalue().strip() or type(error).__name__).splitlines()[-1]
-            raise InputError(f"{images[0]}: cannot be read as an image ({said})") from error
+    image, properties = read_image(images, reader)
     if not np.isfinite(image).all():
         raise InputError(f"{images[0]}: values that are NaN or infinite")
     return image, properties
