@@ -1,60 +1,30 @@
 """nnU-Net's predictor, which also keeps what each fold says where that is asked for."""
 
-import contextlib
-import io
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
 from nnunet_calib.prediction.model import TrainedModel
+from nnunet_calib.prediction.predictor import ModelPredictor
 
 
-class Predictor(nnUNetPredictor):
-    """nnU-Net's predictor of a trained model.
+class Predictor(ModelPredictor):
+    """A model's predictor, which also keeps what each fold says where that is asked for.
 
     Args:
         model: all its folds are used.
         device: ``cpu``, ``cuda`` or ``mps``.
-        step_size: of the sliding window, in patches.
-        mirroring: nnU-Net's test-time augmentation.
-        progress: show nnU-Net's progress bars.
-        everything_on_device: keep results on the device while there is room.
         keep_members: keep the logits of each fold.
+        options: of ``ModelPredictor``.
 
     Attributes:
         members: logits of each fold for the case predicted last, where they are kept.
     """
 
-    def __init__(
-        self,
-        model: TrainedModel,
-        device: torch.device,
-        *,
-        step_size: float = 0.5,
-        mirroring: bool = True,
-        progress: bool = False,
-        everything_on_device: bool = True,
-        keep_members: bool = False,
-    ):
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells on the CPU that this is not CUDA
-            super().__init__(
-                tile_step_size=step_size,
-                use_mirroring=mirroring,
-                perform_everything_on_device=everything_on_device,
-                device=device,
-                allow_tqdm=progress,
-            )
-        self.manual_initialization(
-            model.network,
-            model.plans_manager,
-            model.configuration_manager,
-            model.weights,
-            model.dataset.content,
-            model.trainer_name,
-            model.mirroring_axes,
-        )
+    def __init__(self, model: TrainedModel, device: torch.device | str, *, keep_members: bool = False, **options: Any):
+        super().__init__(model, device, **options)
         self._keep = keep_members
         self.members: list[Tensor] = []
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -52,15 +53,15 @@ class _Host:
 def scored_validation() -> Iterator[None]:
     """While open, nnU-Net's validation scores every case from its logits.
 
-    Raises:
-        RuntimeError: this nnU-Net hands its logits on in another way.
+    Where this nnU-Net hands its logits on in another way, it validates as it always does, and nothing is scored: a
+    training of days must not fail at its end.
     """
     module: Any = sys.modules[nnUNetTrainer.__module__]
     stock = getattr(module, _SEAM, None)
     if stock is None:
-        raise RuntimeError(
-            f"nnunetv2 {version('nnunetv2')} has no {_SEAM} in its trainer; its validation cannot be scored"
-        )
+        _warn(f"nnunetv2 {version('nnunetv2')} has no {_SEAM} in its trainer; its validation cannot be scored")
+        yield
+        return
     setattr(module, _SEAM, export_and_score)
     try:
         yield
@@ -78,11 +79,15 @@ def export_and_score(
     save_probabilities: bool = False,
     num_threads_torch: int = 1,
 ) -> None:
-    """nnU-Net's ``export_prediction_from_logits`` of a validation case, which also scores it."""
+    """nnU-Net's ``export_prediction_from_logits`` of a validation case, which also scores it.
+
+    A case that cannot be scored is exported by nnU-Net itself and is missing in the scores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads_torch)
+    given = logits
     try:
-        logits = torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
+        logits = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
         host = _Host(plans_manager, configuration_manager, plans_manager.get_label_manager(dataset_json))
         folder, name = Path(output_truncated).parent, Path(output_truncated).name
         model = folder.parent.parent
@@ -90,6 +95,18 @@ def export_and_score(
         work = _Validation(folder, dataset, plans_manager, _references(plans_manager.dataset_name))
         prediction = Prediction(name, logits, (), properties, host)
         work.finish(prediction, Wanted("npz" if save_probabilities else "none"))
+    except Exception as error:  # whatever it is, the validation of a training must reach its end
+        _warn(f"case {Path(output_truncated).name} is exported by nnU-Net and not scored: {error}")
+        export_prediction_from_logits(
+            given,
+            properties,
+            configuration_manager,
+            plans_manager,
+            dataset_json,
+            output_truncated,
+            save_probabilities,
+            num_threads_torch=num_threads_torch,
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -274,5 +291,9 @@ def _splits(preprocessed: Path) -> list[dict[str, list[str]]]:
         raise InputError(f"{file}: not nnU-Net's splits") from error
 
 
+def _warn(line: str) -> None:
+    print(f"WARNING nnunet-calib: {line}", file=sys.stderr, flush=True)
+
+
 def _never(_: CaseFiles) -> Any:
-    raise AssertionError("records are there")
+    raise InputError("it was not scored when it was predicted")

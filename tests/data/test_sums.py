@@ -36,7 +36,8 @@ def test_sums_of_one_pass_and_one_voxel_of_another_is_refused(tmp_path, ending, 
 
 def test_what_rounding_to_16_bits_does_to_many_classes_is_no_error(tmp_path):
     many = np.random.default_rng(1).dirichlet(np.full(118, 0.3), size=(4, 4, 4)).transpose(3, 0, 1, 2)
-    ProbabilityFile(written(tmp_path, many, ".npz", "float16"), exclusive=True).whole()
+    whole = ProbabilityFile(written(tmp_path, many, ".npz", "float16"), exclusive=True).whole()
+    assert np.array_equal(whole, many.astype(np.float16))
 
 
 def test_who_stops_at_the_last_channel_is_told_too(tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -112,3 +113,38 @@ def test_what_the_trainers_pool_is_handed_is_written_and_scored(trained, tmp_pat
     assert validation.validation_means(found)["volume/ECE"] == pytest.approx(
         expected["calibration_mean"]["volume"]["ECE"]
     )
+
+
+def test_a_case_that_cannot_be_scored_is_exported_by_nnunet_and_named(trained, tmp_path, capsys):
+    """A training of days must not fail at its end for a label map that ``evaluate`` would refuse."""
+    folder, reference = trained
+    model = TrainedModel(folder)
+    managers = (model.configuration_manager, model.plans_manager, model.dataset.content)
+    made, stock = folder / "fold_0" / "validation", tmp_path / "stock"
+    made.mkdir()
+    stock.mkdir()
+    bad = CASES[0]
+    path = reference / f"{bad}.nii.gz"
+    image = sitk.ReadImage(str(path))
+    image.SetSpacing((9.0, 9.0, 9.0))
+    sitk.WriteImage(image, str(path))
+    for case in CASES:
+        image, _, _, properties = nnUNetDatasetBlosc2(str(reference.parent / "toy"), list(CASES)).load_case(case)
+        logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, *image.shape[1:])).astype(np.float16))
+        validation.export_and_score(logits, properties, *managers, str(made / case))
+        export_prediction_from_logits(logits, properties, *managers, str(stock / case))
+        assert (made / f"{case}.nii.gz").read_bytes() == (stock / f"{case}.nii.gz").read_bytes()
+    assert f"case {bad} is exported by nnU-Net and not scored" in capsys.readouterr().err
+    said: list[str] = []
+    found = validation.summarise_validation(folder / "fold_0", CASES, model.plans_manager, said.append)
+    assert [failed["case"] for failed in found["failed"]] == [bad]
+    assert len(said) == 1
+    assert len(found["metric_per_case"]) == len(CASES) - 1
+
+
+def test_another_nnunet_validates_as_it_does(monkeypatch, capsys):
+    module = sys.modules[nnUNetTrainer.__module__]
+    monkeypatch.delattr(module, "export_prediction_from_logits")
+    with validation.scored_validation():
+        assert not hasattr(module, "export_prediction_from_logits")
+    assert "cannot be scored" in capsys.readouterr().err

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import Tensor
 
-from nnunet_calib.data.quiet import quiet
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.branch import BranchFeatures
 from nnunet_calib.fewshot.network.features import DecoderFeatures
 from nnunet_calib.fewshot.network.windows import Windows
+from nnunet_calib.prediction.predictor import ModelPredictor
 
 Reduce = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -38,7 +37,7 @@ class Prediction:
     sampled: list[Tensor] = field(default_factory=list)
 
 
-class FeaturePredictor(nnUNetPredictor):
+class FeaturePredictor(ModelPredictor):
     """nnU-Net's predictor of a base model.
 
     Args:
@@ -60,23 +59,13 @@ class FeaturePredictor(nnUNetPredictor):
         progress: bool = False,
         everything_on_device: bool = True,
     ):
-        device = torch.device(device)
-        with quiet():  # nnU-Net tells on the CPU that this is not CUDA
-            super().__init__(
-                tile_step_size=step_size,
-                use_mirroring=mirroring,
-                perform_everything_on_device=everything_on_device,
-                device=device,
-                allow_tqdm=progress,
-            )
-        self.manual_initialization(
-            model.network,
-            model.plans_manager,
-            model.configuration_manager,
-            model.weights,
-            model.dataset.content,
-            model.trainer_name,
-            model.mirroring_axes,
+        super().__init__(
+            model,
+            device,
+            step_size=step_size,
+            mirroring=mirroring,
+            progress=progress,
+            everything_on_device=everything_on_device,
         )
         self.use_mirroring: bool = mirroring
         # Of a compiled network the stages cannot be seen.
