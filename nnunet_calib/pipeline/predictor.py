@@ -43,9 +43,14 @@ class Predictor(ModelPredictor):
 
 
 def one_thread_each(workers: int, name: str) -> ThreadPoolExecutor:
-    """Threads in which torch uses one thread.
+    """Threads in which torch uses one thread; the calling thread keeps its number.
 
-    A new thread else takes the number that is set at that moment, which nnU-Net changes while it predicts; torch's
-    softmax differs in the last bit with it, and so would files of the same command.
+    torch's softmax differs in the last bit with the number of threads, and so would files of the same command.
     """
-    return ThreadPoolExecutor(workers, name, torch.set_num_threads, (1,))
+    torch.get_num_threads()  # the caller's own is settled: else it would take what the workers set
+    return ThreadPoolExecutor(workers, name, _use_one_thread)
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # a thread takes the number set last by any other when it is first asked, so ask before
+    torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.evaluation import evaluate_folder
+from nnunet_calib.pipeline.predictor import one_thread_each
 
 from ..fewshot.hosts import landmarks, phantom, write_image, write_model
 
@@ -193,6 +194,19 @@ def test_bad_usage_is_one_line(words, said, tmp_path, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_threads_of_the_export_have_one_thread_of_torch_and_the_network_all():
+    own = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread_each(1, "export") as pool:
+            pool.submit(int).result()
+            torch.set_num_threads(2)  # as nnU-Net does while it predicts
+            assert pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(own)
 
 
 @pytest.mark.slow
