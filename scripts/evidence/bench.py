@@ -164,7 +164,9 @@ class Bench:
         start = self.protocol.training(str(training.start_name))
         # Ours, and whole: nnU-Net's own loss of it is what every trainer does until ``calibrate_from``.
         shared = torch.load(self.model(start) / "fold_0" / CHECKPOINT, map_location="cpu", weights_only=False)
-        shared["init_args"]["plans"].pop(RESOLVED_KEY)  # else ``--c`` refuses another trainer's settings
+        # For ``--c``, which refuses other settings than those of the checkpoint: they begin only now.
+        given = {**self.protocol.content["schedule"], **training.settings}
+        shared["init_args"]["plans"][RESOLVED_KEY] = {"trainer": training.trainer, **given}
         shared["init_args"]["configuration"] = training.name
         with whole_file(fold / "checkpoint_latest.pth") as stream:
             torch.save(shared, stream)
