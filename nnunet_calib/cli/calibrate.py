@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunet_calib.cli.words import counted
 
-HELP = "honest probabilities from a trained model: fit a calibrator, apply it, check where it is used"
+HELP = "calibrated probabilities from a trained model: fit a calibrator, apply it, check where it is used"
 
 _METHODS = ("temperature", "classwise", "ensemble", "cmsop", "cmsap", "vector", "isotonic", "dirichlet", "local")
 _REGIONS = ("volume", "foreground", "boundary")

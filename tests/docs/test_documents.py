@@ -57,10 +57,19 @@ def test_other_commands_exist(document):
             assert (ROOT / words[1]).is_file(), words
 
 
+def anchors(document: Path) -> set[str]:
+    """What a link to a heading is called: small letters, spaces as hyphens, no other signs."""
+    heads = re.findall(r"^#+ (.+)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
-def test_links_lead_to_files(document):
-    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", document.read_text(encoding="utf-8")):
-        assert (document.parent / target).exists(), target
+def test_links_lead_to_files_and_headings(document):
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)", document.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_every_verb_is_in_the_documents():
