@@ -258,7 +258,7 @@ class Bench:
         fold = self.model(row) / "fold_0"
         if not (fold / "validation" / "summary.json").exists():
             if row.paired and row.after:
-                self.take_first_part(row.start, fold)
+                self.take_first_part(row, fold)
             trained = (fold / "checkpoint_final.pth").exists()
             resume = ["--val"] if trained else ["--c"] if (fold / "checkpoint_latest.pth").exists() else []
             words = [self.number, row.configuration, "0", "-tr", row.trainer, "-device", self.device, *resume]
@@ -276,14 +276,15 @@ class Bench:
             words = ["evaluate", str(self.dataset / "labelsTs"), str(predictions), "-o", str(scores), "-np", "1"]
             self.call(f"evaluate_{row.name}", [sys.executable, "-m", "nnunet_calib.cli.main", *words])
 
-    def take_first_part(self, start: Run, fold: Path) -> None:
+    def take_first_part(self, row: Run, fold: Path) -> None:
         """Let a training go on where stock of its pair had its own loss so far, unless it has gone on already."""
         if any((fold / f"checkpoint_{kind}.pth").exists() for kind in ("latest", "final")):
             return
         fold.mkdir(parents=True, exist_ok=True)
         # Ours, and whole: nnU-Net's own loss of it is what every trainer does until ``calibrate_from``.
-        shared = torch.load(self.model(start) / "fold_0" / SHARED, map_location="cpu", weights_only=False)
-        shared["init_args"]["plans"].pop(RESOLVED_KEY)  # else ``--c`` refuses another trainer's settings
+        shared = torch.load(self.model(row.start) / "fold_0" / SHARED, map_location="cpu", weights_only=False)
+        # else ``--c`` refuses another trainer's settings
+        shared["init_args"]["plans"][RESOLVED_KEY] = {"trainer": row.trainer, **row.settings}
         with whole_file(fold / "checkpoint_latest.pth") as stream:
             torch.save(shared, stream)
 
