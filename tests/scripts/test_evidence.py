@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "scripts" / "evidence"
 CASES = [f"patient{p:03d}_frame{f:02d}" for p in range(20) for f in (1, 12)]
@@ -72,3 +73,26 @@ def test_the_page_says_what_the_rows_give_and_a_changed_number_is_found(module):
     assert text == pages.written(text)
     changed = text.replace("| stock | isotonic | 9423 | 0.844 | 0.0378 ", "| stock | isotonic | 9423 | 0.844 | 0.0377 ")
     assert len(list(pages.differences(changed))) == 1
+
+
+def test_the_balanced_penalty_is_the_sum_of_its_groups_means_and_so_is_its_slope(monkeypatch):
+    """Against the definition, with torch's own cross-entropy and autograd."""
+    monkeypatch.syspath_prepend(str(EVIDENCE / "trainers"))
+    losses = importlib.import_module("evidence_losses")
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4, 12, 12, generator=generator).requires_grad_()
+    y = torch.zeros(2, 1, 12, 12, dtype=torch.long)
+    y[:, :, 3:8, 2:9], y[0, :, 4:6] = 1, 2
+    windows = torch.nn.functional.pad(y.float(), (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
+    q = torch.stack([(windows == c).float().mean(dim=(-1, -2))[:, 0] for c in range(4)], dim=1)
+    wrong = z.argmax(dim=1, keepdim=True) != y
+    mixed = (q.amax(dim=1, keepdim=True) < 1) & ~wrong
+    settled = ~wrong & ~mixed
+    for with_settled in (False, True):
+        d = (z - q).abs().mean(dim=1, keepdim=True)
+        means = d[wrong].mean() + d[mixed].mean() + (d[settled].mean() if with_settled else 0)
+        expected = torch.nn.functional.cross_entropy(z, y[:, 0]) + 0.03 * means
+        found = losses.BalancedNACLLoss(weight=0.03, settled=with_settled)(z, y)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (found, expected)))
+    sys.modules.pop("evidence_losses")

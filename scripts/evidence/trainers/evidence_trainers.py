@@ -1,8 +1,23 @@
-"""Trainers with the optimiser of the papers on MbLS, NACL and CRaC: Adam, first step 1e-3."""
+"""Trainers that only the evidence needs.
 
+With the optimiser of the papers on MbLS, NACL and CRaC (Adam, first step 1e-3), and with losses under trial.
+"""
+
+from evidence_losses import BalancedNACLLoss
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerVanillaAdam
 
+from nnunet_calib.losses import LOSSES
+from nnunet_calib.training.base import CalibrationTrainer
 from nnunet_calib.training.trainers import TRAINERS
+
+LOSSES["balanced_nacl"] = BalancedNACLLoss
+
+
+class BalancedNACLTrainer(CalibrationTrainer):
+    """NACL with balanced means."""
+
+    LOSS = "balanced_nacl"
+
 
 for _trainer in TRAINERS.values():
     _name = f"{_trainer.__name__}Adam"
