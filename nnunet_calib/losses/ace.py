@@ -1,7 +1,8 @@
 """Average calibration error as a loss (mL1-ACE).
 
     L = CE + weight * mean over images b and classes c of ACE_bc
-    ACE_bc = mean over the bins of p_c that are not empty of |mean p_c - mean [y = c]|
+    ACE_bc = mean over the bins k that are not empty of |confidence - accuracy|
+    confidence = mean of p_c, accuracy = share of y = c; both over the voxels of image b whose p_c is in bin k
 
 Bin k of K is ((k - 1)/K, k/K], the first with 0. The soft form shares each voxel linearly between the two nearest bin
 centres, so that the shares have a gradient too.
@@ -10,7 +11,8 @@ Barfoot et al., Average calibration error: a differentiable loss for improved re
 2024; Average calibration losses for reliable uncertainty in medical image segmentation, 2025 (the soft form).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,22 +21,28 @@ from torch.nn.functional import pad
 from nnunet_calib.losses.base import CalibrationLoss, count, flag, number
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term
 
+
+def calibration_error(n: Tensor, gap: Tensor, present: Tensor, least: float) -> Tensor:
+    """Mean over images b and classes c of ACE_bc.
+
+    Args:
+        n: voxels in each bin k, (B, C, K).
+        gap: their sum of p_c - [y = c]; over n, it is confidence - accuracy.
+        present: 0 for classes whose ACE_bc is 0 because no voxel has their label, (B, C).
+        least: with fewer voxels a bin is empty.
+    """
+    filled = n >= least
+    difference = (gap / n.clamp(min=least)).abs()  # |confidence - accuracy|
+    ACE = present * (filled * difference).sum(dim=2) / filled.sum(dim=2).clamp(min=1)
+    images = filled.any(dim=2).any(dim=1).sum()  # those with a valid voxel
+    return ACE.sum() / (images.clamp(min=1) * ACE.shape[1])
+
+
 # The authors' upper end, so that rounding leaves no probability outside.
 _UPPER = 1 + torch.finfo(torch.float32).eps
 _LEAST_SOFT_WEIGHT = 0.01
 # Neighbours are mostly of one bin: summed in turn into this many copies, no addition waits for the one before.
 _COPIES = 8
-
-
-class Error(NamedTuple):
-    """The calibration error, and what its slope d/dp is made of in each interval of p; A classes, J intervals."""
-
-    mean: Tensor
-    """Over images and classes."""
-    slope: Tensor
-    """(B, A, J)"""
-    rise: Tensor | None
-    """(B, A, J), of soft bins: what the slope changes by from the lower bin to the upper."""
 
 
 class ACELoss(CalibrationLoss):
@@ -79,30 +87,45 @@ class ACELoss(CalibrationLoss):
     def _weights(self) -> dict[str, float]:
         return {"cross_entropy": 1.0, "calibration_error": self.weight}
 
-    def _formula(self, v: Voxels, shared: Error) -> dict[str, Tensor]:
-        p = self._columns(v)
-        gap = self._gaps(v)  # p_c - [y = c]
-        k, share = self._interval(p)  # the bin of p_c; of soft bins the lower one, and the upper one's share
+    def _shared(self, batch: Batch) -> "Error":
+        n, gap, present = self._in_bins(batch)
+        n, gap = n.requires_grad_(), gap.requires_grad_()
+        with torch.enable_grad():
+            error = calibration_error(
+                n,
+                gap,
+                present if self.ignore_absent_classes else torch.ones_like(present),
+                _LEAST_SOFT_WEIGHT if self.soft else 1.0,
+            )
+        slopes = torch.autograd.grad(error, (n, gap))
+        # The base class takes means over voxels, of values and slopes.
+        of_n, of_gap = ((slope * batch.voxel_count()).to(batch.dtype) for slope in slopes)
+        return Error(error.detach().to(batch.dtype), of_n, of_gap, self._rate)
+
+    def _formula(self, v: Voxels, shared: "Error") -> dict[str, Tensor]:
+        # The error of the whole batch is known. A voxel changes it by what it adds to n and gap of its bins.
+        p, gap = self._columns(v), self._gaps(v)
+        k, upper = self._interval(p)
         k = k.long()
-        # What a voxel adds to |mean p_c - mean [y = c]| of its bin: the sign and the bin's weight are in `slope`.
-        slope = shared.slope[v.images].gather(2, k)
-        if share is not None and shared.rise is not None:
-            slope = slope + share * shared.rise[v.images].gather(2, k)
-        error = (slope * gap).unflatten(1, (-1, v.target.shape[1])).sum(dim=1)
+        if upper is None:  # it adds 1 to n, a constant
+            adds = shared.of_gap[v.images].gather(2, k) * gap
+        else:
+            (n_lower, n_upper), (gap_lower, gap_upper) = (
+                (side[v.images].gather(2, k) for side in _ends_twice(slope)) for slope in (shared.of_n, shared.of_gap)
+            )
+            adds = (1 - upper) * (n_lower + gap_lower * gap) + upper * (n_upper + gap_upper * gap)
+        error = adds.unflatten(1, (-1, v.target.shape[1])).sum(dim=1)
         return {"cross_entropy": -v.log_p_y, "calibration_error": shared.mean + error - error.detach()}
 
-    @property
-    def _rate(self) -> float:
-        """Bins in a unit of probability."""
-        return self.bins / _UPPER
-
-    def _terms(self, v: Voxels, shared: Error) -> dict[str, Term]:
+    def _terms(self, v: Voxels, shared: "Error") -> dict[str, Term]:
         def slope() -> Tensor:
             j, share = self._interval(self._columns(v))
             j = j.long()
-            each = shared.slope[v.images].gather(2, j)
-            if share is not None and shared.rise is not None:
-                each.addcmul_(shared.rise[v.images].gather(2, j), share.add_(self._gaps(v), alpha=self._rate))
+            if share is None:
+                each = shared.of_gap[v.images].gather(2, j)
+            else:
+                first, rise = (table[v.images].gather(2, j) for table in shared.of_soft_p)
+                each = first.addcmul_(rise, share.add_(self._gaps(v), alpha=self._rate))
             if isinstance(v, Regions):  # d/dp of the second class, less that of the first
                 outside, inside = each.split(v.z.shape[1], dim=1) if self.include_background else (0, each)
                 return v.through_softmax((inside - outside) / 2)
@@ -111,36 +134,20 @@ class ACELoss(CalibrationLoss):
         error = shared.mean.expand(v.target.shape)
         return {"cross_entropy": cross_entropy_term(v), "calibration_error": Term(error, slope)}
 
-    def _shared(self, batch: Batch) -> Error:
-        weight, gap, present = self._in_bins(batch)
-        least = _LEAST_SOFT_WEIGHT if self.soft else 1.0
-        filled = weight >= least
-        regions = batch.target.shape[1]
-        images = filled.unflatten(1, (-1, regions)).any(dim=3).any(dim=1).sum().clamp(min=1)
-        # What a bin's error counts for in the mean.
-        share = 1 / (filled.sum(dim=2, keepdim=True).clamp(min=1) * images * (weight.shape[1] // regions))
-        if self.ignore_absent_classes:
-            share = share * present
-        share = share * filled / weight.clamp(min=least)
-        error = share * gap.abs()
-        # Values and slopes are means over voxels for the base class.
-        slope, fall = share * gap.sign() * batch.voxel_count(), error / weight.clamp(min=least) * batch.voxel_count()
-        if not self.soft:
-            return Error(error.sum().to(batch.dtype), slope.to(batch.dtype), None)
-        lower, upper = _ends_twice(slope)
-        lower_fall, upper_fall = _ends_twice(fall)
-        first = lower - self._rate * (upper_fall - lower_fall)
-        return Error(error.sum().to(batch.dtype), first.to(batch.dtype), (upper - lower).to(batch.dtype))
+    @property
+    def _rate(self) -> float:
+        """Bins in a unit of probability."""
+        return self.bins / _UPPER
 
     def _in_bins(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Voxels and their gaps p - [y = c] in each bin, (B, A, bins), and which classes are there, (B, A, 1)."""
+        """Voxels and their gaps p - [y = c] in each bin, (B, A, bins), and 1 for the classes that are there, (B, A)."""
         regions = batch.target.shape[1]
         classes = 2 * regions if self.multilabel else batch.logits.shape[1]
         columns = classes if self.include_background else classes - regions
         shape = (len(batch.logits), columns, self.bins + self.soft)
         # Voxels and gaps, of soft bins those of the lower bin before those of the upper.
         sums = batch.logits.new_zeros((4 if self.soft else 2, *shape), dtype=batch.exact)
-        members = batch.logits.new_zeros((*shape[:2], 1), dtype=batch.exact)
+        members = batch.logits.new_zeros(shape[:2], dtype=batch.exact)
         for v in batch:
             counted = torch.ones_like(v.z[:, :1]) if v.valid is None else v.valid.to(v.z.dtype)
             j, share = self._interval(self._columns(v))
@@ -152,9 +159,10 @@ class ACELoss(CalibrationLoss):
             for total, value in zip(sums, values, strict=True):
                 total[v.images] += _scatter(into, value, shape[2])
             members[v.images] += self._members(v, counted, classes)[:, classes - columns :]
+        present = (members > 0).to(batch.exact)
         if not self.soft:
-            return sums[0], sums[1], members > 0
-        return _into_bins(*sums[:2]), _into_bins(*sums[2:]), members > 0
+            return sums[0], sums[1], present
+        return _into_bins(*sums[:2]), _into_bins(*sums[2:]), present
 
     def _columns(self, v: Voxels) -> Tensor:
         """Probabilities of the classes that count, (b, A, n); of regions all outsides come before all insides."""
@@ -171,10 +179,10 @@ class ACELoss(CalibrationLoss):
 
     @staticmethod
     def _members(v: Voxels, counted: Tensor, classes: int) -> Tensor:
-        """Voxels of each class, (b, A, 1), the background included."""
+        """Voxels of each class, (b, A), the background included."""
         if isinstance(v, Regions):
-            return torch.cat([(1 - v.target) * counted, v.target * counted], dim=1).sum(dim=2, keepdim=True)
-        return _scatter(_spread(v.target.int(), classes), counted, classes).transpose(1, 2)
+            return torch.cat([(1 - v.target) * counted, v.target * counted], dim=1).sum(dim=2)
+        return _scatter(_spread(v.target.int(), classes), counted, classes)[:, 0]
 
     def _interval(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
         """Number of the bin, int32; of soft bins that of the interval between centres, and the upper bin's share."""
@@ -183,6 +191,29 @@ class ACELoss(CalibrationLoss):
             return position.int().clamp_(0, self.bins - 1), None
         j = position.add_(0.5).int().clamp_(0, self.bins)  # not a number is of no interval
         return j, position.sub_(j)
+
+
+@dataclass
+class Error:
+    """The calibration error of a batch and its slopes; A classes, K bins."""
+
+    mean: Tensor
+    """Over images and classes."""
+    of_n: Tensor
+    """d/dn of a bin, (B, A, K)."""
+    of_gap: Tensor
+    """d/dgap, (B, A, K)."""
+    rate: float
+    """Bins in a unit of probability."""
+
+    @cached_property
+    def of_soft_p(self) -> tuple[Tensor, Tensor]:
+        """What the slope d/dp is made of between two centres, (B, A, K + 1): at the lower one, and its rise.
+
+        Of the derivative of the sum in `ACELoss._formula`; the rise is weighed with ``upper + rate gap``.
+        """
+        (n_lower, n_upper), (gap_lower, gap_upper) = _ends_twice(self.of_n), _ends_twice(self.of_gap)
+        return gap_lower + self.rate * (n_upper - n_lower), gap_upper - gap_lower
 
 
 def _spread(j: Tensor, intervals: int) -> Tensor:

@@ -18,8 +18,19 @@ from torch.nn.functional import softplus
 from nnunet_calib.losses.base import CalibrationLoss, number
 from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, at_target, cross_entropy_term
 
-# A product of more numbers from [1/2, 1] could leave float32.
-_FACTORS = 120
+
+def discrimination(v: Voxels) -> Tensor:
+    """D in each voxel, (b, 1, *s)."""
+    C, z, z_y = v.classes, v.z, at_target(v.z, v.target)
+    return (_is_not_label(v) * softplus(z - z_y)).sum(dim=1, keepdim=True) / (C - 1)
+
+
+def exclusion(v: Voxels) -> Tensor:
+    """E in each voxel, (b, 1, *s)."""
+    C, z, other = v.classes, v.z, _is_not_label(v)
+    z_i, z_j = z[:, :, None], z[:, None]
+    pairs = other[:, :, None] * other[:, None] * softplus(z_j - z_i) / 2  # (b, i, j, *s)
+    return pairs.sum(dim=(1, 2))[:, None] / ((C - 1) * (C - 2))
 
 
 class CPCLoss(CalibrationLoss):
@@ -50,14 +61,7 @@ class CPCLoss(CalibrationLoss):
         if isinstance(v, Regions) or v.classes < 3:  # one pair: y and the other class
             pair = -v.log_p_y
             return {"cross_entropy": pair, "discrimination": pair, "exclusion": torch.zeros_like(pair)}
-        z, z_y, C = v.z, at_target(v.z, v.target), v.classes
-        other = 1 + v.minus_onehot(torch.zeros_like(z))  # [c != y]
-        discrimination = (other * softplus(z - z_y)).sum(dim=1, keepdim=True) / (C - 1)
-        exclusion = torch.zeros_like(z_y)
-        for j in range(C):
-            pairs = other * other[:, j : j + 1] * softplus(z[:, j : j + 1] - z) / 2
-            exclusion = exclusion + pairs.sum(dim=1, keepdim=True) / ((C - 1) * (C - 2))
-        return {"cross_entropy": -v.log_p_y, "discrimination": discrimination, "exclusion": exclusion}
+        return {"cross_entropy": -v.log_p_y, "discrimination": discrimination(v), "exclusion": exclusion(v)}
 
     def _terms(self, v: Voxels, shared: Any) -> dict[str, Term]:
         return {
@@ -65,6 +69,16 @@ class CPCLoss(CalibrationLoss):
             "discrimination": _discrimination_term(v),
             "exclusion": _exclusion_term(v),
         }
+
+
+def _is_not_label(v: Voxels) -> Tensor:
+    """[c != y], (b, C, *s)."""
+    return 1 + v.minus_onehot(torch.zeros_like(v.z))
+
+
+# The same with slopes in closed form, each pair once.
+# A product of more numbers from [1/2, 1] could leave float32.
+_FACTORS = 120
 
 
 def _discrimination_term(v: Voxels) -> Term:

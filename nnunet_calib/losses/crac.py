@@ -23,6 +23,18 @@ from nnunet_calib.losses.base import CalibrationLoss, choice, count, full_precis
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, masked_sum
 
+
+def penalty(z: Tensor, q: Tensor, at_boundary: Tensor, margin: float, multipliers: Tensor, rho: Tensor) -> Tensor:
+    """Mean over classes c and regions r of [x in r] (lambda_rc h + rho_rc / 2 h^2) in each voxel x, (b, 1, ...).
+
+    z and q are (b, C, ...), ``at_boundary`` is bool (b, 1, ...); lambda and rho are (2, C), of boundary and inside.
+    """
+    (lambda_1, lambda_2), (rho_1, rho_2) = (each.view(2, 1, -1, *[1] * (z.ndim - 2)) for each in (multipliers, rho))
+    lambda_rc, rho_rc = torch.where(at_boundary, lambda_1, lambda_2), torch.where(at_boundary, rho_1, rho_2)
+    h = torch.where(at_boundary, (q - z).abs(), (margin * q - z).abs())
+    return (lambda_rc * h + rho_rc / 2 * h**2).mean(dim=1, keepdim=True) / 2  # one of the two r is empty
+
+
 _FIRST_MULTIPLIER = 1e-6
 _LARGEST_MULTIPLIER = 1e6
 _FALL = 0.9
@@ -136,18 +148,16 @@ class CRaCLoss(CalibrationLoss):
         return SoftTarget(batch.target, batch.valid, self.neighbourhood, batch.dtype)
 
     def _formula(self, v: Voxels, shared: SoftTarget) -> dict[str, Tensor]:
-        boundary, distances = self._distances(v, shared)
-        penalty = torch.zeros_like(v.log_p_y)
-        for classes, d in distances:
-            h = d.abs()
-            # In each voxel one of the two regions r is empty, so that 2 C constraints are averaged.
-            lambda_rc, rho_rc = (
-                _by_region(state[:, classes.start : classes.stop].to(d.dtype), boundary)
-                for state in (self.multipliers, self.rho)
-            )
-            cost = lambda_rc * h + rho_rc / 2 * h**2
-            penalty = penalty + cost.unflatten(1, (-1, _channels(v))).sum(dim=1) / (2 * v.classes)
-        return {"cross_entropy": -v.log_p_y, "penalty": penalty}
+        q = shared.rows(v.images, v.rows, range(1, 2) if isinstance(v, Regions) else range(v.classes))
+        # Classes along axis 1, the problems (of label maps one, of regions each) along axis 2.
+        if isinstance(v, Regions):
+            z, q = torch.stack([torch.zeros_like(v.z), v.z], dim=1), torch.stack([1 - q, q], dim=1)
+        else:
+            z, q = v.z.unsqueeze(2), q.unsqueeze(2)
+        at_boundary = _boundary(q.amax(dim=1, keepdim=True)) > 0
+        multipliers, rho = self.multipliers.to(z.dtype), self.rho.to(z.dtype)
+        constraints = penalty(z, q, at_boundary, self.margin, multipliers, rho)
+        return {"cross_entropy": -v.log_p_y, "penalty": constraints.squeeze(1)}
 
     def _terms(self, v: Voxels, shared: SoftTarget) -> dict[str, Term]:
         boundary, distances = self._distances(v, shared)

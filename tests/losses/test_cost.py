@@ -1,5 +1,7 @@
 """What the losses keep and hold in memory, and that cutting the batch into slabs changes no number."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,15 +43,29 @@ def test_parts_have_the_gradients_of_their_own(case, form):
     torch.testing.assert_close(logits.grad, given.gradient(case)[1], rtol=1e-12, atol=1e-12)
 
 
+class Kept:
+    """A tensor that a graph keeps."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 @every_option
 @forms
 def test_nothing_but_the_arguments_and_the_gradient_is_kept(case, form):
     given = problem(form, (8, 8, 8), masked=True, classes=8, dtype=torch.float32)
     logits, saved = given.logits.requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        given.loss(case)(logits, given.target, given.valid)
+
+    def pack(tensor):
+        kept = Kept(tensor)
+        saved.append(weakref.ref(kept))  # the graph alone keeps it alive
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        value = given.loss(case)(logits, given.target, given.valid)
     arguments = [tensor.data_ptr() for tensor in (logits, given.target, given.valid)]
-    assert [tensor.data_ptr() for tensor in saved] == arguments
+    assert [reference().tensor.data_ptr() for reference in saved if reference() is not None] == arguments
+    value.backward()
 
 
 @every_loss
