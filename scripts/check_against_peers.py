@@ -130,7 +130,7 @@ def main() -> int:
         ours = evaluate_folder(
             args.reference, args.prediction, output, args.djfile, processes=args.np, chill=True, protocol=PROTOCOL
         )
-    reader = choose_reader(dataset, [Path(case["reference_file"]) for case in ours["metric_per_case"]])
+    reader = choose_reader(dataset)
     theirs = compute_metrics_on_folder(
         str(args.reference),
         str(args.prediction),

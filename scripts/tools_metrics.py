@@ -187,7 +187,7 @@ def whole_case(folder: str) -> Callable:
 
         dataset = read_dataset(work / "dataset.json", None)
         files = pair_cases(work / "reference", work / folder, ".nii.gz")[0]
-        result = evaluate_case(files, dataset, choose_reader(dataset, [files.reference]), Protocol())
+        result = evaluate_case(files, dataset, choose_reader(dataset), Protocol())
         return {name: result.record["calibration"]["volume"][name] for name in ("ECE", "CECE", "NLL")}
 
     return measure

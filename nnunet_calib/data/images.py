@@ -1,16 +1,15 @@
 """Label maps and images on disk, read through nnU-Net's own readers, and the geometry they must share."""
 
-import contextlib
-import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, determine_reader_writer_from_dataset_json
 
+from nnunet_calib.data import nifti
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.quiet import quiet
@@ -22,6 +21,39 @@ _ROUNDING = 1e-3  # of a label stored as a float
 _DIRECTION_TOLERANCE = 1e-3  # of the direction cosines: half a voxel over 500
 
 
+_SAME_ORDER = {"SimpleITKIO", "NibabelIO", "NaturalImage2DIO", "Tiff3DIO"}
+"""nnU-Net's readers that give the voxels of a file in the order of the file: where one cannot, another may."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the voxels of an array (z, y, x) lie, in mm.
+
+    Attributes:
+        spacing: in the order of the array's axes.
+        geometry: what else the file says, if anything: ``origin`` and ``direction``, a matrix whose columns are the
+            file's axes, of whatever length.
+        affine: from voxel (x, y, z) to right, anterior, superior, 4 x 4; None if the file does not say.
+        unit: in which the file had them; ``unknown`` means mm.
+    """
+
+    spacing: tuple[float, ...]
+    geometry: dict[str, np.ndarray]
+    affine: np.ndarray | None = None
+    unit: str = "mm"
+
+    def in_unit(self, unit: str) -> "Place":
+        """The same numbers, meant in this unit."""
+        factor = nifti.in_mm(unit)
+        return replace(
+            self,
+            spacing=tuple(step * factor for step in self.spacing),
+            geometry={name: numbers * factor for name, numbers in self.geometry.items()},
+            affine=None if self.affine is None else np.diag([factor, factor, factor, 1.0]) @ self.affine,
+            unit=unit,
+        )
+
+
 @dataclass(frozen=True)
 class LabelImage:
     """A label map and where it lies in space.
@@ -29,23 +61,26 @@ class LabelImage:
     Attributes:
         path: its file.
         labels: unsigned integers (z, y, x); z is 1 for 2D images.
-        spacing: mm, in the order of the axes.
-        geometry: what else the file says of its place, if anything: ``origin`` (mm) and ``direction``, a matrix whose
-            columns are the file's axes, of whatever length the reader gives them.
-        affine: from voxel (x, y, z) to mm (right, anterior, superior), 4 x 4; None if the file does not say.
+        place: of its voxels.
+        properties: what nnU-Net's reader said of the file.
     """
 
     path: Path
     labels: np.ndarray
-    spacing: tuple[float, ...]
-    geometry: dict[str, np.ndarray]
-    affine: np.ndarray | None = None
+    place: Place
+    properties: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Mm, in the order of the axes."""
+        return self.place.spacing
 
 
-def choose_reader(dataset: Dataset, examples: Sequence[Path]) -> type[BaseReaderWriter]:
-    """nnU-Net's reader for these files, chosen as nnU-Net's evaluation does: the first that can open an example.
+def choose_reader(dataset: Dataset) -> type[BaseReaderWriter]:
+    """nnU-Net's reader for the files of a data set: the one it names, or nnU-Net's first for their ending.
 
-    Examples that nothing can open are passed over, so that one broken file does not stop a folder.
+    Which files there are does not matter: whatever reads one passes on to nnU-Net's next reader for its ending where
+    this one cannot read it, file by file.
 
     Raises:
         InputError: nnU-Net has no reader for the file ending.
@@ -55,12 +90,10 @@ def choose_reader(dataset: Dataset, examples: Sequence[Path]) -> type[BaseReader
         raise InputError(
             f"{dataset.path}: 'overwrite_image_reader_writer' must be the name of a reader, it is {named!r:.100}"
         )
-    silence = io.StringIO()  # nnU-Net prints a traceback for every reader it tries in vain
-    with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
-        for example in (*map(str, examples), None):
-            with contextlib.suppress(RuntimeError):
-                return determine_reader_writer_from_dataset_json(dataset.content, example, verbose=False)
-    raise InputError(f"{dataset.path}: nnU-Net has no reader for {dataset.file_ending!r} files")
+    try:
+        return determine_reader_writer_from_dataset_json(dataset.content, None, verbose=False)
+    except RuntimeError as error:
+        raise InputError(f"{dataset.path}: nnU-Net has no reader for {dataset.file_ending!r} files") from error
 
 
 def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[int]) -> LabelImage:
@@ -74,24 +107,28 @@ def read_labels(path: Path, reader: type[BaseReaderWriter], allowed: Sequence[in
     Raises:
         InputError: a file that is damaged, not a single volume, or holds other values; one line, naming the file.
     """
-    volume, properties = _read([path], "a label map", lambda: reader().read_seg(str(path)))
+
+    def read(one: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
+        volume, properties = one.read_seg(str(path))
+        if volume.ndim != 4 or volume.shape[0] != 1 or not volume.size:  # of a TIFF, 4 slices may look like RGBA
+            channels, shape = volume.shape[0], volume.shape[1:]
+            raise ValueError(f"one 2D or 3D label map is expected; it holds {channels} channels of shape {shape}")
+        return volume, properties
+
+    volume, properties = _read([path], "a label map", reader, read)
     check_whole(path, volume, finite=True)
-    if volume.ndim != 4 or volume.shape[0] != 1 or not volume.size:
-        raise InputError(f"{path}: one 2D or 3D label map is expected; it holds an array of shape {volume.shape[1:]} "
-                         f"with {volume.shape[0]} channels")  # fmt: skip
-    spacing = tuple(float(step) for step in properties["spacing"])
-    if not all(0 < step < np.inf for step in spacing):
-        raise InputError(f"{path}: the spacing {_numbers(spacing)} is not positive")
-    labels = _as_integers(volume[0], path, allowed)
-    return LabelImage(path, labels, spacing, geometry_of(properties), affine_of(properties, spacing))
+    return LabelImage(path, _as_integers(volume[0], path, allowed), place_of(path, properties), properties)
 
 
-def read_image(paths: Sequence[Path], reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict[str, Any]]:
+def read_image(
+    paths: Sequence[Path], reader: type[BaseReaderWriter], *, any_reader: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Read an image with nnU-Net's reader, and check that its files are whole, which that does not.
 
     Args:
         paths: a file a channel.
         reader: from ``choose_reader`` or the plans.
+        any_reader: where it cannot read them, another of nnU-Net's may; not where it is to write what was made of them.
 
     Returns:
         float32 (channels, z, y, x) and the reader's properties.
@@ -100,7 +137,7 @@ def read_image(paths: Sequence[Path], reader: type[BaseReaderWriter]) -> tuple[n
         InputError: a file that is damaged, or cannot be read; one line, naming it.
     """
     names = [str(path) for path in paths]
-    image, properties = _read(paths, "an image", lambda: reader().read_images(names))
+    image, properties = _read(paths, "an image", reader, lambda one: one.read_images(names), any_reader)
     own = len(image) == len(paths)
     for c, path in enumerate(paths):
         check_whole(path, image[c : c + 1] if own else image if len(paths) == 1 else None)
@@ -115,10 +152,13 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage, role: str
     """
     if reference.labels.shape != prediction.labels.shape:
         raise _differ("shape", prediction, prediction.labels.shape, reference, reference.labels.shape, role)
-    if not np.allclose(prediction.spacing, reference.spacing, rtol=_SPACING_TOLERANCE, atol=0):
-        raise _differ("spacing", prediction, prediction.spacing, reference, reference.spacing, role)
-    for name in reference.geometry.keys() & prediction.geometry.keys():
-        ours, theirs = prediction.geometry[name], reference.geometry[name]
+    place = prediction.place
+    if place.unit == nifti.UNKNOWN:  # nnU-Net's NibabelIO leaves out the unit where it writes
+        place = place.in_unit(reference.place.unit)
+    if not np.allclose(place.spacing, reference.spacing, rtol=_SPACING_TOLERANCE, atol=0):
+        raise _differ("spacing", prediction, place.spacing, reference, reference.spacing, role)
+    for name in reference.place.geometry.keys() & place.geometry.keys():
+        ours, theirs = place.geometry[name], reference.place.geometry[name]
         if name == "direction":
             tolerance = _DIRECTION_TOLERANCE * np.linalg.norm(theirs, axis=0)
         else:
@@ -128,20 +168,52 @@ def check_same_geometry(reference: LabelImage, prediction: LabelImage, role: str
 
 
 def _read(
-    paths: Sequence[Path], what: str, read: Callable[[], tuple[np.ndarray, dict[str, Any]]]
+    paths: Sequence[Path],
+    what: str,
+    reader: type[BaseReaderWriter],
+    read: Callable[[BaseReaderWriter], tuple[np.ndarray, dict[str, Any]]],
+    any_reader: bool = True,
 ) -> tuple[np.ndarray, dict[str, Any]]:
+    """What the first reader makes of the files that can read them."""
     for path in paths:
         announced(path)  # before the reader sets aside the memory that the header asks for
-    with quiet() as output:  # readers print advice of their own
-        try:
-            return read()
-        except MemoryError as error:
-            raise InputError(f"{paths[0]}: does not fit into memory") from error
-        except Exception as error:  # third-party readers raise whatever their file format library does
-            for path in paths:
-                check_whole(path)  # why, in most cases
-            said = _last_line(error) or _last_line(output.getvalue()) or type(error).__name__
-            raise InputError(f"{paths[0]}: cannot be read as {what} ({said})") from error
+    failure: InputError | None = None
+    for one in (reader, *(_others(reader, paths[0]) if any_reader else ())):
+        with quiet() as output:  # readers print advice of their own
+            try:
+                return read(one())
+            except MemoryError as error:
+                raise InputError(f"{paths[0]}: does not fit into memory") from error
+            except Exception as error:  # third-party readers raise whatever their file format library does
+                if failure is None:
+                    for path in paths:
+                        check_whole(path)  # why, in most cases
+                    said = _last_line(error) or _last_line(output.getvalue()) or type(error).__name__
+                    failure = InputError(f"{paths[0]}: cannot be read as {what} ({said}){remedy(paths[0], said)}")
+                    failure.__cause__ = error
+    assert failure is not None
+    raise failure
+
+
+def _others(reader: type[BaseReaderWriter], path: Path) -> list[type[BaseReaderWriter]]:
+    """nnU-Net's further readers of such a file that give its voxels in the same order."""
+    if reader.__name__ not in _SAME_ORDER:
+        return []
+    return [
+        other
+        for other in LIST_OF_IO_CLASSES
+        if other.__name__ in _SAME_ORDER - {reader.__name__}
+        and path.name.lower().endswith(tuple(other.supported_file_endings))
+    ]
+
+
+def remedy(path: Path, said: str) -> str:
+    """What to do about a file of which a reader said so, if anything is known to help; follows the message."""
+    if "orthonormal" in said:
+        return "; its axes are not at right angles: resample it, with its label map, onto a grid whose axes are"
+    if "ImageIO" in said and nifti.is_second(path):
+        return "; it is of NIfTI-2, which ITK does not read: save it as NIfTI-1"
+    return ""
 
 
 def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.ndarray:
@@ -169,31 +241,68 @@ def _as_integers(volume: np.ndarray, path: Path, allowed: Sequence[int]) -> np.n
     return labels
 
 
-def geometry_of(properties: dict[str, Any]) -> dict[str, np.ndarray]:
-    """``origin`` and ``direction`` from what nnU-Net's readers say of a file; empty if they say nothing."""
+def place_of(path: Path, properties: Mapping[str, Any]) -> Place:
+    """Where the voxels lie that nnU-Net's reader gave of a file, in mm.
+
+    Args:
+        path: the file.
+        properties: the reader's.
+
+    Raises:
+        InputError: the spacing is not positive, or the file does not say where it lies though it should.
+    """
+    place = place_as_read(properties)
+    if "nibabel_stuff" in properties and (affine := nifti.affine_in_mm(path)) is not None:
+        stuff = properties["nibabel_stuff"]
+        if "reoriented_affine" in stuff:
+            # from the voxels of the array to those of the file, which are whole steps
+            affine = affine @ np.rint(np.linalg.solve(stuff["original_affine"], stuff["reoriented_affine"]))
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
+        geometry = {"origin": affine[:3, 3], "direction": affine[:3, :3]}
+        place = Place(tuple(map(float, spacing)), geometry, affine, nifti.unit_of(path))
+    if not all(0 < step < np.inf for step in place.spacing):
+        raise InputError(f"{path}: the spacing {_numbers(place.spacing)} is not positive")
+    return place
+
+
+def place_as_read(properties: Mapping[str, Any]) -> Place:
+    """What nnU-Net's reader says of a place: ITK's in mm, nibabel's in the unit of the file, whichever that is."""
+    spacing = tuple(float(step) for step in properties["spacing"])
     if "sitk_stuff" in properties:
         origin, direction = (np.asarray(properties["sitk_stuff"][name]) for name in ("origin", "direction"))
-        return {"origin": origin, "direction": direction.reshape(origin.size, -1)}
-    if "nibabel_stuff" in properties:
-        affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
-        return {"origin": affine[:3, 3], "direction": affine[:3, :3]}
-    return {}
-
-
-def affine_of(properties: dict[str, Any], spacing: Sequence[float]) -> np.ndarray | None:
-    """From voxel (x, y, z) of the array that nnU-Net's reader gives to mm (right, anterior, superior), 4 x 4.
-
-    None if the file does not say. ``spacing`` is in the order of the array's axes.
-    """
+        direction = direction.reshape(origin.size, -1)
+        affine = None
+        if origin.size == 3:
+            affine = np.eye(4)
+            affine[:3, :3], affine[:3, 3] = direction * np.array(spacing[::-1]), origin
+            affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts towards left and posterior
+        return Place(spacing, {"origin": origin, "direction": direction}, affine)
     if "nibabel_stuff" in properties:
         stuff = properties["nibabel_stuff"]
-        return np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
-    if "sitk_stuff" not in properties or len(properties["sitk_stuff"]["origin"]) != 3:
-        return None
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(properties["sitk_stuff"]["direction"], (3, 3)) * np.array(spacing[::-1])
-    affine[:3, 3] = properties["sitk_stuff"]["origin"]
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts towards left and posterior
+        affine = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
+        return Place(spacing, {"origin": affine[:3, 3], "direction": affine[:3, :3]}, affine, nifti.UNKNOWN)
+    return Place(spacing, {})
+
+
+def predicted_at(reference: LabelImage, path: Path, labels: np.ndarray, properties: Mapping[str, Any]) -> LabelImage:
+    """A label map in memory, predicted for an image, once its place has been held against that of its reference.
+
+    Args:
+        reference: the reference.
+        path: file of the label map.
+        labels: integer (z, y, x).
+        properties: of the image, nnU-Net's.
+
+    Raises:
+        InputError: they lie elsewhere.
+    """
+    place = place_as_read(properties)
+    if "nibabel_stuff" in properties and "nibabel_stuff" in reference.properties:  # as one reader sees both
+        seen = replace(reference, place=place_as_read(reference.properties))
+    else:
+        seen = reference
+    check_same_geometry(seen, LabelImage(path, labels, place))
+    return LabelImage(path, labels, reference.place, dict(properties))
 
 
 def _differ(

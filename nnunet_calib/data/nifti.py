@@ -12,8 +12,11 @@ import numpy as np
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import unreadable
+from nnunet_calib.data.quiet import quiet
 
 ENDINGS = (".nii", ".nii.gz")
+UNKNOWN = "unknown"
+_MM = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}  # units that a header can name; one that names none means mm
 _MAX_RATIO = 1032  # deflate cannot do better
 _LONGEST = 540  # bytes of a NIfTI-2 header
 
@@ -66,6 +69,66 @@ def voxels(header: nibabel.Nifti1Header) -> int:
 def first_voxel(header: nibabel.Nifti1Header) -> int:
     """Where the voxels begin in a file of header and voxels, in bytes."""
     return int(header["vox_offset"]) or header.single_vox_offset
+
+
+def affine_in_mm(path: Path) -> np.ndarray | None:
+    """Where the voxels of a NIfTI file lie: the one reading of it that label maps, images and probabilities share.
+
+    As ITK reads the header: the unit that it names is converted, and ITK chooses between qform and sform. Of what ITK
+    does not read, such as NIfTI-2 and axes that are not at right angles, it is the sform, else the qform, in mm.
+
+    Returns:
+        From voxel (x, y, z) of the file to mm (right, anterior, superior), 4 x 4 float64; None of a 2D file.
+
+    Raises:
+        InputError: as ``read_header``, or no NIfTI file.
+    """
+    import SimpleITK as sitk  # here: what reads no NIfTI file needs no ITK
+
+    header = read_header(path)
+    if header is None:
+        raise InputError(f"{path}: truncated or damaged (it does not begin as a NIfTI file); copy or predict it again")
+    if header["dim"][0] < 3:
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        with quiet():
+            reader.ReadImageInformation()
+    except RuntimeError:
+        try:
+            affine = header.get_best_affine()
+        except (ArithmeticError, ValueError, nibabel.spatialimages.HeaderDataError) as error:
+            raise InputError(f"{path}: its header does not say where its voxels lie ({error})") from error
+        return np.diag([*[in_mm(_unit(header))] * 3, 1.0]) @ affine
+    axes = reader.GetDimension()
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(reader.GetDirection(), (axes, axes))[:3, :3] * reader.GetSpacing()[:3]
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts towards left and posterior
+
+
+def unit_of(path: Path) -> str:
+    """Of lengths in a NIfTI file: ``meter``, ``mm``, ``micron`` or ``unknown``."""
+    header = read_header(path)
+    return UNKNOWN if header is None else _unit(header)
+
+
+def in_mm(unit: str) -> float:
+    """Length of a unit."""
+    return _MM.get(unit, 1.0)
+
+
+def is_second(path: Path) -> bool:
+    """Whether it is a file of NIfTI-2."""
+    return path.name.lower().endswith(ENDINGS) and isinstance(read_header(path), nibabel.Nifti2Header)
+
+
+def _unit(header: nibabel.Nifti1Header) -> str:
+    try:
+        return header.get_xyzt_units()[0]
+    except KeyError:
+        return UNKNOWN
 
 
 def _parse(begin: bytes) -> nibabel.Nifti1Header | None:

@@ -14,6 +14,7 @@ from typing import Any
 _lock = threading.Lock()
 _buffers: dict[int, list[io.StringIO]] = {}
 _standing: "_ByThread | None" = None
+_itk_warned = False
 
 
 class _ByThread:
@@ -40,10 +41,15 @@ class _ByThread:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[io.StringIO]:
-    """Within it, what this thread prints goes into the buffer it is given; other threads print as before."""
-    global _standing
+    """Within it, what this thread prints goes into the buffer it is given; other threads print as before.
+
+    ITK's warnings, which go past Python, are not shown while any thread is quiet.
+    """
+    global _standing, _itk_warned
     buffer, me = io.StringIO(), threading.get_ident()
     with _lock:
+        if not _buffers:
+            _itk_warned = _itk_warns(False)
         _buffers.setdefault(me, []).append(buffer)
         if _standing is None or sys.stdout is not _standing:
             _standing = _ByThread(sys.stdout)
@@ -55,5 +61,17 @@ def quiet() -> Iterator[io.StringIO]:
             _buffers[me].pop()
             if not _buffers[me]:
                 del _buffers[me]
+            if not _buffers:
+                _itk_warns(_itk_warned)
             if not _buffers and _standing is not None and sys.stdout is _standing:
                 sys.stdout, _standing = _standing.stream, None
+
+
+def _itk_warns(shown: bool) -> bool:
+    """Switch ITK's warnings on or off; returns whether they were on."""
+    itk = sys.modules.get("SimpleITK")
+    if itk is None:
+        return shown
+    before = itk.ProcessObject.GetGlobalWarningDisplay()
+    itk.ProcessObject.SetGlobalWarningDisplay(shown)
+    return before

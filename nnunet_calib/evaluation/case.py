@@ -64,7 +64,7 @@ def evaluate_case(
     if files.probabilities is None:
         return score(files, dataset, reference, prediction, protocol)
     stored = ProbabilityFile(files.probabilities, exclusive=not dataset.has_regions)
-    stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.affine)
+    stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.place.affine)
     passes = _passes(stored, calibration, 2 if protocol.nacl else 1)
     parts = _slabs(stored) if stored.in_slabs and calibration is None else [(slice(None), passes[0])]
 
@@ -148,9 +148,9 @@ def _segmentation_scores(
         backend=_backend(protocol),
         device=protocol.device,
     )
-    # formats without geometry have no volumes: nnU-Net's spacing of 999 for their third axis is a placeholder
-    # Where a file has two axes, nnU-Net's third spacing is a placeholder: an area is no volume.
-    in_space = len(reference.geometry.get("origin", ())) == 3
+    # Formats without geometry have no volumes. Where a file has two axes, nnU-Net's third spacing is a placeholder:
+    # an area is no volume.
+    in_space = len(reference.place.geometry.get("origin", ())) == 3
     mm3 = float(np.prod(reference.spacing)) if in_space else float("nan")
     rule = protocol.percentile_rule
     scored = {}

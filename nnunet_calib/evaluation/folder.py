@@ -103,7 +103,7 @@ def evaluate_folder(
     dataset = read_dataset(dataset_path, plans_path)
     protocol.check_fits(dataset)
     cases = pair_cases(reference_folder, prediction_folder, dataset.file_ending, chill=chill)
-    reader = choose_reader(dataset, [case.reference for case in cases])
+    reader = choose_reader(dataset)
     _make_folder(output)
 
     if scheduler is not None:  # its workers have working folders of their own

@@ -1,7 +1,7 @@
 """All that is made of one case's logits: its label map, probabilities, maps and scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
-from nnunet_calib.data.images import LabelImage, affine_of, check_same_geometry, geometry_of
+from nnunet_calib.data.images import LabelImage, predicted_at
 from nnunet_calib.evaluation.case import CaseResult, read_reference, score
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.pipeline import maps
@@ -136,10 +136,7 @@ class Prediction:
             InputError: a reference that cannot be used or lies elsewhere.
         """
         reference = read_reference(files.reference, dataset, reader)
-        spacing = tuple(float(step) for step in self.properties["spacing"])
-        place = (geometry_of(dict(self.properties)), affine_of(dict(self.properties), spacing))
-        ours = LabelImage(files.prediction, labels.transpose(self.grid.to_image), spacing, *place)
-        check_same_geometry(reference, ours)
+        ours = predicted_at(reference, files.prediction, labels.transpose(self.grid.to_image), self.properties)
         parts = ((part.planes, part.probabilities) for part in self.parts(calibrator))
         return score(files, dataset, self._as_seen(reference), self._as_seen(ours), protocol, parts)
 
@@ -191,7 +188,7 @@ class Prediction:
         """A label map with its axes in the order of the plans."""
         order = self.grid.from_image
         spacing = tuple(image.spacing[axis] for axis in order)
-        return LabelImage(image.path, image.labels.transpose(order), spacing, image.geometry, image.affine)
+        return LabelImage(image.path, image.labels.transpose(order), replace(image.place, spacing=spacing))
 
 
 def check_members(model: TrainedModel) -> None:

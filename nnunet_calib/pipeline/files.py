@@ -12,8 +12,9 @@ import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnunet_calib.data import nifti
 from nnunet_calib.data.files import whole_file
-from nnunet_calib.data.images import affine_of
+from nnunet_calib.data.images import place_as_read
 from nnunet_calib.data.probabilities import write_compact, write_compact_slabs, write_npz
 from nnunet_calib.prediction import Grid, Part
 
@@ -31,13 +32,13 @@ def write_label_map(labels: np.ndarray, path: Path, reader: type[BaseReaderWrite
 
 def write_volume(path: Path, volume: np.ndarray, properties: Mapping[str, Any], slope: float | None = None) -> None:
     """Write (z, y, x), or (C, z, y, x), as ``.nii.gz`` where the image lies; ``slope`` of integers."""
-    affine = affine_of(dict(properties), properties["spacing"])
-    if affine is None:
-        affine = np.diag([*properties["spacing"][::-1], 1.0])
+    place = place_as_read(properties)
+    affine = np.diag([*place.spacing[::-1], 1.0]) if place.affine is None else place.affine
     image = nibabel.Nifti1Image(volume.T, affine)
     if slope is not None:
         image.header.set_slope_inter(slope, 0)
-    image.header.set_xyzt_units("mm")
+    if place.unit != nifti.UNKNOWN:
+        image.header.set_xyzt_units(place.unit)
     with whole_file(path) as stream, gzip.GzipFile("", "wb", 1, stream, mtime=0) as packed:
         packed.write(image.to_bytes())
 

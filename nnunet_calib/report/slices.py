@@ -62,7 +62,7 @@ def case_pictures(run: Run, case: str, images: Path, dataset: Dataset) -> CasePi
     for file in (reference_file, prediction_file, image_file):
         if not file.is_file():
             raise InputError(f"{file}: not there")
-    reader = choose_reader(dataset, [reference_file])
+    reader = choose_reader(dataset)
     ignored = [] if dataset.ignore_label is None else [dataset.ignore_label]
     reference = read_labels(reference_file, reader, [*dataset.labels, *ignored])
     prediction = read_labels(prediction_file, reader, dataset.labels)
@@ -89,7 +89,7 @@ def case_pictures(run: Run, case: str, images: Path, dataset: Dataset) -> CasePi
 
 
 def _read_image(path: Path, reader: Any) -> np.ndarray:
-    volume, _ = read_image([path], reader)
+    volume, _ = read_image([path], reader, any_reader=True)
     return np.asarray(volume[0], dtype=np.float32)
 
 

@@ -30,7 +30,7 @@ def test_reads_axes_spacing_and_place_in_the_order_of_the_array(tmp_path):
     assert np.array_equal(image.labels, LABELS)
     assert image.labels.dtype == np.uint8
     assert image.spacing == pytest.approx((3.0, 2.0, 0.5))
-    assert image.geometry["origin"] == pytest.approx((7.0, 8.0, 9.0))
+    assert image.place.geometry["origin"] == pytest.approx((7.0, 8.0, 9.0))
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.7, 0.97])
@@ -171,10 +171,10 @@ def test_the_reader_is_nnunets_choice_and_a_broken_example_does_not_matter(tmp_p
     broken.write_bytes(b"")
     write_labels(whole, LABELS)
     capfd.readouterr()
-    assert choose_reader(dataset(), [broken, whole]) is SimpleITKIO
-    chosen = choose_reader(dataset(overwrite_image_reader_writer="NibabelIOWithReorient"), [whole])
+    assert choose_reader(dataset()) is SimpleITKIO
+    chosen = choose_reader(dataset(overwrite_image_reader_writer="NibabelIOWithReorient"))
     assert chosen.__name__ == NibabelIOWithReorient.__name__
-    assert choose_reader(dataset(file_ending=".tiff"), []) is Tiff3DIO
+    assert choose_reader(dataset(file_ending=".tiff")) is Tiff3DIO
     with pytest.raises(InputError, match="no reader for '.jpg'"):
-        choose_reader(dataset(file_ending=".jpg"), [])
+        choose_reader(dataset(file_ending=".jpg"))
     assert "Traceback" not in capfd.readouterr().err

@@ -59,7 +59,7 @@ def test_they_must_lie_where_the_segmentation_lies(tmp_path, reader):
     """``AFFINE`` turned to the axes of NibabelIOWithReorient is another one, with another order of voxels."""
     labels = np.zeros((4, 5, 6), dtype=np.uint8)
     nibabel.save(nibabel.Nifti1Image(labels.T, AFFINE), tmp_path / "a.nii.gz")
-    place = read_labels(tmp_path / "a.nii.gz", reader, (0,)).affine
+    place = read_labels(tmp_path / "a.nii.gz", reader, (0,)).place.affine
     stored = ProbabilityFile(save(tmp_path / "a_probabilities.nii.gz"))
     if reader is NibabelIOWithReorient:
         with pytest.raises(InputError, match="origin, spacing or direction"):

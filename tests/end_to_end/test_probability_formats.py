@@ -39,7 +39,9 @@ def test_npz_compact_and_nifti_give_the_same_record(tmp_path, reader):
     nibabel.save(image, folders.prediction / "case_probabilities.nii.gz")
     read = {None: SimpleITKIO, "NibabelIO": NibabelIO, "NibabelIOWithReorient": NibabelIOWithReorient}[reader]
     labels = read_labels(folders.prediction / "case.nii.gz", read, (0, 1, 2))
-    ProbabilityFile(folders.prediction / "case_probabilities.nii.gz").check_fits(3, labels.labels.shape, labels.affine)
+    ProbabilityFile(folders.prediction / "case_probabilities.nii.gz").check_fits(
+        3, labels.labels.shape, labels.place.affine
+    )
     assert main(folders.words) == 0
     (nifti,) = folders.summary()["metric_per_case"]
 

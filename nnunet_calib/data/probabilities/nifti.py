@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_calib.data.errors import InputError
-from nnunet_calib.data.nifti import first_voxel, read_header
+from nnunet_calib.data.nifti import affine_in_mm, first_voxel, read_header
 
 _PIECE = 1 << 20  # bytes
 
@@ -33,7 +33,7 @@ class NiftiReader:
             raise InputError(f"{path}: a float array (x, y, z, C) is expected, it holds {self._stored_dtype} {shape}")
         self.shape = tuple(int(length) for length in shape[::-1])
         self.dtype = self._stored_dtype.newbyteorder("=")
-        self.affine = header.get_best_affine()
+        self.affine = affine_in_mm(path)
         slope, intercept = header.get_slope_inter()
         self._scaling = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
         self._start = first_voxel(header)

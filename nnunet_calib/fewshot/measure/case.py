@@ -141,7 +141,7 @@ class Case:
     @cached_property
     def image_spacing(self) -> tuple[float, ...]:
         """Mm between voxels of the image."""
-        return tuple(float(step) for step in self.volume.file_properties["spacing"])
+        return self.volume.place.spacing
 
     @cached_property
     def base(self) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ in the patient, so a case stored in another orientation than the task's is turne
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.images import LabelImage, affine_of, check_same_geometry, geometry_of, read_image, read_labels
+from nnunet_calib.data.images import LabelImage, Place, check_same_geometry, place_of, read_image, read_labels
 from nnunet_calib.fewshot.network.base_model import BaseModel
 
 STRUCTURE, IGNORED = 1, 2
@@ -47,6 +47,7 @@ class Volume:
             superior), and whether the index grows along it (1) or against it (-1).
         properties: nnU-Net's, of the array that was preprocessed.
         file_properties: nnU-Net's, of the file.
+        place: of the file's voxels, in mm whatever the unit of the file.
         label: int8 (*S), ``STRUCTURE``, ``IGNORED`` or 0; None for a query.
         structure_mm3: volume of the structure in the image; None for a query.
         cut: the structure touches the border of the image, or voxels that do not count: some of it may lie there.
@@ -64,6 +65,7 @@ class Volume:
     axes: tuple[tuple[int, int], ...]
     properties: dict[str, Any]
     file_properties: dict[str, Any]
+    place: Place
     label: np.ndarray | None = None
     structure_mm3: float | None = None
     cut: bool = False
@@ -161,9 +163,10 @@ def read_volume(
     channels = len(model.dataset.content.get("channel_names", model.dataset.content.get("modality", ())))
     if len(image) != channels:
         raise InputError(f"{images[0]}: {len(image)} image channels, the model takes {channels}")
-    spacing: Any = tuple(float(step) for step in properties["spacing"])
-    stored = _orientation(affine_of(properties, spacing))
-    unit = unit_of(image, properties)
+    place = place_of(images[0], properties)
+    spacing: Any = place.spacing
+    stored = _orientation(place.affine)
+    unit = unit_of(image, place)
     target = stored if orientation is None else orientation
     if UNKNOWN in (stored, target) and stored != target:
         unknown = images[0] if stored == UNKNOWN else "the task's supports"
@@ -177,9 +180,9 @@ def read_volume(
     structure, uncounted = np.zeros(0), np.zeros(0)
     segmentations: list[np.ndarray] = []
     if previous is not None:
-        segmentations.append(_read_labels(previous, reader, images[0], image, properties).labels.astype(np.float32))
+        segmentations.append(_read_labels(previous, reader, images[0], image, place).labels.astype(np.float32))
     if label is not None:
-        labels = _read_labels(label, reader, images[0], image, properties).labels
+        labels = _read_labels(label, reader, images[0], image, place).labels
         structure = labels == value
         segmentations.append((structure * STRUCTURE).astype(np.float32))
         if ignore is not None:
@@ -190,7 +193,8 @@ def read_volume(
     if target != stored:
         image = _turn(image, stored, target)
         segmentations = [_turn(part[None], stored, target)[0] for part in segmentations]
-        properties = properties | {"spacing": _turn_spacing(spacing, stored, target)}
+        properties = properties | {"spacing": _turn_spacing(properties["spacing"], stored, target)}
+        spacing = tuple(_turn_spacing(spacing, stored, target))
     volume = Volume(
         case,
         image,
@@ -200,6 +204,7 @@ def read_volume(
         _axes(target),
         properties,
         file_properties,
+        place,
         unit=unit,
     )
     volume = _preprocess(model, volume, segmentations, carried=label is not None)
@@ -212,12 +217,11 @@ def read_volume(
     )
 
 
-def unit_of(image: np.ndarray, properties: Mapping[str, Any]) -> str:
-    """Unit of a voxel of an image (channels, z, y, x), as ``Volume.unit``, from nnU-Net's properties of its file."""
-    geometry = geometry_of(dict(properties))
-    if not geometry:
+def unit_of(image: np.ndarray, place: Place) -> str:
+    """Unit of a voxel of an image (channels, z, y, x), as ``Volume.unit``."""
+    if not place.geometry:
         return "pixels" if image.shape[1] == 1 else "mm3"
-    return "mm2" if any(len(place) == 2 for place in geometry.values()) else "mm3"
+    return "mm2" if len(place.geometry["origin"]) == 2 else "mm3"
 
 
 MEASURES = {"mm3": "volume_mm3", "mm2": "area_mm2", "pixels": "pixels"}
@@ -284,7 +288,7 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
         image = np.vstack((image, one_hot))
     forward = model.plans_manager.transpose_forward
     before = properties["shape_after_cropping_and_before_resampling"]
-    steps = [properties["spacing"][axis] for axis in forward]
+    steps = [volume.spacing[axis] for axis in forward]
     found = [step * old / new for step, old, new in zip(steps, before, image.shape[1:], strict=True)]
     coarsest = max(step / new for step, new in zip(steps, found, strict=True))
     if volume.unit != "mm3":
@@ -309,15 +313,11 @@ def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, A
     return image, properties
 
 
-def _read_labels(
-    path: Path, reader: type, image_path: Path, image: np.ndarray, properties: dict[str, Any]
-) -> LabelImage:
+def _read_labels(path: Path, reader: type, image_path: Path, image: np.ndarray, place: Place) -> LabelImage:
     if not path.is_file():
         raise InputError(f"{path}: not there, for the image {image_path}")
     labels = read_labels(path, reader, range(1 << 16))
-    spacing = tuple(float(step) for step in properties["spacing"])
-    own = LabelImage(image_path, image[0], spacing, geometry_of(properties), affine_of(properties, spacing))
-    check_same_geometry(own, labels, "image")
+    check_same_geometry(LabelImage(image_path, image[0], place), labels, "image")
     return labels
 
 

@@ -147,7 +147,7 @@ def open_predictions(
     cases = [case for case in pairs if case.probabilities]
     if not cases:
         raise InputError(f"{folder}: no probabilities beside the predictions; predict with --save_probabilities")
-    reader = choose_reader(calibration.dataset, [case.prediction for case in cases])
+    reader = choose_reader(calibration.dataset)
     without = [case.name for case in pairs if not case.probabilities]
     return Predictions(calibration, cases, without, reader, found, plans)
 

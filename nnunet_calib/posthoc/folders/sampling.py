@@ -161,7 +161,7 @@ def open_probabilities(files: CaseFiles, dataset: Dataset, prediction: LabelImag
     if files.probabilities is None:
         raise InputError(f"{files.prediction}: no probabilities beside it; predict with --save_probabilities")
     stored = ProbabilityFile(files.probabilities, exclusive=not dataset.has_regions)
-    stored.check_fits(len(dataset.channels), prediction.labels.shape)
+    stored.check_fits(len(dataset.channels), prediction.labels.shape, prediction.place.affine)
     return stored
 
 

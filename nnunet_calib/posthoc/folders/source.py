@@ -72,7 +72,7 @@ def find_cases(folder: Path, reference: Path | None = None, dataset_json: Path |
         raise InputError(f"{folder}: case {min(twice)} is in the validation of more than one fold; whose is it?")
     if (fold := folder.resolve().parent).name.startswith("fold_") and fold.name[5:].isdecimal():
         _refuse_training_cases(fold, cases, plans)
-    reader = choose_reader(dataset, [case.reference for case in cases])
+    reader = choose_reader(dataset)
     return Source(dataset, reader, sorted(cases, key=lambda case: case.name), identify(folder, dataset), without)
 
 

@@ -18,7 +18,7 @@ from ..predictions import SHAPE, predictions, region_predictions, too_sure
 def sampled(made: Folders, **how):
     dataset = read_dataset(made.dataset_json)
     case = pair_cases(made.reference, made.prediction, dataset.file_ending)[0]
-    return sample_case(case, dataset, choose_reader(dataset, [case.reference]), **how)
+    return sample_case(case, dataset, choose_reader(dataset), **how)
 
 
 def test_weights_add_up_to_the_voxels_of_each_stratum():
