@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
     )
+    parser.add_argument(
+        "--fewshot", action="store_true", help="also segment a structure that the network never saw, from three volumes"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the data, 0 or larger (default: 0)")
 
 
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.seed < 0:
         raise UsageError(f"--seed must be 0 or larger, not {args.seed}")
-    road = Road(args.output, _device(args.device), args.seed)
+    road = Road(args.output, _device(args.device), args.seed, args.fewshot)
     steps = road.steps()
     print(f"demo in {road.folder} on {road.device}, {len(steps)} steps")
     start = time.monotonic()
@@ -116,6 +119,10 @@ def _report(road) -> None:
     print(f"\n'{NAMES[READERS]}' take as probability of a class the share of the {phantom.READERS} readers who drew")
     print("it. The reference is the drawing of one of them, so a calibrated network can do as well as that. One short")
     print("training shows how things work, not which loss is better; docs/results.md has the experiments that do.\n")
+    if road.fewshot:
+        dice, _ = road.new_structure_scores()
+        print(f"few-shot: the cyst, which the stock network never saw, from {phantom.SUPPORTS} annotated volumes:")
+        print(f"DSC {dice:.3f} in {phantom.QUERIES} others ({road.new / 'segmented'})\n")
     print(f"open {road.report}\n")
     for what, where in (
         ("data set", road.raw),

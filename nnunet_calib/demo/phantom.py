@@ -12,7 +12,7 @@ true probability of a class at a voxel is the fraction of readers who drew it, a
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from nnunet_calib.data.files import write_whole
 
 DATASET = "Dataset999_CalibDemo"
 LABELS = {"background": 0, "organ": 1, "node": 2}
+NEW_LABELS = {**LABELS, "cyst": 3}
+"""With the structure of the few-shot part, which the networks never saw; few-shot gives it the next free label."""
+
 READERS = 8
 TRAINING_CASES = 16
 TEST_CASES = 12
@@ -50,6 +53,8 @@ STRUCTURES = {
     "organ": Structure((-4.0, -5.0, -5.0), (11.5, 10.0, 10.0), intensity=1.0),
     "node": Structure((7.0, 7.5, 7.5), (8.5, 8.0, 8.0), intensity=-1.0),
 }
+NEW_STRUCTURES = {**STRUCTURES, "cyst": Structure((-8.0, 10.0, -10.0), (6.0, 6.0, 6.0), intensity=0.5)}
+SUPPORTS, QUERIES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -85,30 +90,33 @@ def _signed_distance(structure: Structure, rng: np.random.Generator) -> NDArray[
     return level * (level - 1) / np.maximum(slope, 1e-9) + 0.8 * _smooth_field(rng)
 
 
-def make_case(reader: int, rng: np.random.Generator) -> Case:
+def make_case(reader: int, rng: np.random.Generator, structures: Mapping[str, Structure] = STRUCTURES) -> Case:
     """Draw a case as seen by all readers and labelled by one.
 
     Args:
         reader: whose drawing becomes the label, 0 to ``READERS - 1``; a higher number draws larger structures.
         rng: source of all randomness.
+        structures: by name; one of ``STRUCTURES`` or ``NEW_STRUCTURES``.
 
     Returns:
         Image, label and the fractions of readers.
     """
-    distances = {name: _signed_distance(structure, rng) for name, structure in STRUCTURES.items()}
+    distances = {name: _signed_distance(structure, rng) for name, structure in structures.items()}
     sigma = np.hypot(BIAS_MM, WOBBLE_MM)
     image = np.zeros(SHAPE)
     for name, distance in distances.items():
         share = ndtr(-distance / sigma)
-        image = (1 - share) * image + share * STRUCTURES[name].intensity
+        image = (1 - share) * image + share * structures[name].intensity
     image += 0.1 * _smooth_field(rng) + NOISE * rng.standard_normal(SHAPE)
 
     biases = BIAS_MM * ndtri((np.arange(READERS) + 0.5) / READERS)
     drawings = np.zeros((READERS, *SHAPE), dtype=np.uint8)
     for drawing, bias in zip(drawings, biases, strict=True):
         for name, distance in distances.items():  # where they touch, the node comes last
-            drawing[distance < bias + WOBBLE_MM * _smooth_field(rng)] = LABELS[name]
-    fractions = np.stack([(drawings == label).mean(axis=0) for label in LABELS.values()])
+            drawing[distance < bias + WOBBLE_MM * _smooth_field(rng)] = NEW_LABELS[name]
+    fractions = np.stack(
+        [(drawings == label).mean(axis=0) for label in (0, *(NEW_LABELS[name] for name in structures))]
+    )
     return Case(image.astype(np.float32), drawings[reader].copy(), fractions.astype(np.float32))
 
 
@@ -155,3 +163,25 @@ def write_dataset(raw: Path, readers: Path, seed: int, tick: Callable[[int], obj
         "description": f"Simulated; the label of a case is the drawing of one of {READERS} readers. Seed {seed}.",
     }
     write_whole(raw / "dataset.json", json.dumps(dataset, indent=2) + "\n")
+
+
+def write_new_structure(folder: Path, seed: int) -> None:
+    """Write volumes with a structure that the demo's networks never saw, for few-shot.
+
+    ``dataset.json`` is written last.
+
+    Args:
+        folder: gets ``imagesTr, labelsTr`` (``SUPPORTS`` volumes), ``imagesTs, labelsTs`` (``QUERIES``) and
+            ``dataset.json``; label maps have the values of ``NEW_LABELS``.
+        seed: as of ``write_dataset``; the volumes are others.
+    """
+    streams = iter(np.random.default_rng([seed, 1]).spawn(SUPPORTS + QUERIES))
+    for part, cases in (("Tr", SUPPORTS), ("Ts", QUERIES)):
+        for kind in ("images", "labels"):
+            (folder / f"{kind}{part}").mkdir(parents=True, exist_ok=True)
+        for i in range(cases):
+            case, name = make_case(READERS // 2, next(streams), NEW_STRUCTURES), f"new_{part.lower()}_{i + 1}"
+            _write_volume(case.image, folder / f"images{part}" / f"{name}_0000.nii.gz")
+            _write_volume(case.label, folder / f"labels{part}" / f"{name}.nii.gz")
+    dataset = {"channel_names": {"0": "MRI"}, "labels": NEW_LABELS, "numTraining": SUPPORTS, "file_ending": ".nii.gz"}
+    write_whole(folder / "dataset.json", json.dumps(dataset, indent=2) + "\n")

@@ -121,16 +121,18 @@ class Road:
         folder: new, empty, or that of an earlier demo with the same seed.
         device: ``cpu`` or ``cuda``, as nnU-Net's ``-device``.
         seed: of the data; trainings are as random as nnU-Net's always are.
+        fewshot: also teach the stock network a structure that it never saw, from three volumes.
 
     Raises:
         UsageError: the folder holds something else.
         InputError: nnU-Net's commands are not in this environment.
     """
 
-    def __init__(self, folder: Path, device: str, seed: int):
+    def __init__(self, folder: Path, device: str, seed: int, fewshot: bool = False):
         self.folder = folder.resolve()
         self.device = device
         self.seed = seed
+        self.fewshot = fewshot
         self.raw = self.folder / "nnUNet_raw" / phantom.DATASET
         self.preprocessed = self.folder / "nnUNet_preprocessed" / phantom.DATASET
         self.results = self.folder / "nnUNet_results" / phantom.DATASET
@@ -140,6 +142,7 @@ class Road:
         self.calibrator = self.folder / "calibrator"
         self.comparison = self.folder / "comparison"
         self.report = self.folder / "report.html"
+        self.new = self.folder / "fewshot"
         self.logs = self.folder / "logs"
         for name in ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict"):
             find_command(name)
@@ -175,6 +178,7 @@ class Road:
             self._calibration(),
             *map(self._scoring, NAMES),
             self._reporting(),
+            *(self._new_structure() if self.fewshot else ()),
         ]
 
     def rows(self) -> Iterator[Row]:
@@ -356,6 +360,77 @@ class Road:
             write_report(compared, self.report, title="Demo", images=self.raw / "imagesTs", dataset=dataset)
 
         return Step("compare and report", done=self.report.is_file, work=work, ticks=1, voids=self._results)
+
+    def _new_structure(self) -> list[Step]:
+        """A structure that the stock network never saw, from three volumes."""
+        fit, apply, _ = self._few_shot_commands()
+        task, segmented, scores = (self.new / name for name in ("cyst.fewshot", "segmented", "scores"))
+
+        def evaluate(tick: Tick) -> None:
+            with self._logged("fewshot_evaluate"):
+                evaluate_folder(self.new / "labelsTs", segmented, scores, processes=1, stop_at_failure=True)
+
+        volumes, queries = self.new / "labelsTr", list((self.new / "labelsTs").glob("*.nii.gz"))
+        return [
+            Step(
+                "make volumes with a cyst",
+                done=(self.new / "dataset.json").is_file,
+                work=lambda tick: phantom.write_new_structure(self.new, self.seed),
+                ticks=1,
+                voids=(self.new,),
+            ),
+            Step(
+                "fewshot fit on 3 volumes",
+                done=task.exists,
+                work=lambda tick: self._run(fit, "fewshot_fit", lambda: None),
+                ticks=len(list(volumes.glob("*.nii.gz"))),
+                voids=(task, segmented, scores),
+            ),
+            Step(
+                "fewshot apply",
+                done=lambda: bool(queries) and all((segmented / query.name).is_file() for query in queries),
+                work=lambda tick: self._run(apply, "fewshot_apply", lambda: None),
+                ticks=phantom.QUERIES,
+                voids=(segmented, scores),
+            ),
+            Step(
+                "evaluate the cyst",
+                done=(scores / "summary.json").is_file,
+                work=evaluate,
+                ticks=phantom.QUERIES,
+                voids=(scores,),
+            ),
+        ]
+
+    def _few_shot_commands(self) -> list[list[str]]:
+        model, task = str(self._fold(STOCK).parent), str(self.new / "cyst.fewshot")
+        device = ["-device", self.device, "--disable_tta"]
+        label = ["--label", str(phantom.NEW_LABELS["cyst"]), "--name", "cyst"]
+        supports = ["--images", str(self.new / "imagesTr"), "--labels", str(self.new / "labelsTr"), *label]
+        queries, segmented = str(self.new / "imagesTs"), str(self.new / "segmented")
+        return [
+            ["nnunet-calib", "fewshot", "fit", model, *supports, "-o", task, *device],
+            [
+                "nnunet-calib",
+                "fewshot",
+                "apply",
+                model,
+                task,
+                "-i",
+                queries,
+                "-o",
+                segmented,
+                "--save_probabilities",
+                *device,
+            ],
+            ["nnunet-calib", "evaluate", str(self.new / "labelsTs"), segmented, "-o", str(self.new / "scores")],
+        ]
+
+    def new_structure_scores(self) -> tuple[float, float]:
+        """Mean Dice of the cyst over the queries, and ECE of their foreground."""
+        summary = read_json(self.new / "scores" / "summary.json")
+        label = str(phantom.NEW_LABELS["cyst"])
+        return float(summary["mean"][label]["Dice"]), float(summary["calibration_mean"][REGION]["ECE"])
 
     @contextmanager
     def _logged(self, name: str) -> Iterator[None]:
