@@ -120,9 +120,8 @@ def _report(road) -> None:
     print("it. The reference is the drawing of one of them, so a calibrated network can do as well as that. One short")
     print("training shows how things work, not which loss is better; docs/results.md has the experiments that do.\n")
     if road.fewshot:
-        dice, _ = road.new_structure_scores()
         print(f"few-shot: the cyst, which the stock network never saw, from {phantom.SUPPORTS} annotated volumes:")
-        print(f"DSC {dice:.3f} in {phantom.QUERIES} others ({road.new / 'segmented'})\n")
+        print(f"DSC {road.new_structure_dice():.3f} in {phantom.QUERIES} others\n")
     print(f"open {road.report}\n")
     for what, where in (
         ("data set", road.raw),
@@ -131,6 +130,7 @@ def _report(road) -> None:
         ("calibrator", road.calibrator),
         ("scores", road.evaluation / "*" / "summary.json"),
         ("comparison", road.comparison),
+        *((("few-shot", road.new),) if road.fewshot else ()),
         ("commands", road.script()),
     ):
         print(f"{what:<12} {where}")

@@ -212,6 +212,7 @@ class Road:
                 "--images",
                 str(self.raw / "imagesTs"),
             ],
+            *(self._new_structure_commands() if self.fewshot else ()),
         ]
 
     def _claim(self) -> None:
@@ -274,7 +275,9 @@ class Road:
     def _made_from(self, run: str) -> tuple[Path, ...]:
         """A network's folder and what is made with it."""
         own = (self._fold(run), self.predictions / run, self.evaluation / run, *self._results)
-        return (*own, self.calibrator, self.evaluation / CALIBRATED) if run == STOCK else own
+        if run != STOCK:
+            return own
+        return (*own, self.calibrator, self.evaluation / CALIBRATED, *self._made_from_new_volumes())
 
     @property
     def _results(self) -> tuple[Path, ...]:
@@ -362,75 +365,53 @@ class Road:
         return Step("compare and report", done=self.report.is_file, work=work, ticks=1, voids=self._results)
 
     def _new_structure(self) -> list[Step]:
-        """A structure that the stock network never saw, from three volumes."""
-        fit, apply, _ = self._few_shot_commands()
-        task, segmented, scores = (self.new / name for name in ("cyst.fewshot", "segmented", "scores"))
+        """A structure that the stock network never saw, from three volumes; each command is a step."""
+        made = self._made_from_new_volumes()
+        dataset = self.new / "dataset.json"
+        volumes = Step(
+            "make volumes with a cyst",
+            done=dataset.is_file,
+            work=lambda tick: phantom.write_new_structure(self.new, self.seed),
+            ticks=1,
+            voids=(self.new,),
+        )
+        names = ("fewshot fit", "fewshot apply", "evaluate the cyst")
+        done = (
+            made[0].is_file,
+            lambda: len(list(made[1].glob("*.fewshot.json"))) == phantom.QUERIES,
+            (made[2] / "summary.json").is_file,
+        )
 
-        def evaluate(tick: Tick) -> None:
-            with self._logged("fewshot_evaluate"):
-                evaluate_folder(self.new / "labelsTs", segmented, scores, processes=1, stop_at_failure=True)
+        def step(k: int) -> Step:
+            command, log = self._new_structure_commands()[k], names[k].replace(" ", "_")
 
-        volumes, queries = self.new / "labelsTr", list((self.new / "labelsTs").glob("*.nii.gz"))
+            def work(_tick: Tick) -> None:
+                self._run(command, log, lambda: None)
+
+            return Step(names[k], done=done[k], work=work, ticks=1, voids=made[k:])
+
+        return [volumes, *map(step, range(3))]
+
+    def _made_from_new_volumes(self) -> tuple[Path, Path, Path]:
+        """The task, the segmentations and their scores."""
+        return self.new / "cyst.fewshot", self.new / "segmented", self.new / "scores"
+
+    def _new_structure_commands(self) -> list[list[str]]:
+        model, (task, segmented, scores) = str(self._fold(STOCK).parent), self._made_from_new_volumes()
+        options = ["-device", self.device, "--disable_tta"]
+        supports = ["--images", str(self.new / "imagesTr"), "--labels", str(self.new / "labelsTr")]
+        cyst = ["--label", str(phantom.NEW_LABELS["cyst"]), "--name", "cyst"]
+        queries = ["-i", str(self.new / "imagesTs"), "-o", str(segmented), "--save_probabilities"]
         return [
-            Step(
-                "make volumes with a cyst",
-                done=(self.new / "dataset.json").is_file,
-                work=lambda tick: phantom.write_new_structure(self.new, self.seed),
-                ticks=1,
-                voids=(self.new,),
-            ),
-            Step(
-                "fewshot fit on 3 volumes",
-                done=task.exists,
-                work=lambda tick: self._run(fit, "fewshot_fit", lambda: None),
-                ticks=len(list(volumes.glob("*.nii.gz"))),
-                voids=(task, segmented, scores),
-            ),
-            Step(
-                "fewshot apply",
-                done=lambda: bool(queries) and all((segmented / query.name).is_file() for query in queries),
-                work=lambda tick: self._run(apply, "fewshot_apply", lambda: None),
-                ticks=phantom.QUERIES,
-                voids=(segmented, scores),
-            ),
-            Step(
-                "evaluate the cyst",
-                done=(scores / "summary.json").is_file,
-                work=evaluate,
-                ticks=phantom.QUERIES,
-                voids=(scores,),
-            ),
+            ["nnunet-calib", "fewshot", "fit", model, *supports, *cyst, "-o", str(task), *options],
+            ["nnunet-calib", "fewshot", "apply", model, str(task), *queries, *options],
+            ["nnunet-calib", "evaluate", str(self.new / "labelsTs"), str(segmented), "-o", str(scores)],
         ]
 
-    def _few_shot_commands(self) -> list[list[str]]:
-        model, task = str(self._fold(STOCK).parent), str(self.new / "cyst.fewshot")
-        device = ["-device", self.device, "--disable_tta"]
-        label = ["--label", str(phantom.NEW_LABELS["cyst"]), "--name", "cyst"]
-        supports = ["--images", str(self.new / "imagesTr"), "--labels", str(self.new / "labelsTr"), *label]
-        queries, segmented = str(self.new / "imagesTs"), str(self.new / "segmented")
-        return [
-            ["nnunet-calib", "fewshot", "fit", model, *supports, "-o", task, *device],
-            [
-                "nnunet-calib",
-                "fewshot",
-                "apply",
-                model,
-                task,
-                "-i",
-                queries,
-                "-o",
-                segmented,
-                "--save_probabilities",
-                *device,
-            ],
-            ["nnunet-calib", "evaluate", str(self.new / "labelsTs"), segmented, "-o", str(self.new / "scores")],
-        ]
-
-    def new_structure_scores(self) -> tuple[float, float]:
-        """Mean Dice of the cyst over the queries, and ECE of their foreground."""
-        summary = read_json(self.new / "scores" / "summary.json")
-        label = str(phantom.NEW_LABELS["cyst"])
-        return float(summary["mean"][label]["Dice"]), float(summary["calibration_mean"][REGION]["ECE"])
+    def new_structure_dice(self) -> float:
+        """Mean Dice of the cyst over the volumes that it was segmented in."""
+        summary = read_json(self._made_from_new_volumes()[2] / "summary.json")
+        return float(summary["mean"][str(phantom.NEW_LABELS["cyst"])]["Dice"])
 
     @contextmanager
     def _logged(self, name: str) -> Iterator[None]:

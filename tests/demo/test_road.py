@@ -3,10 +3,13 @@ import json
 import shlex
 import zipfile
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from nnunet_calib.cli.main import _parser, main
 from nnunet_calib.data.errors import UsageError
+from nnunet_calib.demo import phantom
 from nnunet_calib.demo import road as road_module
 from nnunet_calib.demo.road import Road
 
@@ -59,6 +62,33 @@ def test_our_own_commands_in_the_script_are_ones_that_the_parsers_take(road):
     assert [words[0] for words in own] == ["configure"] * 2 + ["calibrate"] + ["evaluate"] * 4 + ["compare", "report"]
     for words in own:
         assert _parser(words[0]).parse_args(words).verb == words[0]
+
+
+def test_with_few_shot_the_steps_and_commands_of_a_new_structure_come_last(tmp_path, road):
+    more = Road(tmp_path / "more", "cpu", seed=0, fewshot=True)
+    assert titles(more) == [
+        *titles(road),
+        "make volumes with a cyst",
+        "fewshot fit",
+        "fewshot apply",
+        "evaluate the cyst",
+    ]
+    own = more.commands()[len(road.commands()) :]
+    assert [command[1] for command in own] == ["fewshot", "fewshot", "evaluate"]
+    for words in own:
+        assert _parser(words[1]).parse_args(words[1:]).verb == words[1]
+
+
+def test_the_volumes_with_a_new_structure(tmp_path):
+    road = Road(tmp_path / "demo", "cpu", seed=0, fewshot=True)
+    step = road.steps()[-4]
+    step.run(lambda reached: None)
+    assert step.done()
+    for part, cases in (("Tr", phantom.SUPPORTS), ("Ts", phantom.QUERIES)):
+        labels = sorted((road.new / f"labels{part}").glob("*.nii.gz"))
+        assert len(labels) == len(list((road.new / f"images{part}").glob("*_0000.nii.gz"))) == cases
+        for label in labels:
+            assert set(np.unique(nib.load(label).get_fdata())) == {0, 1, 2, 3}
 
 
 def test_the_callers_own_folders_are_not_touched(road, monkeypatch):
