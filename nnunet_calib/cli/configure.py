@@ -58,33 +58,30 @@ def run(args: argparse.Namespace) -> int:
         resolve_configuration,
         smaller_network,
     )
-    from nnunet_calib.training.base import default_kernel_size, find_trainer
-    from nnunet_calib.training.settings import RefusedSettings
-    from nnunet_calib.training.trainers import TRAINERS
+    from nnunet_calib.training.catalogue import check_may_be_ours, listed_trainers
+    from nnunet_calib.training.settings import RefusedSettings, check_of_any, check_settings, default_kernel_size
 
     settings = dict(_pair(text) for text in args.set)
-    trainers = dict(TRAINERS)
-    if args.tr is not None and args.tr not in trainers:
-        trainers[args.tr] = find_trainer(args.tr)  # a user's own, made of one of ours
+    if args.tr is not None:
+        check_may_be_ours(args.tr)
     folder = preprocessed_folder(args.d)
     plans_file = folder / f"{args.p}.json"
     plans = read_plans(plans_file)
     overrides = smaller_network(plans, args.c, args.batch_size, args.patch_size, args.features)
     all_settings = {**resolve_configuration(plans, args.c).get(SETTINGS_KEY, {}), **settings}
     kernel_size = default_kernel_size(plans, args.c)
-    accepting, refusals = [], {}
-    for name, trainer in trainers.items():
-        try:
-            trainer.check_settings(all_settings, kernel_size)
-            accepting.append(name)
-        except RefusedSettings as refusal:
-            refusals[name] = str(refusal).removeprefix("nnunet-calib: ")
-    if args.tr in refusals:
-        raise UsageError(f"{args.tr}: {refusals[args.tr]}")
-    if not accepting:
-        # The trainer that knows most of the keys has the most to say.
-        closest = min(refusals, key=lambda name: len(set(all_settings) - set(trainers[name].check_settings({}))))
-        raise UsageError(f"no trainer takes these settings; {closest}: {refusals[closest]}")
+    try:
+        # First what can be said without torch, of all; then all that a training would check.
+        if args.tr is None:
+            accepting = check_of_any(all_settings, kernel_size)
+        else:
+            accepting = [args.tr]
+            if (listed := listed_trainers().get(args.tr)) is not None:
+                check_settings(all_settings, listed.loss, listed.fixed, kernel_size)
+        accepting = _trainers_that_start(accepting, all_settings, kernel_size)
+    except RefusedSettings as refusal:
+        whose = f"{args.tr}: " if args.tr else ""
+        raise UsageError(whose + str(refusal).removeprefix("nnunet-calib: ")) from refusal
     trained = _trained(folder.name, plans["plans_name"], args.name)
     if trained:
         raise UsageError(f"{trained} holds trainings of a configuration {args.name}; choose another name")
@@ -108,6 +105,28 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def _trainers_that_start(names: list[str], settings: dict[str, Any], kernel_size: list[int]) -> list[str]:
+    """Those that take the settings as a training does, which builds the loss; if none does, why the first does not."""
+    from nnunet_calib.training.catalogue import listed_trainers
+    from nnunet_calib.training.settings import RefusedSettings, resolve_settings
+
+    accepting, refusals = [], []
+    for name in names:
+        try:
+            if (listed := listed_trainers().get(name)) is not None:
+                resolve_settings(settings, listed.loss, listed.fixed, kernel_size)
+            else:  # a user's own, made of one of ours
+                from nnunet_calib.training.base import find_trainer
+
+                find_trainer(name).check_settings(settings, kernel_size)
+            accepting.append(name)
+        except RefusedSettings as refusal:
+            refusals.append(refusal)
+    if not accepting:
+        raise refusals[0]
+    return accepting
 
 
 def _trained(dataset: str, plans_name: str, configuration: str) -> Path | None:

@@ -19,21 +19,19 @@ def run(args: argparse.Namespace) -> int:
         UsageError: there is no trainer of that name.
     """
     from nnunet_calib.data.errors import UsageError
-    from nnunet_calib.training.trainers import TRAINERS
+    from nnunet_calib.training.catalogue import listed_trainers, no_trainer
+    from nnunet_calib.training.settings import check_settings
 
+    trainers = listed_trainers()
     if args.name is None:
-        for name, trainer in TRAINERS.items():
-            print(f"{name:14} {trainer.LOSS or '-':6} {_summary(trainer)}")
+        for name, trainer in trainers.items():
+            print(f"{name:14} {trainer.loss or '-':6} {trainer.summary}")
         print("\nsettings: nnunet-calib trainers NAME\ntrain:    nnUNetv2_train DATASET CONFIGURATION FOLD -tr NAME")
         return 0
-    if args.name not in TRAINERS:
-        raise UsageError(f"no trainer {args.name!r}; there are {', '.join(TRAINERS)}")
-    trainer = TRAINERS[args.name]
-    print(f"{args.name}: {_summary(trainer)}")
-    for key, value in trainer.check_settings({}).items():
+    if args.name not in trainers:
+        raise UsageError(no_trainer(args.name))
+    trainer = trainers[args.name]
+    print(f"{args.name}: {trainer.summary}")
+    for key, value in check_settings({}, trainer.loss, trainer.fixed).items():
         print(f"  {key:28} {value!r}")
     return 0
-
-
-def _summary(trainer: type) -> str:
-    return (trainer.__doc__ or "").splitlines()[0]

@@ -1,4 +1,7 @@
-"""The two ways a user's request can fail, each told in one line."""
+"""The two ways a user's request can fail, each told in one line; and which name was meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(Exception):
@@ -7,3 +10,18 @@ class InputError(Exception):
 
 class UsageError(Exception):
     """The request itself makes no sense; the message says what is allowed. Exit code 2."""
+
+
+def nearest(name: str, known: Iterable[object]) -> str | None:
+    """The known name that an unknown one looks like; None if there is none."""
+    of_lower = {str(entry).lower(): str(entry) for entry in known}
+    lower = name.lower()
+    near = difflib.get_close_matches(lower, of_lower, n=1)
+    near = near or [entry for entry in of_lower if len(lower) > 2 and (entry.startswith(lower) or lower in entry)]
+    return of_lower[near[0]] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[object]) -> str:
+    """``; did you mean margin?`` for the end of a message; empty if no known name is near."""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""

@@ -83,6 +83,20 @@ def resolve_configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]
     return merged
 
 
+def first_kernel(plans: Mapping[str, Any], name: str) -> list[int]:
+    """Kernel size of the first convolution of a configuration, a number an axis; 3 where the plans do not say it.
+
+    Raises:
+        UsageError: as ``resolve_configuration``.
+    """
+    configuration = resolve_configuration(plans, name)
+    arguments = configuration.get("architecture", {}).get("arch_kwargs", {})
+    # The second name is that of plans before nnU-Net 2.5.
+    kernels = arguments.get("kernel_sizes", configuration.get("conv_kernel_sizes", 3))
+    first = kernels if isinstance(kernels, int) else kernels[0]
+    return [first] * len(configuration["patch_size"]) if isinstance(first, int) else list(first)
+
+
 def add_configuration(
     plans_file: str | Path,
     name: str,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nnunet_calib.losses.base import CalibrationLoss, count, flag, number
+from nnunet_calib.losses.base import CalibrationLoss
+from nnunet_calib.losses.values import count, flag, number
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term
 
 

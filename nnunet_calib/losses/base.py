@@ -1,6 +1,5 @@
 """What all calibration losses share: the voxels that count, value and gradient in one pass, slab by slab."""
 
-import sys
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -189,52 +188,6 @@ def _weighted_slope(terms: dict[str, Term], weights: dict[str, float], valid: Te
     for name, weight in others:
         total.add_(terms[name].slope(), alpha=weight)
     return total if valid is None else total.mul_(valid.to(total.dtype))
-
-
-def number(name: str, value: float, minimum: float = 0.0, maximum: float = float("inf")) -> float:
-    """``value`` as a float.
-
-    Raises:
-        ValueError: not a finite number within [minimum, maximum].
-    """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not minimum <= value <= maximum or value > sys.float_info.max:
-        allowed = f"of at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
-        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
-    return float(value)
-
-
-def count(name: str, value: int) -> int:
-    """``value`` if it is a positive integer.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """``value`` if it is one of ``allowed``.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def flag(name: str, value: bool) -> bool:
-    """``value`` if it is a bool.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return value
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

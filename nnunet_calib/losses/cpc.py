@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.base import CalibrationLoss
+from nnunet_calib.losses.values import number
 from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, at_target, cross_entropy_term
 
 

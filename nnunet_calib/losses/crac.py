@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from nnunet_calib.losses.base import CalibrationLoss, choice, count, full_precision, number
+from nnunet_calib.losses.base import CalibrationLoss, full_precision
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
+from nnunet_calib.losses.values import choice, count, number, odd
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, masked_sum
 
 
@@ -93,12 +94,12 @@ class CRaCLoss(CalibrationLoss):
         super().__init__(multilabel=multilabel)
         self.margin = number("margin", margin)
         self.neighbourhood = Neighbourhood(
-            kernel_size, "mean", border=choice("border", border, ("replicate", "background"))
+            odd("kernel_size", kernel_size), "mean", border=choice("border", border, ("replicate", "background"))
         )
         self.rho_first = number("rho", rho, minimum=1e-6)
         self.rho_growth = number("rho_growth", rho_growth, minimum=1.0)
         self.rho_every = count("rho_every", rho_every)
-        self.rho_max = number("rho_max", rho_max, minimum=self.rho_first)
+        self.rho_max = number("rho_max", rho_max, minimum=rho)
         for name in _STATE:
             self.register_buffer(name, None)
         self.register_buffer("_violations", None, persistent=False)

@@ -8,9 +8,10 @@ Liang et al., Improved trainable calibration method for neural networks on medic
 import torch
 from torch import Tensor
 
-from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.base import CalibrationLoss
 from nnunet_calib.losses.meep import wrong_voxels
 from nnunet_calib.losses.processes import mean_over_processes
+from nnunet_calib.losses.values import number
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal, masked_sum
 
 _LEAST_VOXELS = 1e-6  # less than one voxel over any number of processes

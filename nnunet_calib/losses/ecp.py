@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nnunet_calib.losses.base import CalibrationLoss, flag, number
+from nnunet_calib.losses.base import CalibrationLoss
+from nnunet_calib.losses.values import flag, number
 from nnunet_calib.losses.voxelwise import Regions, Term, Voxels, cross_entropy_term
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.base import CalibrationLoss
+from nnunet_calib.losses.values import number
 from nnunet_calib.losses.voxelwise import Term, Voxels
 
 

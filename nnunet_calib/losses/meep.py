@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nnunet_calib.losses.base import CalibrationLoss, choice, flag, number
+from nnunet_calib.losses.base import CalibrationLoss
 from nnunet_calib.losses.ecp import entropy, entropy_term
 from nnunet_calib.losses.ls import uniform, uniform_term
 from nnunet_calib.losses.processes import mean_over_processes
+from nnunet_calib.losses.values import choice, flag, number
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term, equal
 
 _KERAS_EPSILON = 1e-7

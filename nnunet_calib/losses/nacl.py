@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnunet_calib.losses.base import CalibrationLoss, choice, number
-from nnunet_calib.losses.neighbours import BORDERS, PRIORS, Neighbourhood, SoftTarget
+from nnunet_calib.losses.base import CalibrationLoss
+from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
+from nnunet_calib.losses.values import BORDERS, PRIORS, choice, number, odd
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels, cross_entropy_term
 
 
@@ -53,7 +54,7 @@ class NACLLoss(CalibrationLoss):
         self.penalty = choice("penalty", penalty, ("l1", "l2"))
         self.on = choice("on", on, ("logits", "probabilities"))
         self.neighbourhood = Neighbourhood(
-            kernel_size,
+            odd("kernel_size", kernel_size),
             choice("prior", prior, PRIORS),
             number("sigma", sigma, minimum=0.05),
             choice("border", border, BORDERS),

@@ -23,8 +23,6 @@ from torch.nn.functional import pad
 
 from nnunet_calib.losses.voxelwise import equal
 
-BORDERS = ("replicate", "background", "zero")
-PRIORS = ("mean", "gaussian")
 _SMALLEST_SIGMA = 0.3
 # Labels of voxels that are left out of the means, and of voxels that count and belong to no class.
 _IGNORED, _NO_CLASS = -1, -2
@@ -37,18 +35,15 @@ class Neighbourhood:
 
     Args:
         kernel_size: odd number of voxels, or one for each spatial axis.
-        prior: "mean" or "gaussian".
+        prior: one of `nnunet_calib.losses.values.PRIORS`.
         sigma: of the Gaussian, in voxels.
-        border: "replicate", "background" or "zero".
+        border: one of `nnunet_calib.losses.values.BORDERS`.
 
     Raises:
-        ValueError: a kernel size is not odd and positive, or sigma so small that float32 would lose the neighbours.
+        ValueError: sigma is so small that float32 would lose the neighbours.
     """
 
     def __init__(self, kernel_size: int | Sequence[int], prior: str, sigma: float = 1.0, border: str = "replicate"):
-        sizes = kernel_size if isinstance(kernel_size, (list, tuple)) else [kernel_size]
-        if not sizes or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 or k % 2 == 0 for k in sizes):
-            raise ValueError(f"kernel_size must be a positive odd integer or one for each axis, got {kernel_size!r}")
         if prior == "gaussian" and border != "zero" and sigma < _SMALLEST_SIGMA:
             raise ValueError(f"sigma must be at least {_SMALLEST_SIGMA} voxels, got {sigma!r}")
         self.kernel_size = kernel_size

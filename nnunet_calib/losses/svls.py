@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nnunet_calib.losses.base import CalibrationLoss, number
+from nnunet_calib.losses.base import CalibrationLoss
 from nnunet_calib.losses.neighbours import Neighbourhood, SoftTarget
+from nnunet_calib.losses.values import number, odd
 from nnunet_calib.losses.voxelwise import Batch, Regions, Term, Voxels
 
 
@@ -31,7 +32,7 @@ class SVLSLoss(CalibrationLoss):
 
     def __init__(self, sigma: float = 2.0, kernel_size: int | Sequence[int] = 3, *, multilabel: bool = False):
         super().__init__(multilabel=multilabel)
-        self.neighbourhood = Neighbourhood(kernel_size, "gaussian", number("sigma", sigma))
+        self.neighbourhood = Neighbourhood(odd("kernel_size", kernel_size), "gaussian", number("sigma", sigma))
 
     def _weights(self) -> dict[str, float]:
         return {"soft_cross_entropy": 1.0}

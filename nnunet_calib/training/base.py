@@ -13,7 +13,6 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +30,7 @@ from nnunet_calib.training.settings import (
     EndedTraining,
     RefusedSettings,
     asked_schedule,
+    default_kernel_size,
     loss_arguments,
     resolve_settings,
 )
@@ -404,15 +404,6 @@ def find_trainer(name: str) -> type[CalibrationTrainer]:
 def _ours(trainer: type[CalibrationTrainer]) -> type[CalibrationTrainer]:
     """The nearest base that this package defines."""
     return next(base for base in trainer.__mro__ if base.__module__.startswith("nnunet_calib."))
-
-
-def default_kernel_size(plans: dict, configuration: str) -> list[int]:
-    """3 voxels along every axis, 1 where nnU-Net's first convolution has 1 because the slices are far apart."""
-    manager = PlansManager(plans).get_configuration(configuration)
-    kernels = manager.network_arch_init_kwargs.get("kernel_sizes", 3)
-    first = kernels if isinstance(kernels, int) else kernels[0]
-    sizes = [first] * len(manager.patch_size) if isinstance(first, int) else first
-    return [1 if size == 1 else 3 for size in sizes]
 
 
 def _plain(network: nn.Module) -> nn.Module:

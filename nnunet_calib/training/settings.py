@@ -1,11 +1,14 @@
 """Settings of a training: the key ``nnunet_calib`` of a plans configuration, checked and completed."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from nnunet_calib.losses import LOSSES
-from nnunet_calib.losses.base import choice, count, number
+from nnunet_calib import losses
+from nnunet_calib.data.errors import nearest
+from nnunet_calib.data.plans import first_kernel
+from nnunet_calib.losses.values import choice, count, number
+from nnunet_calib.training import catalogue
 
 RESOLVED_KEY = "nnunet_calib_resolved"
 """Key at the top of the plans under which a training records what it really used."""
@@ -54,21 +57,22 @@ def resolve_settings(
     Raises:
         RefusedSettings: an unknown key, a wrong type or value, or a combination without meaning.
     """
-    defaults = _schedule(finetune=given.get("finetune_from") is not None)
+    settings = check_settings(given, loss, fixed, kernel_size)
     if loss is not None:
-        defaults |= {
-            "dice_weight": DICE_WEIGHT_OF.get(loss, DICE_WEIGHT),
-            "calibrate_from": 0.0 if given.get("finetune_from") is not None else CALIBRATE_FROM,
-            "ramp": RAMP,
-            "deep_supervision": "all",
-            **loss_defaults(loss, fixed, kernel_size),
-            **ARGUMENTS_OF.get(loss, {}),
-        }
-    unknown = sorted(set(given) - set(defaults))
-    if unknown:
-        raise RefusedSettings(
-            f"unknown setting {', '.join(map(repr, unknown))}; allowed: {', '.join(sorted(defaults))}"
-        )
+        try:
+            losses.LOSSES[loss](**loss_arguments(settings, loss, fixed))
+        except ValueError as error:
+            raise RefusedSettings(str(error)) from error
+    return settings
+
+
+def check_settings(
+    given: Mapping[str, Any], loss: str | None, fixed: Mapping[str, Any], kernel_size: int | list[int] = 3
+) -> dict[str, Any]:
+    """``resolve_settings`` without torch: all but what only the constructor of the loss can say of its arguments."""
+    defaults = default_settings(loss, fixed, kernel_size, finetune=given.get("finetune_from") is not None)
+    if unknown := sorted(set(given) - set(defaults)):
+        raise RefusedSettings(_of_unknown(unknown[0], defaults))
     settings = defaults | dict(given)
     if loss is not None and settings["calibrate_from"] == 0:
         settings["ramp"] = given.get("ramp", 0.0)  # the objective is there from the first step
@@ -76,8 +80,9 @@ def resolve_settings(
         for name, check in _CHECKS.items():
             if name in settings:
                 settings[name] = check(name, settings[name])
-        if loss is not None:
-            LOSSES[loss](**loss_arguments(settings, loss, fixed))
+        if loss in losses.KEYS:
+            for check_arguments in catalogue.loss_arguments(loss).checks:
+                check_arguments(loss_arguments(settings, loss, fixed))
     except ValueError as error:
         raise RefusedSettings(str(error)) from error
     size = settings.get("kernel_size")
@@ -85,6 +90,85 @@ def resolve_settings(
         raise RefusedSettings(f"kernel_size {size!r} does not fit images of {len(kernel_size)} axes")
     _refuse_meaningless(settings)
     return settings
+
+
+def default_settings(
+    loss: str | None, fixed: Mapping[str, Any], kernel_size: int | list[int] = 3, *, finetune: bool = False
+) -> dict[str, Any]:
+    """Every setting of a trainer and its default; arguments as ``resolve_settings``."""
+    defaults = _schedule(finetune)
+    if loss is not None:
+        defaults |= {
+            "dice_weight": DICE_WEIGHT_OF.get(loss, DICE_WEIGHT),
+            "calibrate_from": 0.0 if finetune else CALIBRATE_FROM,
+            "ramp": RAMP,
+            "deep_supervision": "all",
+            **loss_defaults(loss, fixed, kernel_size),
+            **ARGUMENTS_OF.get(loss, {}),
+        }
+    return defaults
+
+
+def default_kernel_size(plans: Mapping[str, Any], configuration: str) -> list[int]:
+    """3 voxels along every axis, 1 where nnU-Net's first convolution has 1 because the slices are far apart."""
+    return [1 if size == 1 else 3 for size in first_kernel(plans, configuration)]
+
+
+def check_of_any(given: Mapping[str, Any], kernel_size: int | list[int] = 3) -> list[str]:
+    """Our trainers that take these settings.
+
+    Args:
+        given: settings by name.
+        kernel_size: as for ``resolve_settings``.
+
+    Raises:
+        RefusedSettings: none takes them; the message says what is wrong, and which trainers have what is right.
+    """
+    trainers = catalogue.listed_trainers()
+    having = {name: default_settings(trainer.loss, trainer.fixed).keys() for name, trainer in trainers.items()}
+    every = {setting for settings in having.values() for setting in settings}
+    if unknown := [setting for setting in given if setting not in every]:
+        raise RefusedSettings(_of_unknown(unknown[0], sorted(every)))
+    candidates = [name for name in trainers if given.keys() <= having[name]]
+    if not candidates:
+        some = [setting for setting in given if len(trainers_with(setting)) < len(trainers)]
+        raise RefusedSettings(
+            "no trainer has all of these settings: " + "; ".join(f"{name} is of {_named(name)}" for name in some)
+        )
+    accepting, refusals = [], []
+    for name in candidates:
+        try:
+            check_settings(given, trainers[name].loss, trainers[name].fixed, kernel_size)
+            accepting.append(name)
+        except RefusedSettings as refusal:
+            refusals.append(refusal)
+    if not accepting:
+        raise refusals[0]
+    return accepting
+
+
+def trainers_with(setting: str) -> list[str]:
+    """Our trainers that have a setting."""
+    trainers = catalogue.listed_trainers().items()
+    return [name for name, trainer in trainers if setting in default_settings(trainer.loss, trainer.fixed)]
+
+
+def _of_unknown(setting: str, own: Collection[str]) -> str:
+    """What to say of a setting that is none of ``own``."""
+    if trainers_with(setting):
+        return f"unknown setting {setting!r}, which is of {_named(setting)}"
+    if near := nearest(setting, own):
+        return f"unknown setting {setting!r}; did you mean {near} (of {_named(near)})?"
+    return f"unknown setting {setting!r}; there are {', '.join(sorted(own))}"
+
+
+def _named(setting: str) -> str:
+    """The trainers that have a setting, in words."""
+    having, every = trainers_with(setting), [*catalogue.listed_trainers()]
+    missing = [name for name in every if name not in having]
+    if len(missing) < 3:
+        return "every trainer" + (f" but {' and '.join(missing)}" if missing else "")
+    return ", ".join(having)
 
 
 def asked_schedule(given: Mapping[str, Any]) -> list[str]:
@@ -95,8 +179,12 @@ def asked_schedule(given: Mapping[str, Any]) -> list[str]:
 
 def loss_defaults(loss: str, fixed: Mapping[str, Any], kernel_size: int | list[int]) -> dict[str, Any]:
     """Arguments of a loss that a setting can change, with their defaults."""
-    parameters = inspect.signature(LOSSES[loss]).parameters
-    defaults = {name: p.default for name, p in parameters.items() if name != "multilabel" and name not in fixed}
+    if loss in losses.KEYS:
+        defaults = catalogue.loss_arguments(loss).defaults
+    else:  # a user's own, put into LOSSES
+        parameters = inspect.signature(losses.LOSSES[loss]).parameters.items()
+        defaults = {name: parameter.default for name, parameter in parameters if name != "multilabel"}
+    defaults = {name: value for name, value in defaults.items() if name not in fixed}
     return defaults | ({"kernel_size": kernel_size} if "kernel_size" in defaults else {})
 
 

@@ -53,6 +53,42 @@ def test_doctor_finds_every_trainer_through_nnunet(folders, monkeypatch, capsys)
     assert all(name in out for name in TRAINERS)
 
 
+def test_doctor_has_one_line_for_all_trainers_of_one_file(folders, monkeypatch, capsys):
+    from nnunet_calib._autoload import trainers_folder
+
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "MbLSTrainer" in line]
+    assert line.startswith(f"  {len(TRAINERS)} trainers in {trainers_folder()}")
+    assert all(name in line for name in TRAINERS)
+
+
+def test_doctor_names_the_file_that_ends_nnunets_search(folders, tmp_path, monkeypatch, capsys):
+    from nnunet_calib._autoload import trainers_folder
+
+    (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), trainers_folder()]))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"PROBLEM: nnU-Net's search ends in {tmp_path / 'broken.py'}: No module named" in out
+    assert "nnUNet_n_proc_DA     PROBLEM: '0' ends planning" in out
+
+
+def test_doctor_says_where_another_class_is_found_first(folders, tmp_path, monkeypatch, capsys):
+    from nnunet_calib._autoload import trainers_folder
+
+    (tmp_path / "theirs.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class FLTrainer(nnUNetTrainer): pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), trainers_folder()]))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"finds another class of that name in {tmp_path / 'theirs.py'} (FLTrainer)" in out
+    assert f"  {len(TRAINERS) - 1} trainers in " in out
+
+
 def test_doctor_names_a_missing_folder(folders, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_results")
     assert main(["doctor"]) == 1
