@@ -5,6 +5,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.images import place_as_read
 from nnunet_calib.fewshot.volume.files import (
     IGNORED,
     STRUCTURE,
@@ -212,10 +213,10 @@ def test_a_model_that_is_no_cascade_takes_no_previous_stage(tmp_path):
 def test_the_placeholder_of_a_2d_image_is_no_millimetre():
     """nnU-Net's third spacing of a 2D image is 999 times the largest other one."""
     image = np.zeros((1, 1, 8, 8), dtype=np.float32)
-    flat = {"sitk_stuff": {"spacing": (0.5, 0.5), "origin": (0.0, 0.0), "direction": (1.0, 0.0, 0.0, 1.0)}}
-    assert unit_of(image, flat) == "mm2"
+    flat = {"sitk_stuff": {"origin": (0.0, 0.0), "direction": (1.0, 0.0, 0.0, 1.0)}, "spacing": (499.5, 0.5, 0.5)}
+    assert unit_of(image, place_as_read(flat)) == "mm2"
     assert voxel_size((499.5, 0.5, 0.5), "mm2") == 0.25
-    assert unit_of(image, {"spacing": (999, 1, 1)}) == "pixels"
-    solid = {"sitk_stuff": {"spacing": (1.0,) * 3, "origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}}
-    assert unit_of(image, solid) == "mm3"
+    assert unit_of(image, place_as_read({"spacing": (999, 1, 1)})) == "pixels"
+    solid = {"sitk_stuff": {"origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}, "spacing": (1.0,) * 3}
+    assert unit_of(image, place_as_read(solid)) == "mm3"
     assert voxel_size((2.0, 0.5, 0.5), "mm3") == 0.5
