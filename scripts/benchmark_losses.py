@@ -13,6 +13,11 @@ neighbours, an unfolded window; where that would take more than ``--memory`` GB 
 
 WORK keeps every finished row: a table can be collected bit by bit, with ``--only`` and several starts.
 
+    python scripts/benchmark_losses.py --against FOLDER [--shape 2x14x64x64x64] [--repeats 9]
+
+compares with another checkout of this package: both versions of a loss are timed in turn in one process, and the table
+has the medians of their ratios.
+
 Whole training steps: scripts/benchmark_trainers.py.
 """
 
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib
 import json
 import math
 import os
@@ -287,6 +293,54 @@ def gigabytes(name: str) -> float:
     return UNFOLDED.get(tool, 0) * math.prod(int(side) for side in shape.split("x")) * 4e-9
 
 
+def losses_of(checkout: Path) -> dict[str, Any]:
+    """`LOSSES` of another checkout of this package, beside ours."""
+    ours_are = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "nnunet_calib"}
+    sys.path.insert(0, str(checkout))
+    try:
+        theirs = importlib.import_module("nnunet_calib.losses")
+        if not Path(theirs.__file__ or "").is_relative_to(checkout):
+            sys.exit(f"{checkout} is no checkout of nnunet-calib")
+        return theirs.LOSSES
+    finally:
+        sys.path.remove(str(checkout))
+        for name in [name for name in sys.modules if name.split(".")[0] == "nnunet_calib"]:
+            del sys.modules[name]
+        sys.modules.update(ours_are)
+
+
+def compare_versions(checkout: Path, shape: tuple[int, ...], repeats: int, threads: int) -> str:
+    """Markdown: seconds of the processor a step, ours and the other's, and the median of their ratios."""
+    from nnunet_calib.losses import LOSSES
+
+    torch.set_num_threads(threads)
+    before, lines = losses_of(checkout.resolve()), ["| loss | before s | now s | now / before |", "|---|---|---|---|"]
+    variants: list[tuple[str, dict[str, Any]]] = [(key, {}) for key in KEYS]
+    for key, options in [
+        *variants,
+        ("nacl", {"prior": "gaussian"}),
+        ("ace", {"soft": True}),
+        ("meep", {"variant": "kl"}),
+    ]:
+        rivals = [versions[key](**options) for versions in (before, LOSSES)]
+        z, y = arrays(shape, "labels", "cpu")
+        turns = []
+        for turn in range(repeats + 1):
+            seconds = [0.0, 0.0]
+            for place in (turn % 2, 1 - turn % 2):
+                z.grad = None
+                began = time.process_time()
+                rivals[place](z, y).backward()
+                seconds[place] = time.process_time() - began
+            turns.append(seconds)
+        old, new = (statistics.median(turn[place] for turn in turns[1:]) for place in (0, 1))
+        ratio = statistics.median(new / old for old, new in turns[1:])
+        label = " ".join([key, *map(str, options.values())])
+        lines.append(f"| {label} | {old:.4f} | {new:.4f} | {ratio:.3f} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +425,9 @@ def machine(threads: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", dest="work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("-o", dest="work", type=Path, help="folder for the runs")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout to compare with")
+    parser.add_argument("--shape", default="2x14x64x64x64", help="of the comparison with it")
     parser.add_argument("--only", nargs="+", default=["*"], help="tasks device|shape|form|tool to run, shell patterns")
     parser.add_argument("--scale", type=float, default=1.0, help="of the images' sides, where memory is short")
     parser.add_argument("--rounds", type=int, default=1, help="processes a tool")
@@ -385,6 +441,12 @@ def main() -> int:
     if args.task:
         print(json.dumps(run_task(args.task, args.repeats, args.threads)))
         return 0
+    if args.against:
+        shape = tuple(int(side) for side in args.shape.split("x"))
+        print(f"{machine(args.threads)}\n\n{compare_versions(args.against, shape, args.repeats, args.threads)}")
+        return 0
+    if not args.work:
+        parser.error("-o is needed")
     shapes = [
         "x".join(map(str, (*shape[:2], *(max(8, round(side * args.scale)) for side in shape[2:])))) for shape in SHAPES
     ]
