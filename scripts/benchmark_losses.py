@@ -1,7 +1,7 @@
 """Time and memory of the losses, forward and backward, side by side with their peers and with textbook versions.
 
     pip install "nnunet-calib[bench]"
-    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--rounds 1] [--repeats 5] [--table docs/losses.md]
+    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--rounds 1] [--table docs/benchmarks.md]
 
 Every tool runs in a process of its own with one CPU thread (``--threads``), so that peaks of memory are its own: the
 extra MiB are those beyond logits and target, the logits' gradient included. A process runs the tool on a small image,

@@ -26,14 +26,17 @@ CUDA = torch.device("cuda:0")
 
 @contextlib.contextmanager
 def fake_cuda(shape_env: Any = None) -> Iterator[FakeTensorMode]:
-    """Mode in which tensors may be on `CUDA`; with a ``shape_env`` shapes may depend on values."""
+    """Mode in which tensors may be on `CUDA`.
+
+    With a ``shape_env`` shapes may depend on values, and tensors made of numpy's arrays may go there.
+    """
     # The first batch's look at the values is the only one, and on purpose.
     with (
         patch.object(base, "check_labels"),
         patch.object(base, "check_logits"),
         patch.object(torch.autograd, "grad", gradients),
         patch.object(common, "amp_definitely_not_available", lambda: False),  # so that autocast is what it is on a GPU
-        FakeTensorMode(allow_non_fake_inputs=False, shape_env=shape_env) as mode,
+        FakeTensorMode(allow_non_fake_inputs=shape_env is not None, shape_env=shape_env) as mode,
     ):
         yield mode
 
