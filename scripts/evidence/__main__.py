@@ -3,8 +3,10 @@
     python scripts/evidence run PROTOCOL.json --data DATA -o WORK [--jobs 2] [--only PATTERN]
     python scripts/evidence status PROTOCOL.json --data DATA -o WORK
     python scripts/evidence score PROTOCOL.json --data DATA -o WORK [--only PATTERN]
+    python scripts/evidence shift PROTOCOL.json --data DATA -o WORK [--only PATTERN]
 
-``score`` works on what is predicted, beside a ``run`` that goes on, and writes the rows to docs/results.
+``score`` works on what is predicted, beside a ``run`` that goes on, and writes the rows to docs/results. ``shift``
+predicts the protocol's other data set with what is trained, and scores it with calibrators of the validation patients.
 
 DATA holds the data set in nnU-Net's raw format. Unattended and resumable: what is finished in WORK is not done again,
 an interrupted training goes on from its last checkpoint, and one that fails does not end the others. Trainings have to
@@ -22,11 +24,17 @@ from threading import Event
 
 import torch
 from bench import Bench
-from protocol import Protocol, Training, checksum
-from scores import score_predictions, write_lines
-from tables import Rows
+from protocol import NEW, Protocol, Training, checksum
+from scores import cross_fitted, read_lines, score_predictions, write_lines
+from tables import RESULTS, Rows
 
+from nnunet_calib.posthoc import Calibrator, load_calibrator
+from nnunet_calib.posthoc.folders.check import check_folder
+from nnunet_calib.posthoc.folders.fit import fit_folder
 from nnunet_calib.training.settings import RESOLVED_KEY
+
+CHECKS = RESULTS / "shift_check.csv"
+"""What ``calibrate check`` says of the other data set."""
 
 
 def run_all(bench: Bench, trainings: list[Training], jobs: int) -> int:
@@ -53,9 +61,9 @@ def run_all(bench: Bench, trainings: list[Training], jobs: int) -> int:
         return list(pool.map(one, trainings)).count(False)
 
 
-def sources(bench: Bench, training: Training) -> dict[str, str]:
+def sources(bench: Bench, training: Training, part: str) -> dict[str, str]:
     """What a row comes from: checksums of the network, its predictions and the references, settings, date, machine."""
-    predictions, references = bench.predictions(training, "validation"), bench.references("validation")
+    predictions, references = bench.predictions(training, part), bench.references(part)
     labels = sorted(predictions.glob("*.nii.gz"))
     probabilities = sorted(predictions.glob("*.npz"))
     settings = json.loads((bench.model(training) / "plans.json").read_text())[RESOLVED_KEY]
@@ -69,30 +77,56 @@ def sources(bench: Bench, training: Training) -> dict[str, str]:
     }
 
 
-def score_all(bench: Bench, trainings: list[Training]) -> None:
+def score_all(bench: Bench, trainings: list[Training], part: str) -> None:
     """Score every training that is predicted and was not scored from the same files, and write the tables.
 
     Probabilities take most of the room and may be deleted once they are scored; what is gone is not scored again.
     """
-    rows = Rows(bench.protocol)
-    known = rows.sources()
+    protocol = bench.protocol.shifted() if part == "shift" else bench.protocol
+    known = Rows(protocol).sources()
     for training in trainings:
-        predictions = bench.predictions(training, "validation")
+        predictions, references = bench.predictions(training, part), bench.references(part)
         if not (predictions / "done").exists() or not any(predictions.glob("*.npz")):
             continue
-        made_from = sources(bench, training)
-        if rows.file(training.name).exists() and known.get(training.name, {}).items() >= made_from.items():
+        made_from = sources(bench, training, part)
+        file = Rows(protocol).file(training.name)
+        if file.exists() and known.get(training.name, {}).items() >= made_from.items():
             continue
-        lines = score_predictions(bench.protocol, predictions, bench.references("validation"))
-        write_lines(rows.file(training.name), lines)
+        calibrators = cross_fitted(bench.protocol, predictions, references) if part != "shift" else None
+        if calibrators is None:
+            calibrators = of_both(bench, protocol, training)
+        write_lines(file, score_predictions(predictions, references, calibrators))
         known[training.name] = made_from
-        Rows(bench.protocol).write(known)
-        print(f"scored {training.name}", flush=True)
+        Rows(protocol).write(known)
+        print(f"scored {training.name} on {part}", flush=True)
+
+
+def of_both(bench: Bench, shifted: Protocol, training: Training) -> dict[str, dict[str, Calibrator]]:
+    """Calibrators for every case of the other data set: from all validation patients, and from others of its own."""
+    predictions = bench.predictions(training, "shift")
+    own = cross_fitted(
+        Protocol(shifted.file, shifted.content | {"methods": bench.protocol.content["methods"]}),
+        predictions,
+        bench.references("shift"),
+    )
+    fitted = {}
+    for method in bench.protocol.content["methods"]:
+        folder = bench.work / "calibrators" / training.name / method
+        validation = bench.predictions(training, "validation")
+        fit_folder(validation, folder, bench.references("validation"), methods=[method])
+        fitted[method] = load_calibrator(folder)
+    checked = check_folder(bench.work / "calibrators" / training.name / "temperature", predictions)
+    kept = {name: value for name, value in checked.items() if name not in ("cases", "without_probabilities")}
+    kept |= {"training": training.name, "cases_above": sum(p > kept["case_limit"] for p in checked["cases"].values())}
+    kept["temperature"] = fitted["temperature"].parameters[0]["temperature"]
+    lines = [line for line in read_lines(CHECKS) if line["training"] != training.name]
+    write_lines(CHECKS, [*lines, {"training": training.name, **kept, "left_out": len(checked["left_out"])}])
+    return {case: {**fitted, **{f"{m}{NEW}": c for m, c in calibrators.items()}} for case, calibrators in own.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "status", "score"))
+    parser.add_argument("verb", choices=("run", "status", "score", "shift"))
     parser.add_argument("protocol", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", dest="work", type=Path, required=True)
@@ -111,7 +145,14 @@ def main() -> int:
             print(f"{training.name:32} {state}")
         return 0
     if args.verb == "score":
-        score_all(bench, trainings)
+        score_all(bench, trainings, "validation")
+        return 0
+    if args.verb == "shift":
+        bench.map_references()
+        for training in trainings:
+            if (bench.predictions(training, "validation") / "done").exists():
+                bench.predict(training, "shift")
+                score_all(bench, [training], "shift")
         return 0
     bench.prepare()
     return min(1, run_all(bench, trainings, args.jobs))

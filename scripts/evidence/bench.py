@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from time import sleep
 
+import numpy as np
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from protocol import Protocol, Training
 
 from nnunet_calib.data.files import whole_file, write_whole
@@ -56,6 +58,7 @@ class Bench:
         self.raw, self.preprocessed, self.results = folders.values()
         self.plans = self.preprocessed / self.dataset.name / "nnUNetPlans.json"
         self.machine = self.work / "machine.txt"
+        self.shift = data.resolve() / protocol.content["shift"]["dataset"] if "shift" in protocol.content else None
 
     def prepare(self) -> None:
         """Plan, preprocess, split by patient, and write a configuration for every training."""
@@ -122,11 +125,31 @@ class Bench:
         return sorted(label.name.removesuffix(".nii.gz") for label in (self.dataset / "labelsTr").glob("*.nii.gz"))
 
     def images(self, part: str) -> Path:
-        """Images of ``validation`` or ``test``."""
-        return self.dataset / "imagesTs" if part == "test" else self.work / "images" / part
+        """Images of ``validation``, ``test`` or ``shift``."""
+        if part == "validation":
+            return self.work / "images" / part
+        return (self.shift if part == "shift" and self.shift else self.dataset) / "imagesTs"
 
     def references(self, part: str) -> Path:
+        if part == "shift":
+            return self.work / "references" / part
         return self.dataset / ("labelsTs" if part == "test" else "labelsTr")
+
+    def map_references(self) -> None:
+        """Write the label maps of the other data set with the values that the networks know."""
+        values = {int(given): int(ours) for given, ours in self.protocol.content["shift"]["labels"].items()}
+        folder = self.references("shift")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted((self.shift or self.dataset).glob("labelsTs/*.nii.gz")):
+            if (folder / file.name).exists():
+                continue
+            labels, properties = SimpleITKIO().read_seg(str(file))
+            mapped = np.zeros_like(labels)
+            for given, ours in values.items():
+                mapped[labels == given] = ours
+            if set(np.unique(labels)) - {0, *values}:
+                raise RuntimeError(f"{file}: labels that the protocol does not map")
+            SimpleITKIO().write_seg(mapped[0].astype(np.uint8), str(folder / file.name), properties)
 
     def model(self, training: Training) -> Path:
         return self.results / self.dataset.name / f"{training.trainer}__nnUNetPlans__{training.name}"
@@ -153,7 +176,7 @@ class Bench:
             return
         words = ["-i", str(self.images(part)), "-o", str(predictions), "-d", self.number, "-c", training.name]
         words += ["-tr", training.trainer, "-f", "0", "--save_probabilities", "--disable_tta"]
-        self.stock(f"predict_{training.name}", PREDICT, *words, "-device", self.device, "-npp", "1", "-nps", "1")
+        self.stock(f"predict_{part}_{training.name}", PREDICT, *words, "-device", self.device, "-npp", "1", "-nps", "1")
         (predictions / "done").touch()
 
     def _take_first_part(self, training: Training, fold: Path) -> None:

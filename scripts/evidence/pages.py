@@ -1,120 +1,124 @@
-"""Tables of ``docs/results/free_step.md`` from the kept rows; ``verify`` compares them with what the page says.
+"""Pages of evidence: their tables and the numbers of their prose are written from the kept rows, and held against them.
 
-python scripts/evidence/pages.py write
-python scripts/evidence/pages.py verify
+    python scripts/evidence/pages.py write
+    python scripts/evidence/pages.py verify
+
+In a page a table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, and a number of the prose before a mark
+that says what it is: ``-0.051<!-- = ECE foreground of meep minus stock -->``. A decimal number without a mark is
+refused, unless the page's tables have it (perhaps with more digits), or the page lists it as a setting. A page is a
+module with ``PAGE``.
 """
 
 import argparse
-import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tables import Rows
 
 from nnunet_calib.data.files import write_whole
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-PAGE = RESULTS / "free_step.md"
-COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE reference_foreground", "ECE volume")
-ALONE = "`-tr` alone, the first 75% of its pair"
-TRAINERS = ("MEEP", "NACL", "MbLS", "FL")
-CHANGES = ("DSC", "HD95 mm", *COLUMNS[1:])
+_TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NUMBER = re.compile(r"([-+]?)(\d+(?:\.(\d+))?)( ?%)?<!-- = ([^>]+?) -->")
+_DECIMAL = re.compile(r"(?<![\w.])[-+]?(\d+\.\d+)(?![\w.])")
+_NO_PROSE = re.compile(r"<!-- table: .+?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
 
 
-def rows(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+def no_number(what: str) -> float:
+    """Of a page without marks."""
+    raise KeyError(what)
 
 
-def cells(means: dict) -> str:
-    return " | ".join(
-        f"{float(means[column]):.3f}" if column == "DSC" else f"{float(means[column]):.4f}" for column in COLUMNS
-    )
+@dataclass(frozen=True)
+class Page:
+    """A page of docs/results.
+
+    Attributes:
+        file: the page.
+        tables: by the name of their mark, what makes the lines of one.
+        number: the value of what a mark says.
+        settings: decimal numbers that are no results.
+        rows: whose tables in docs/results are recomputed too.
+        figure: draws the page's figure.
+    """
+
+    file: Path
+    tables: Mapping[str, Callable[[], list[str]]]
+    number: Callable[[str], float] = no_number
+    settings: frozenset[str] = frozenset()
+    rows: tuple[Rows, ...] = ()
+    figure: Callable[[], None] = field(default=lambda: None)
+
+    def written(self, text: str) -> str:
+        """The page with its tables and numbers written anew.
+
+        Raises:
+            ValueError: a table has no mark.
+            KeyError: a mark asks for what the rows do not have.
+        """
+        if missing := set(self.tables) - {found[1] for found in _TABLE.findall(text)}:
+            raise ValueError(f"{self.file}: no mark for the table {min(missing)}")
+
+        def table(found: re.Match) -> str:
+            lines = "\n".join(self.tables[found[2]]())
+            return f"{found[1]}\n{lines}\n\n{found[3]}"
+
+        def number(found: re.Match) -> str:
+            sign, _, decimals, percent, what = found.groups()
+            value = self.number(what) * (100 if percent else 1)
+            told = f"{value if sign else abs(value):{'+' if sign else ''}.{len(decimals or '')}f}"
+            return f"{told}{percent or ''}<!-- = {what} -->"
+
+        return _NUMBER.sub(number, _TABLE.sub(table, text))
+
+    def differences(self, text: str) -> Iterator[str]:
+        """What the page says and its rows do not give; tables of the rows included."""
+        said, given = text.splitlines(), self.written(text).splitlines()
+        for line, computed in zip(said, given, strict=False):
+            if line != computed:
+                yield f"{self.file.name} says {line!r}, the rows give {computed!r}"
+        if len(said) != len(given):
+            yield f"{self.file.name}: {len(said)} lines, the rows give {len(given)}"
+        yield from self.without_rows(text)
+        for rows in self.rows:
+            yield from rows.wrong()
+
+    def without_rows(self, text: str) -> Iterator[str]:
+        """Decimal numbers of the prose that have no mark and stand in no table."""
+        known = [float(number) for found in _TABLE.finditer(text) for number in _DECIMAL.findall(found.group())]
+        for line in _NO_PROSE.sub("", _NUMBER.sub("", text)).splitlines():
+            for number in _DECIMAL.findall(line):
+                rounded = {f"{value:.{len(number.partition('.')[2])}f}" for value in known}
+                if number not in rounded | self.settings:
+                    yield f"{self.file.name}: no row gives the {number} of {line.strip()[:80]!r}"
 
 
-def head(*first: str, columns: tuple[str, ...] = COLUMNS) -> list[str]:
-    names = [*first, *columns]
-    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+def all_pages() -> list[Page]:
+    """Every page that is written from rows."""
+    import page_acdc
+    import page_free_step
+    import page_shift
 
-
-def first_pair() -> list[str]:
-    """Stock of pair 1 with every calibrator, and the trainers of the same pair."""
-    lines = head("network", "calibrator", "voxels with another label")
-    for row in rows("posthoc"):
-        if row["network"] == "StockTrainer__pair" and row["method"] != "auto":
-            lines.append(f"| stock | {row['method']} | {row['changed'] or 0} | {cells(row['means'])} |")
-    for loss in TRAINERS:
-        row = next(row for row in rows("hippocampus") if row["name"] == f"{loss}Trainer__pair")
-        lines.append(f"| {loss}, `-tr` alone | none | | {cells(row['means'])} |")
-    return lines
-
-
-def both() -> list[str]:
-    """Trainers of pair 1 (older defaults) with a calibrator, minus stock with the same one."""
-    kept = {(row["network"], row["method"]): row.get("means") for row in rows("posthoc")}
-    lines = head("network", "calibrator, of both")
-    for network in ("MEEPTrainer__at_once_dice0p6", "MbLSTrainer__at_once_dice1"):
-        for method in ("temperature", "classwise", "isotonic", "dirichlet", "local"):
-            ours, stock = kept[network, method], kept["StockTrainer__pair", method]
-            change = [f"{float(ours[c]) - float(stock[c]):+.{3 if c == 'DSC' else 4}f}" for c in COLUMNS]
-            lines.append(f"| {network.partition('Trainer')[0]} | {method} | {' | '.join(change)} |")
-    return lines
-
-
-def changes() -> list[str]:
-    """``-tr`` alone minus stock of the same pair, mean and range over pairs, and stock repeated minus itself."""
-    kept = rows("hippocampus")
-    by_training = {row["training"]: row["means"] for row in kept}
-    lines = head("`-tr` alone, minus stock", "pairs", columns=CHANGES)
-    for loss in TRAINERS:
-        own = [row for row in kept if row["loss"] == loss and row["route"] == ALONE]
-        lines.append(_line(loss, [(row["means"], by_training[row["start"]]) for row in own]))
-    again = [row for row in kept if row["route"].startswith("stock again")]
-    lines.append(_line("stock again", [(row["means"], by_training[row["start"]]) for row in again]))
-    return lines
-
-
-def _line(name: str, pairs: list[tuple[dict, dict]]) -> str:
-    shown = []
-    for column in CHANGES:
-        digits = 2 if column == "HD95 mm" else 3
-        away = [float(ours[column]) - float(stock[column]) for ours, stock in pairs]
-        told = f"{sum(away) / len(away):+.{digits}f}"
-        shown.append(told + (f" ({min(away):+.{digits}f} to {max(away):+.{digits}f})" if len(away) > 1 else ""))
-    return f"| {name} | {len(pairs)} | {' | '.join(shown)} |"
-
-
-TABLES = {"first pair": first_pair, "both": both, "changes": changes}
-
-
-def written(text: str) -> str:
-    """The page with its tables written anew."""
-    for name, make in TABLES.items():
-        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
-        before, found, rest = text.partition(start)
-        if not found:
-            raise ValueError(f"{PAGE}: no mark for the table {name}")
-        table = "\n".join(make())
-        text = f"{before}{start}\n{table}\n\n{end}{rest.partition(end)[2]}"
-    return text
-
-
-def differences(text: str) -> Iterator[str]:
-    """Lines of the page that its rows do not give."""
-    for said, computed in zip(text.splitlines(), written(text).splitlines(), strict=False):
-        if said != computed:
-            yield f"{PAGE.name} says {said!r}, the rows give {computed!r}"
+    return [page_free_step.PAGE, page_acdc.PAGE, page_shift.PAGE]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("write", "verify"))
     args = parser.parse_args()
-    text = PAGE.read_text()
-    if args.verb == "write":
-        write_whole(PAGE, written(text))
-        return 0
-    found = list(differences(text)) or ([] if text == written(text) else [f"{PAGE.name}: lines are missing"])
-    print("\n".join(found) or f"{PAGE.name}: every number of its tables is what the rows give")
-    return min(1, len(found))
+    failed = 0
+    for page in all_pages():
+        text = page.file.read_text()
+        if args.verb == "write":
+            write_whole(page.file, page.written(text))
+            page.figure()
+            continue
+        found = list(page.differences(text))
+        failed += bool(found)
+        print("\n".join(found) or f"{page.file.name}: every number is what the rows give")
+    return min(1, failed)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ the same side of every split, and are resampled together. ``queue`` is the order
   is, so the two differ in the last part only: they are a pair.
 
 A training's ``run`` number is that of its start.
+
+``shift``, where it is there, names a data set of another origin that the networks are tried on: ``name``, ``dataset``,
+``group``, and ``labels``, its label values to those of the networks.
 """
 
 import hashlib
@@ -26,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 SHARED = "shared "
+NEW = "@new"
+"""After a calibrator's name: fitted to other patients of the data set it is tried on, not to that of the networks."""
 _KEYS = {"name", "about", "dataset", "group", "configuration", "validation", "network", "schedule", "methods"}
-_KEYS |= {"test_is_open", "queue"}
+_KEYS |= {"test_is_open", "queue", "shift"}
 _TRAINING_KEYS = {"label", "trainer", "start", "settings", "runs"}
 
 
@@ -97,6 +102,12 @@ class Protocol:
 
     def training(self, name: str) -> Training:
         return next(training for training in self.trainings if training.name == name)
+
+    def shifted(self) -> "Protocol":
+        """The same trainings on the data set of ``shift``, with calibrators from here and (``@new``) from there."""
+        shift = self.content["shift"]
+        methods = [*self.content["methods"], *(f"{method}{NEW}" for method in self.content["methods"])]
+        return Protocol(self.file, self.content | {key: shift[key] for key in ("name", "group")} | {"methods": methods})
 
     def group(self, case: str) -> str:
         """What the cases of one patient have in common."""

@@ -7,12 +7,13 @@ a CSV with a line for every calibrator and case; tables and pages are made from 
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from protocol import Protocol, checksum
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from protocol import Protocol
 
 from nnunet_calib.data.cases import CaseFiles, pair_cases
 from nnunet_calib.data.dataset import Dataset, key, read_dataset
@@ -24,7 +25,6 @@ from nnunet_calib.posthoc import CALIBRATORS, Calibrator
 from nnunet_calib.posthoc.folders.apply import calibrate_file
 from nnunet_calib.posthoc.folders.crossfit import NONE, fit_samples
 from nnunet_calib.posthoc.folders.sampling import open_probabilities, sample_case
-from nnunet_calib.report.runs import Run
 
 REGION = "volume"  # calibrators are fitted to all voxels
 OVERLAP = ("Dice", "HD95", "n_ref", "n_pred")
@@ -35,34 +35,26 @@ FIRST = ("method", "case", "changed")
 
 
 def score_predictions(
-    protocol: Protocol, predictions: Path, references: Path, fitted: Mapping[str, Calibrator] | None = None
+    predictions: Path, references: Path, calibrators: Mapping[str, Mapping[str, Calibrator]]
 ) -> list[dict]:
     """Lines of a row file.
 
     Args:
-        protocol: names the calibrators, and deals the folds.
         predictions: label maps and probabilities.
         references: label maps of the same names.
-        fitted: calibrators by method that were fitted to other data; None: cross-fitted here.
+        calibrators: by case and by name.
     """
-    dataset = read_dataset(predictions / "dataset.json", predictions / "plans.json")
-    cases = pair_cases(references, predictions, dataset.file_ending, chill=True)
-    reader = choose_reader(dataset, [files.reference for files in cases])
-    if fitted is None:
-        calibrators = _cross_fitted(protocol, cases, dataset, reader)
-    else:
-        calibrators = {files.name: fitted for files in cases}
+    dataset, cases, reader = _opened(predictions, references)
     lines = []
     for files in cases:
         reference = read_reference(files.reference, dataset, reader)
         prediction = read_labels(files.prediction, reader, dataset.labels)
         stored = open_probabilities(files, dataset, prediction)
-        for method in (NONE, *protocol.content["methods"]):
+        for method, calibrator in {NONE: None, **calibrators[files.name]}.items():
             labels = prediction.labels.copy()
-            if method == NONE:
+            if calibrator is None:
                 whole = stored.whole()
             else:
-                calibrator = calibrators[files.name][method]
                 whole = calibrate_file(calibrator, stored, dataset, None if calibrator.keeps_labels else labels)
             decided = replace(prediction, labels=labels)
             record = score(files, dataset, reference, decided, Options(), [(slice(None), whole)]).record
@@ -71,10 +63,9 @@ def score_predictions(
     return lines
 
 
-def _cross_fitted(
-    protocol: Protocol, cases: list[CaseFiles], dataset: Dataset, reader: type
-) -> dict[str, dict[str, Calibrator]]:
+def cross_fitted(protocol: Protocol, predictions: Path, references: Path) -> dict[str, dict[str, Calibrator]]:
     """By case and method, the calibrator that was fitted to the other folds."""
+    dataset, cases, reader = _opened(predictions, references)
     samples = {files.name: sample_case(files, dataset, reader) for files in cases}
     found = {}
     for fold in protocol.folds(list(samples)):
@@ -85,6 +76,12 @@ def _cross_fitted(
         }
         found |= dict.fromkeys(fold, fitted)
     return found
+
+
+def _opened(predictions: Path, references: Path) -> tuple[Dataset, list[CaseFiles], type[BaseReaderWriter]]:
+    dataset = read_dataset(predictions / "dataset.json", predictions / "plans.json")
+    cases = pair_cases(references, predictions, dataset.file_ending, chill=True)
+    return dataset, cases, choose_reader(dataset, [files.reference for files in cases])
 
 
 def _numbers(record: dict, dataset: Dataset) -> dict[str, float]:
@@ -98,15 +95,19 @@ def _numbers(record: dict, dataset: Dataset) -> dict[str, float]:
 
 
 def write_lines(file: Path, lines: Iterable[Mapping]) -> None:
-    """Write a CSV file whole; numbers with five digits that count."""
-    lines = list(lines)
+    """Write a CSV file whole, as ``as_csv``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, as_csv(list(lines)))
+
+
+def as_csv(lines: list[Mapping]) -> str:
+    """A CSV table; numbers with five digits that count."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, lines[0], lineterminator="\n")
     writer.writeheader()
     for line in lines:
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, stream.getvalue())
+    return stream.getvalue()
 
 
 def read_lines(file: Path) -> list[dict[str, str]]:
@@ -120,22 +121,3 @@ def read_lines(file: Path) -> list[dict[str, str]]:
 def called(label: str, method: str) -> str:
     """What a training with a calibrator is called in tables: ``stock+isotonic``; raw: ``stock``."""
     return label if method == NONE else f"{label}+{method}"
-
-
-def runs_of(file: Path, label: str) -> Iterator[Run]:
-    """A row file as what ``compare`` takes: a run for every calibrator."""
-    lines = read_lines(file)
-    for method in dict.fromkeys(line["method"] for line in lines):
-        own = [line for line in lines if line["method"] == method]
-        structures = [column.partition(" ")[2] for column in own[0] if column.startswith("Dice ")]
-        records = {
-            line["case"]: {
-                "metrics": {s: {m: float(line[f"{m} {s}"]) for m in OVERLAP} for s in structures},
-                "calibration": {r: {m: float(line[f"{m} {r}"]) for m in CALIBRATION} for r in REGIONS},
-                "reference_file": line["case"],
-                "changed": int(line["changed"]),
-            }
-            for line in own
-        }
-        names = dict(zip(structures, structures, strict=True))
-        yield Run(called(label, method), file, records, names, {}, {}, {}, checksum(file))

@@ -1,4 +1,4 @@
-"""Tables of a protocol's rows: means with intervals, and differences from stock. Statistics are those of ``compare``.
+"""Tables of a protocol's rows: means with intervals, and differences from stock, as ``nnunet-calib compare`` has them.
 
     docs/results/<protocol>/<training>.csv     a line for every calibrator and case: all else is computed from these
     docs/results/<protocol>.csv                a line for every training and calibrator: means, and what it came from
@@ -8,7 +8,7 @@ Intervals are of 95 %, from a bootstrap over patients (BCa). A patient's value i
 a label with several trainings the mean over them.
 """
 
-import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,26 +16,18 @@ from pathlib import Path
 
 import numpy as np
 from protocol import Protocol, checksum
-from scores import OVERLAP, called, read_lines, runs_of, write_lines
+from scores import CALIBRATION, REGIONS, as_csv, called, read_lines, write_lines
 
+from nnunet_calib.metrics.intervals import Bootstrap
 from nnunet_calib.posthoc.folders.crossfit import NONE
-from nnunet_calib.report.comparison import FOREGROUND, Comparison, compare
-from nnunet_calib.report.groups import Groups
-from nnunet_calib.report.runs import Run
+from nnunet_calib.report.groups import by_unit
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 STOCK = "stock"
-MEASURES = {
-    "DSC": ("Dice", FOREGROUND),
-    "HD95": ("HD95", FOREGROUND),
-    **{
-        f"{metric} {region}": (metric, region)
-        for region in ("volume", "foreground", "reference_foreground")
-        for metric in ("NLL", "ECE", "CECE", "Brier")
-    },
-}
-"""Column to metric and place of ``compare``; DSC and HD95 are a case's means over its structures."""
+MEASURES = ("DSC", "HD95", *(f"{metric} {region}" for region in REGIONS for metric in CALIBRATION))
+"""Numbers of a case: DSC and HD95 are the mean over its structures."""
 
+_WHAT = re.compile(r"(.+?) of (\S+)( (minus|relative to) (\S+))?(?: (low|high|smallest|largest))?")
 SOURCES = ("checkpoint", "predictions", "references", "settings", "date", "machine")
 """What a row came from; cannot be recomputed."""
 
@@ -74,9 +66,35 @@ class Rows:
         return [t.name for t in self.protocol.trainings if self.file(t.name).exists()]
 
     @cached_property
-    def runs(self) -> dict[str, list[Run]]:
-        """By training, one for every calibrator."""
-        return {name: list(runs_of(self.file(name), self.protocol.training(name).label)) for name in self.trainings}
+    def lines(self) -> dict[str, list[dict[str, str]]]:
+        """Lines of every row file, by training."""
+        return {name: read_lines(self.file(name)) for name in self.trainings}
+
+    @cached_property
+    def cases(self) -> list[str]:
+        """Of all row files.
+
+        Raises:
+            ValueError: not all have the same.
+        """
+        every = {name: tuple(dict.fromkeys(line["case"] for line in lines)) for name, lines in self.lines.items()}
+        if len(set(every.values())) != 1:
+            raise ValueError(f"{self.protocol.name}: the trainings were not scored on the same cases")
+        return list(next(iter(every.values())))
+
+    @cached_property
+    def values(self) -> dict[tuple[str, str], np.ndarray]:
+        """By training and calibrator, float (cases, ``MEASURES``)."""
+        found = {}
+        for training, lines in self.lines.items():
+            for method in dict.fromkeys(line["method"] for line in lines):
+                own = {line["case"]: line for line in lines if line["method"] == method}
+                found[training, method] = np.array([_measures(own[case]) for case in self.cases])
+        return found
+
+    def changed(self, training: str, method: str) -> int:
+        """Voxels that a calibrator gave another label."""
+        return sum(int(line["changed"]) for line in self.lines[training] if line["method"] == method)
 
     def numbers_of(self, label: str) -> tuple[int, ...]:
         """Runs of a label that are scored."""
@@ -86,74 +104,58 @@ class Rows:
     def labels(self) -> list[str]:
         return list(dict.fromkeys(self.protocol.training(name).label for name in self.trainings))
 
-    def patients(self) -> Groups:
-        cases = {case: self.protocol.group(case) for run in self._all() for case in run.records}
-        return Groups(cases, "patient", {})
+    def of(self, name: str, numbers: tuple[int, ...]) -> np.ndarray:
+        """Of ``meep+isotonic``: float (runs, cases, ``MEASURES``).
 
-    def _all(self) -> Iterator[Run]:
-        for runs in self.runs.values():
-            yield from runs
+        Raises:
+            KeyError: it was not scored.
+        """
+        label, _, method = name.partition("+")
+        return np.stack([self.values[f"{label}_{number}", method or NONE] for number in numbers])
+
+    def _effects(self, name: str, baseline: str | None, table: np.ndarray) -> dict[str, Effect]:
+        """Of values or differences (runs, cases, ``MEASURES``); infinite ones, of missed structures, are left out."""
+        key = (name, baseline)
+        if key not in self._known:
+            finite = np.where(np.isfinite(table), table, np.nan)
+            by_patient = by_unit(finite.mean(axis=0), [self.protocol.group(case) for case in self.cases])
+            found = Bootstrap.of_means(by_patient)
+            each_run = np.nanmean(finite, axis=1).T
+            columns = zip(MEASURES, found.estimate, found.intervals(), found.known, each_run, strict=True)
+            self._known[key] = {
+                measure: Effect(float(mean), low, high, tuple(each.tolist()), int(known))
+                for measure, mean, (low, high), known, each in columns
+            }
+        return self._known[key]
 
     @cached_property
-    def comparisons(self) -> dict[tuple[tuple[int, ...], str], Comparison]:
-        """By run numbers and baseline: all labels that have at least these runs, against stock of the same runs."""
-        found = {}
-        for numbers in {self.numbers_of(label) for label in self.labels}:
-            runs = [
-                run
-                for label in self.labels
-                if set(numbers) <= set(self.numbers_of(label))
-                for number in numbers
-                for run in self.runs[f"{label}_{number}"]
-            ]
-            names = dict.fromkeys(run.name for run in runs)
-            for method in (NONE, *self.protocol.content["methods"]):
-                baseline = called(STOCK, method)
-                if baseline in names:
-                    metrics = ("Dice", "HD95", "ECE", "CECE", "NLL", "Brier")
-                    groups = self.patients()
-                    found[numbers, baseline] = compare(runs, metrics=metrics, baseline=baseline, groups=groups)
-        return found
+    def _known(self) -> dict[tuple[str, str | None], dict[str, Effect]]:
+        return {}
 
     def effect(self, name: str, baseline: str, measure: str) -> Effect:
-        """Of ``meep+isotonic`` against ``stock+isotonic``, over the trainings that both have."""
-        label, base = (part.partition("+")[0] for part in (name, baseline))
-        numbers = self.numbers_of(label)
-        if base != STOCK or (numbers, baseline) not in self.comparisons:
-            raise KeyError(f"{self.protocol.name}: no comparison of {name} with {baseline}")
-        endpoint = self.comparisons[numbers, baseline].endpoint(*MEASURES[measure])
-        if endpoint is None or name not in endpoint.methods:
-            raise KeyError(f"{self.protocol.name}: no {measure} of {name}")
-        paired = next(d.paired for d in endpoint.differences if d.method == name)
-        each = zip(endpoint.methods[name].trainings, endpoint.methods[baseline].trainings, strict=True)
-        # an infinite distance in both is no difference
-        by_run = tuple(0.0 if a == b else a - b for a, b in each)
-        return Effect(paired.mean, *paired.bca_interval, by_run, paired.n)
+        """Of ``meep+isotonic`` minus ``stock+isotonic``, run by run, over the runs that the first has."""
+        numbers = self.numbers_of(name.partition("+")[0])
+        with np.errstate(invalid="ignore"):
+            ours, base = self.of(name, numbers), self.of(baseline, numbers)
+            difference = np.where(ours == base, 0.0, ours - base)  # of two infinite distances too
+        return self._effects(name, baseline, difference)[measure]
 
     def mean(self, name: str, measure: str) -> Effect:
-        """Mean over patients and trainings, with its interval."""
-        numbers = self.numbers_of(name.partition("+")[0])
-        endpoint = self.comparisons[numbers, STOCK].endpoint(*MEASURES[measure])
-        if endpoint is None or name not in endpoint.methods:
-            raise KeyError(f"{self.protocol.name}: no {measure} of {name}")
-        result = endpoint.methods[name]
-        return Effect(result.spread.mean, *result.spread.bca_interval, tuple(result.trainings), result.spread.n)
+        """Mean over patients and runs, with its interval."""
+        return self._effects(name, None, self.of(name, self.numbers_of(name.partition("+")[0])))[measure]
 
     def index_lines(self, sources: Mapping[str, Mapping[str, str]]) -> list[dict]:
         """Means of every training and calibrator, by case and so by patient, and what they came from."""
         lines = []
-        for name in self.trainings:
+        for (name, method), table in self.values.items():
             training = self.protocol.training(name)
-            for run in self.runs[name]:
-                method = run.name.partition("+")[2] or NONE
-                means = {measure: _mean(run, *place) for measure, place in MEASURES.items()}
-                changed = sum(record["changed"] for record in run.records.values())
-                lines.append(
-                    {"training": name, "label": training.label, "run": training.run, "trainer": training.trainer}
-                    | {"method": method, "cases": len(run.records), "changed": changed, **means}
-                    | {"lines": checksum(self.file(name))}
-                    | {source: sources[name][source] for source in SOURCES}
-                )
+            means = dict(zip(MEASURES, table.mean(axis=0).tolist(), strict=True))
+            lines.append(
+                {"training": name, "label": training.label, "run": training.run, "trainer": training.trainer}
+                | {"method": method, "cases": len(table), "changed": self.changed(name, method), **means}
+                | {"lines": checksum(self.file(name))}
+                | {source: sources[name][source] for source in SOURCES}
+            )
         return lines
 
     def difference_lines(self) -> list[dict]:
@@ -178,17 +180,41 @@ class Rows:
         """By training, as the index has them."""
         return {line["training"]: line for line in read_lines(self.index)}
 
+    def wrong(self) -> Iterator[str]:
+        """Lines of the two tables that the row files do not give."""
+        computed = {self.index: self.index_lines(self.sources()), self.differences: self.difference_lines()}
+        for file, lines in computed.items():
+            said, given = file.read_text().splitlines(), as_csv(lines).splitlines()
+            yield from (
+                f"{file.name} says {a!r}, the rows give {b!r}" for a, b in zip(said, given, strict=False) if a != b
+            )
+            if len(said) != len(given):
+                yield f"{file.name}: {len(said)} lines, the rows give {len(given)}"
+
+    def number(self, what: str) -> float:
+        """``ECE foreground of meep``, ``... minus stock`` or ``... relative to stock`` (the change over stock).
+
+        Each also with `` low`` or `` high`` of its interval; differences with `` smallest`` and `` largest`` training.
+        """
+        found = _WHAT.fullmatch(what)
+        if not found:
+            raise KeyError(f"{self.protocol.name}: {what!r} cannot be read")
+        measure, name, _, how, baseline, part = found.groups()
+        if not baseline:
+            return getattr(self.mean(name, measure), part or "mean")
+        effect = self.effect(name, baseline, measure)
+        if part in ("smallest", "largest"):
+            return (min if part == "smallest" else max)(effect.each)
+        value = getattr(effect, part or "mean")
+        return value / self.mean(baseline, measure).mean if how == "relative to" else value
+
     def write(self, sources: Mapping[str, Mapping[str, str]]) -> None:
         write_lines(self.index, self.index_lines(sources))
         write_lines(self.differences, self.difference_lines())
 
 
-def _mean(run: Run, metric: str, place: str) -> float:
-    if metric in ("Dice", "HD95"):
-        by_case = [
-            np.mean([scores[metric] for scores in record["metrics"].values()]) for record in run.records.values()
-        ]
-    else:
-        by_case = [record["calibration"][place][metric] for record in run.records.values()]
-    known = [value for value in by_case if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+def _measures(line: Mapping[str, str]) -> list[float]:
+    """``MEASURES`` of a line of a row file."""
+    structures = [column.partition(" ")[2] for column in line if column.startswith("Dice ")]
+    overlap = [float(np.mean([float(line[f"{metric} {s}"]) for s in structures])) for metric in ("Dice", "HD95")]
+    return [*overlap, *(float(line[measure]) for measure in MEASURES[2:])]

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,13 +67,69 @@ def test_protocols_without_meaning_are_refused(module, tmp_path, queue, message)
         module("protocol").Protocol.read(file)
 
 
-def test_the_page_says_what_the_rows_give_and_a_changed_number_is_found(module):
-    pages = module("pages")
-    text = pages.PAGE.read_text()
-    assert list(pages.differences(text)) == []
-    assert text == pages.written(text)
+def test_every_page_says_what_its_rows_give(module):
+    for page in module("pages").all_pages():
+        assert list(page.differences(page.file.read_text())) == []
+
+
+def test_a_changed_number_of_a_table_is_found(module):
+    page = module("page_free_step").PAGE
+    text = page.file.read_text()
     changed = text.replace("| stock | isotonic | 9423 | 0.844 | 0.0378 ", "| stock | isotonic | 9423 | 0.844 | 0.0377 ")
-    assert len(list(pages.differences(changed))) == 1
+    assert len(list(page.differences(changed))) == 1
+
+
+def test_a_number_of_the_prose_is_that_of_its_mark_and_none_is_without_source(module, tmp_path):
+    page = module("pages").Page(tmp_path / "page.md", {}, {"DSC of stock": 0.79285, "change": -0.05123}.__getitem__)
+    text = "DSC 0.793<!-- = DSC of stock -->, 79 %<!-- = DSC of stock -->; -0.051<!-- = change -->."
+    assert list(page.differences(text)) == []
+    assert list(page.differences(text.replace("0.793", "0.794"))) != []
+    assert list(page.differences(text.replace("-0.051<", "+0.051<"))) != []
+    assert list(page.differences(text + " So 0.2 is gained.")) == [
+        "page.md: no row gives the 0.2 of 'DSC , ; . So 0.2 is gained.'"
+    ]
+
+
+def test_the_tables_are_means_and_differences_by_patient_of_the_row_files(module, acdc, tmp_path):
+    """A patient's value is the mean of its volumes; a difference is paired; both against a computation by hand."""
+    scores, tables = module("scores"), module("tables")
+    rng = np.random.default_rng(0)
+    values = {}
+    for name in ("stock_1", "stock_2", "meep_1", "meep_2"):
+        lines = []
+        for method in ("none", *acdc.content["methods"]):
+            drawn = rng.uniform(0.1, 0.9, 12)
+            values[name, method] = drawn
+            for case, value in zip(CASES[:12], drawn, strict=True):
+                overlap = {
+                    f"{m} {s}": v for s in "12" for m, v in (("Dice", value), ("HD95", 1), ("n_ref", 9), ("n_pred", 9))
+                }
+                calibration = {f"{m} {r}": float(value) for r in scores.REGIONS for m in scores.CALIBRATION}
+                lines.append({"method": method, "case": case, "changed": 3, **overlap, **calibration})
+        scores.write_lines(tmp_path / "acdc2d" / f"{name}.csv", lines)
+    rows = tables.Rows(acdc, tmp_path)
+    sources = {name: dict.fromkeys(tables.SOURCES, "x") for name in rows.trainings}
+    rows.write(sources)
+    assert list(tables.Rows(acdc, tmp_path).wrong()) == []
+
+    def change(method, base):
+        return sum(values[f"meep_{r}", method] - values[f"stock_{r}", base] for r in (1, 2)) / 2
+
+    effect = rows.effect("meep+isotonic", "stock", "ECE foreground")
+    assert effect.patients == 6
+    assert effect.mean == pytest.approx(change("isotonic", "none").mean(), abs=1e-5)
+    assert effect.low < effect.mean < effect.high
+    both = rows.effect("meep+isotonic", "stock+isotonic", "DSC")
+    assert both.mean == pytest.approx(change("isotonic", "isotonic").mean(), abs=1e-5)
+    assert both.each == pytest.approx(
+        [(values[f"meep_{r}", "isotonic"] - values[f"stock_{r}", "isotonic"]).mean() for r in (1, 2)], abs=1e-5
+    )
+    assert rows.number("ECE volume of stock") == pytest.approx(
+        np.mean([values["stock_1", "none"], values["stock_2", "none"]]), abs=1e-5
+    )
+    index = (tmp_path / "acdc2d.csv").read_text()
+    (tmp_path / "acdc2d.csv").write_text(index.replace(",12,36,", ",12,37,", 1))
+    assert len(list(tables.Rows(acdc, tmp_path).wrong())) == 1
 
 
 def test_the_balanced_penalty_is_the_sum_of_its_groups_means_and_so_is_its_slope(monkeypatch):
