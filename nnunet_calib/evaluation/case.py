@@ -20,6 +20,7 @@ from nnunet_calib.evaluation.nacl import nacl_scores
 from nnunet_calib.evaluation.protocol import Protocol
 
 _SUSPICIOUS = 0.1  # share of the foreground; fewer differences are post-processing, not another axis order
+_SLICES = 16
 _TAILS = "float16 probabilities: those below 6e-8 are 0; NLL counts them as 2^-24"
 
 
@@ -212,7 +213,7 @@ def _statistics(
     ``parts`` are slices of the volume and their channels.
     """
     labels = _without_ignored(reference.labels, valid)
-    regions = _regions(labels, prediction, valid, protocol)
+    regions = _Regions(labels, prediction, valid, protocol)
     decided = np.zeros(labels.shape, dtype=np.min_scalar_type(max(dataset.labels)))
     label_of = None if dataset.labels == tuple(range(len(dataset.labels))) else np.array(dataset.labels)
     total: dict[str, metrics.CalibrationStatistics] = {}
@@ -223,7 +224,7 @@ def _statistics(
             channels,
             labels[z],
             dataset.channels,
-            {name: region[z] for name, region in regions.items()},
+            regions.of(z),
             bins=protocol.bins,
             threshold=protocol.threshold,
             backend=_backend(protocol),
@@ -242,18 +243,49 @@ def _notes(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile, 
     return [note for note in notes if note]
 
 
-def _regions(
-    reference: np.ndarray, prediction: LabelImage, valid: np.ndarray | None, protocol: Protocol
-) -> dict[str, np.ndarray]:
-    """The sets of voxels calibration is measured on; ``reference`` has its ignored voxels set to background."""
-    counts = np.ones(reference.shape, dtype=bool) if valid is None else valid
-    foreground = ((reference != 0) | (prediction.labels != 0)) & counts
-    if protocol.dilate:
-        foreground |= metrics.near_surface(foreground, prediction.spacing, protocol.dilate) & counts
-    regions = {"volume": counts, "reference_foreground": reference != 0, "foreground": foreground}
-    if protocol.boundary:
-        regions["boundary"] = metrics.near_surface(reference, prediction.spacing, metrics.BOUNDARY_MM) & counts
-    return regions
+class _Regions:
+    """The sets of voxels calibration is measured on, some slices of them at a time.
+
+    Args:
+        reference: labels, ignored voxels set to background.
+        prediction: on the same grid.
+        valid: voxels that are not ignored; None: all.
+        protocol: the options.
+    """
+
+    def __init__(self, reference: np.ndarray, prediction: LabelImage, valid: np.ndarray | None, protocol: Protocol):
+        self._reference, self._predicted, self._spacing = reference, prediction.labels, prediction.spacing
+        self._valid, self._boundary = valid, protocol.boundary
+        self._wide = None
+        if protocol.dilate:
+            self._wide = metrics.near_surface(self._foreground(slice(None)), self._spacing, protocol.dilate)
+        self._near = np.empty((0, *reference.shape[1:]), dtype=bool)
+        self._first = 0  # of the slices in ``_near``
+
+    def of(self, z: slice) -> dict[str, np.ndarray]:
+        """Bool (n, y, x) by name, of slices of the first axis."""
+        reference = self._reference[z]
+        counts = np.ones(reference.shape, dtype=bool) if self._valid is None else self._valid[z]
+        foreground = self._foreground(z)
+        if self._wide is not None:
+            foreground |= self._wide[z] & counts
+        regions = {"volume": counts, "reference_foreground": reference != 0, "foreground": foreground}
+        if self._boundary:
+            regions["boundary"] = self._close(z) & counts
+        return regions
+
+    def _foreground(self, z: slice) -> np.ndarray:
+        shown = (self._reference[z] != 0) | (self._predicted[z] != 0)
+        return shown if self._valid is None else shown & self._valid[z]
+
+    def _close(self, z: slice) -> np.ndarray:
+        """Voxels near the reference's surfaces, found for more slices than are asked for: neighbours are looked at."""
+        start, stop, _ = z.indices(len(self._reference))
+        if not self._first <= start <= stop <= self._first + len(self._near):
+            planes = slice(start, max(stop, start + _SLICES))
+            self._near = metrics.near_surface(self._reference, self._spacing, metrics.BOUNDARY_MM, planes)
+            self._first = start
+        return self._near[start - self._first : stop - self._first]
 
 
 def _deciding(channels: Iterable[np.ndarray], order: tuple[int, ...], decided: np.ndarray) -> Iterator[np.ndarray]:

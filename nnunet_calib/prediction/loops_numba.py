@@ -14,6 +14,9 @@ from nnunet_calib.prediction.grid import Axis
 from nnunet_calib.prediction.interpolation import half_table
 
 _UNSURE = -1
+_CLASSES = 0x7FFF  # at most so many and one
+_LOWEST = (-0x7C00 << 16) | _CLASSES  # lower than all finite logits but the least
+_TOGETHER = 1 << 14  # voxels whose ranks stay in the cache
 _NORMAL = 2.0**-14  # below it float16 has a fixed step of 2^-24
 _TO_STEP = 1.5 * 2.0**28  # added and taken away again, leaves multiples of 2^-24
 _exact = compiled()
@@ -56,8 +59,8 @@ def label_map(logits: np.ndarray, axes: tuple[Axis, ...], out: np.ndarray) -> bo
             if source not in seen:
                 for gone in [old for old in seen if old not in needed]:
                     del seen[gone]
-                ranked = tuple(np.empty(plane, np.int16) for _ in range(5))
-                _rank(bits[:, source].view(np.int16), *ranked)
+                ranked = tuple(np.empty(plane, np.int32) for _ in range(3))
+                _rank(*_contiguous(bits, source), *(part.reshape(-1) for part in ranked))
                 seen[source] = ranked
         low, high = (seen[source] for source in needed)
         if needed != known:
@@ -69,6 +72,13 @@ def label_map(logits: np.ndarray, axes: tuple[Axis, ...], out: np.ndarray) -> bo
 
 def _bits(logits: np.ndarray) -> np.ndarray:
     return logits.view(np.uint16)
+
+
+def _contiguous(bits: np.ndarray, z: int) -> tuple[np.ndarray, int]:
+    """An int16 array (C, z, voxels) and where the plane is in it: a copy of that plane if need be."""
+    if not bits.flags.c_contiguous:
+        bits, z = np.ascontiguousarray(bits[:, z : z + 1]), 0
+    return bits.view(np.int16).reshape(*bits.shape[:2], -1), z
 
 
 def _step(largest: float) -> float:
@@ -95,38 +105,47 @@ def _largest(bits):
 
 
 @_exact
-def _rank(bits, first, second, best, runner, third):
-    """Of one plane (C, y, x): class of the largest and of the second logit, and the three largest as int16 keys.
+def _rank(bits, z, first, second, third):
+    """The three largest logits of every voxel of a plane of (C, z, voxels), as int32 of key and class.
 
-    Keys are in the order of the floats; that of -0 is just below that of 0.
+    Keys, the upper 16 bits, are in the order of the floats; that of -0 is just below that of 0. The lower ones are less
+    the higher the class is, so the first of equals is the largest.
     """
-    classes, rows, columns = bits.shape
-    mask = np.int16(0x7FFF)
-    for y in range(rows):
-        b, r, t, f, s = best[y], runner[y], third[y], first[y], second[y]
-        for x in range(columns):
-            b[x] = bits[0, y, x] ^ ((bits[0, y, x] >> np.int16(15)) & mask)
-            r[x] = np.int16(-0x7C00)
-            t[x] = np.int16(-0x7C00)
-            f[x] = 0
-            s[x] = 0
-        for c in range(1, classes):
-            row = bits[c, y]
-            name = np.int16(c)
-            for x in range(columns):
-                key = row[x] ^ ((row[x] >> np.int16(15)) & mask)
-                wins, seconds = key > b[x], key > r[x]
-                t[x] = r[x] if seconds else max(t[x], key)
-                s[x] = f[x] if wins else (name if seconds else s[x])
-                r[x] = b[x] if wins else max(r[x], key)
-                f[x] = name if wins else f[x]
-                b[x] = max(b[x], key)
+    classes, _, size = bits.shape
+    for start in range(0, size, _TOGETHER):
+        stop = min(start + _TOGETHER, size)
+        first[start:stop] = np.int32(_LOWEST)
+        second[start:stop] = np.int32(_LOWEST)
+        third[start:stop] = np.int32(_LOWEST)
+        for c in range(classes):
+            name = np.int32(_CLASSES - c)
+            _rank_class(bits[c, z, start:stop], name, first[start:stop], second[start:stop], third[start:stop])
 
 
 @_exact
-def _value(key, table):
-    """The float of a key."""
-    return table[np.uint16(key ^ ((key >> np.int16(15)) & np.int16(0x7FFF)))]
+def _rank_class(bits, name, first, second, third):
+    """One class more. Compiled to minima and maxima of many voxels at once, as long as the arrays are contiguous."""
+    for x in range(bits.size):
+        value = np.int32(bits[x])
+        key = value ^ ((value >> np.int32(15)) & np.int32(0x7FFF))
+        rest = np.int32((key << np.int32(16)) | name)
+        best, runner = first[x], second[x]
+        first[x] = max(best, rest)
+        rest = min(best, rest)
+        second[x] = max(runner, rest)
+        third[x] = max(third[x], min(runner, rest))
+
+
+@_exact
+def _class(ranked):
+    return _CLASSES - (ranked & np.int32(_CLASSES))
+
+
+@_exact
+def _value(ranked, table):
+    """The logit of a key and class."""
+    key = ranked >> np.int32(16)
+    return table[np.uint16(key ^ ((key >> np.int32(15)) & np.int32(0x7FFF)))]
 
 
 @_exact
@@ -134,10 +153,10 @@ def _unanimous(low, high, table, step, out):
     """Class that wins by more than a step in both planes, else ``_UNSURE``."""
     for y in range(out.shape[0]):
         for x in range(out.shape[1]):
-            winner = low[0][y, x]
-            sure = winner == high[0][y, x]
-            sure = sure and _value(low[2][y, x], table) - _value(low[3][y, x], table) > step
-            sure = sure and _value(high[2][y, x], table) - _value(high[3][y, x], table) > step
+            winner = _class(low[0][y, x])
+            sure = winner == _class(high[0][y, x])
+            sure = sure and _value(low[0][y, x], table) - _value(low[1][y, x], table) > step
+            sure = sure and _value(high[0][y, x], table) - _value(high[1][y, x], table) > step
             out[y, x] = winner if sure else _UNSURE
 
 
@@ -187,13 +206,13 @@ def _decide(bits, table, step, z0, z1, zb, za, y0, y1, yb, ya, x0, x1, xb, xa, k
                 for v in range(2):
                     for w in range(2):
                         y, x = ys[v], xs[w]
-                        c = ranked[0][y, x]
+                        c = _class(ranked[0][y, x])
                         if not named[c]:
                             named[c] = True
                             asked[count] = c
                             count += 1
-                        c = ranked[1][y, x]
-                        if not named[c] and (_value(ranked[2][y, x], table) - _value(ranked[3][y, x], table) <= step):
+                        c = _class(ranked[1][y, x])
+                        if not named[c] and (_value(ranked[0][y, x], table) - _value(ranked[1][y, x], table) <= step):
                             named[c] = True
                             asked[count] = c
                             count += 1
@@ -204,7 +223,7 @@ def _decide(bits, table, step, z0, z1, zb, za, y0, y1, yb, ya, x0, x1, xb, xa, k
                 for v in range(2):
                     for w in range(2):
                         y, x = ys[v], xs[w]
-                        rest = ranked[4][y, x] if named[ranked[1][y, x]] else ranked[3][y, x]
+                        rest = ranked[2][y, x] if named[_class(ranked[1][y, x])] else ranked[1][y, x]
                         bound += zw[u] * yw[v] * xw[w] * _value(rest, table)
             most = -np.inf
             for n in range(count):

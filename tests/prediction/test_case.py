@@ -129,6 +129,15 @@ def test_regions(backend):
     check(*both("cropped", regions={"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3}))
 
 
+def test_logits_that_are_a_part_of_a_larger_array(backend):
+    """As nnU-Net hands them on where it had padded an image smaller than the patch."""
+    ours, labels, probabilities = both("fifths", classes=5)
+    padded = torch.nn.functional.pad(ours._logits, (2, 1, 0, 3, 1, 1), value=9)
+    ours._logits = padded[:, 1:-1, :-3, 2:-1]
+    assert not ours._logits.is_contiguous()
+    check(ours, labels, probabilities)
+
+
 def test_single_precision_logits(backend):
     check(*both("finer", dtype=np.float32))
 

@@ -21,6 +21,7 @@ from nnunet_calib.metrics import (
     surface_dice,
     surface_distances,
 )
+from nnunet_calib.metrics.surface.boundary import surface_of_any
 
 FILE = Path(__file__).parents[3].parent / "shared" / "vectors" / "metrics.json"
 VECTORS = json.loads(FILE.read_text())["cases"] if FILE.is_file() else {}
@@ -168,6 +169,20 @@ def test_near_surface_is_the_ball_around_it():
     labels[3, 5, 5] = 1
     near = near_surface(labels, (2.0, 1.0, 1.0), 3.0)
     assert [int(near[z].sum()) for z in range(7)] == [0, 0, 21, 29, 21, 0, 0]
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 0.8, 0.8), (0.5, 0.5, 0.5), (0.06, 0.06, 0.06), (7.0, 1.2, 1.2)])
+def test_near_surface_is_what_distances_say(spacing):
+    """By scipy's exact distances; the third spacing is as fine as makes distances the faster way."""
+    labels = (ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(18, 60, 22)), 3) > 0.03).astype(np.uint8)
+    labels[:, 20:] = 0
+    labels[9:] *= 2
+    distance = ndimage.distance_transform_edt(~surface_of_any(labels), sampling=spacing)
+    near = near_surface(labels, spacing, 1.5)
+    assert 0 < near.mean() < 1
+    assert np.array_equal(near, distance <= 1.5)
+    for planes in (slice(3, 7), slice(0, 1), slice(17, None)):
+        assert np.array_equal(near_surface(labels, spacing, 1.5, planes), near[planes])
 
 
 def test_near_surface_of_a_structure_in_one_slice_is_all_of_it():
