@@ -94,19 +94,18 @@ def _check_trainers() -> int:
 def _search(names: Iterable[str]) -> dict[str, str]:
     """What is wrong with trainers, by name, when nnU-Net searches for them, which imports what it searches."""
     import traceback
-    from contextlib import redirect_stdout
-    from io import StringIO
 
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunet_calib.data.host import modules_with_trainers
+    from nnunet_calib.data.quiet import quiet
     from nnunet_calib.training.catalogue import other_folders
     from nnunet_calib.training.trainers import TRAINERS
 
     problems = {}
     for name in names:
         try:
-            with redirect_stdout(StringIO()):  # where nnU-Net tells its search
+            with quiet():  # where nnU-Net tells its search
                 found = recursive_find_trainer_class_by_name(name)
         except Exception as error:  # of a module of others, imported in the search
             passed = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]

@@ -1,12 +1,15 @@
 """Which reference, prediction and probability files belong together."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_calib.data import nifti
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import is_hidden, is_named
 from nnunet_calib.data.probabilities import ENDINGS
 
-_PROBABILITIES = "_probabilities"  # what NIfTI files of them have after the name of the case
+_PROBABILITIES = "_probabilities"  # what NIfTI files of them have after the name of the case, or a case is called
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def pair_cases(
             raise UsageError(f"{folder} is not a folder")
     references, predictions = (_names(folder, file_ending) for folder in (reference_folder, prediction_folder))
     predictions -= {name + _PROBABILITIES for name in predictions} - references
+    label_maps = {name + file_ending for name in references | predictions}
     if not predictions:
         raise InputError(f"{prediction_folder}: no file ends with {file_ending} (the file_ending of dataset.json)")
     if unknown := sorted(predictions - references):
@@ -69,18 +73,48 @@ def pair_cases(
             name,
             reference_folder / (name + file_ending),
             prediction_folder / (name + file_ending),
-            next((path for ending in ENDINGS if (path := prediction_folder / (name + ending)).is_file()), None),
+            next(
+                (
+                    path
+                    for ending in ENDINGS
+                    if is_named(path := prediction_folder / (name + ending))
+                    and path.name not in label_maps  # of a case called x_probabilities
+                ),
+                None,
+            ),
         )
         for name in sorted(predictions)
     ]
 
 
+def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    """Image files of each case of a folder in nnU-Net's raw layout, ``CASE_0000.nii.gz``, in the order of names.
+
+    Raises:
+        UsageError: not a folder.
+        InputError: no image in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(file_ending)}")
+    cases: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if (match := pattern.fullmatch(path.name)) and not is_hidden(path):
+            cases.setdefault(match[1], []).append(path)
+    if not cases:
+        raise InputError(f"{folder}: no images; nnU-Net names them CASE_0000{file_ending}, one file a channel")
+    return {case: cases[case] for case in sorted(cases)}
+
+
 def _names(folder: Path, ending: str) -> set[str]:
-    # A link to nothing is a case too: whatever reads it says so. Hidden files, such as macOS' ``._x.nii.gz``, are not.
+    """Names of the files that may be label maps."""
     return {
         path.name[: -len(ending)]
         for path in folder.iterdir()
-        if path.name.endswith(ending) and not path.name.startswith(".") and (path.is_file() or path.is_symlink())
+        if path.name.endswith(ending)
+        and not is_hidden(path)
+        and is_named(path)
+        and not (path.name.endswith(_PROBABILITIES + ending) and nifti.has_channels(path))
     }
 
 

@@ -28,6 +28,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_named(path: Path) -> bool:
+    """Whether a folder has a file of this name. A link to nothing is one: whatever opens it says where it leads."""
+    return path.is_file() or path.is_symlink()
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether it is a hidden file, such as macOS' ``._x.nii.gz``: those are no cases."""
+    return path.name.startswith(".")
+
+
 def unreadable(path: Path, error: OSError) -> InputError:
     """What to say of a file that cannot be opened or read."""
     if path.is_symlink() and not path.exists():

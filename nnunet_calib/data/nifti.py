@@ -119,6 +119,15 @@ def in_mm(unit: str) -> float:
     return _MM.get(unit, 1.0)
 
 
+def has_channels(path: Path) -> bool:
+    """Whether it is a readable NIfTI file of more than one volume, as probabilities are and label maps are not."""
+    try:
+        header = read_header(path) if path.name.endswith(ENDINGS) else None
+    except InputError:
+        return False
+    return header is not None and math.prod(max(1, int(length)) for length in header["dim"][4:8]) > 1
+
+
 def is_second(path: Path) -> bool:
     """Whether it is a file of NIfTI-2."""
     return path.name.lower().endswith(ENDINGS) and isinstance(read_header(path), nibabel.Nifti2Header)

@@ -287,7 +287,7 @@ class Road:
         output = self.predictions / run
 
         def done() -> bool:
-            references = list((self.raw / "labelsTs").glob("*.nii.gz"))
+            references = list((self.raw / "labelsTs").glob("[!.]*.nii.gz"))
             return bool(references) and all(_whole(output / reference.name) for reference in references)
 
         scores = (self.evaluation / run, *((self.evaluation / CALIBRATED,) if run == STOCK else ()))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nnunet_calib.data.cases import CaseFiles, pair_cases
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import is_hidden
 from nnunet_calib.data.images import choose_reader
 from nnunet_calib.data.probabilities import ENDINGS
 from nnunet_calib.evaluation.case import Calibration, evaluate_case
@@ -200,7 +201,7 @@ def _refuse_swapped(reference: Path, prediction: Path) -> None:
 
 
 def _signs_of_predictions(folder: Path) -> str | None:
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names = sorted(path.name for path in folder.iterdir() if not is_hidden(path))
     left_by_nnunet = ("predict_from_raw_data_args.json", "plans.json")
     return next((name for name in names if name in left_by_nnunet or name.endswith(ENDINGS)), None)
 

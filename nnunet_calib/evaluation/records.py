@@ -23,7 +23,7 @@ from typing import Any
 import nnunet_calib
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import write_whole
+from nnunet_calib.data.files import unreadable, write_whole
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.evaluation.case import CaseResult
 from nnunet_calib.evaluation.protocol import Protocol
@@ -202,11 +202,13 @@ def _identity(path: Path) -> list[str | int]:
     try:
         state = path.stat()
     except FileNotFoundError as error:
+        if path.is_symlink():
+            raise unreadable(path, error) from error
         raise InputError(
             f"{path}: not there on {socket.gethostname()}; workers must see the folders under the same path"
         ) from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     return [os.path.abspath(path), state.st_size, state.st_mtime_ns]
 
 

@@ -6,10 +6,8 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from nnunet_calib.data.dataset import read_dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, whole_file
 from nnunet_calib.data.model import check_same_model, file_sha256, identify
+from nnunet_calib.data.quiet import quiet
 
 PROVENANCE = "nnunet_calib_export.json"
 """File of an exported model that says what it was made from."""
@@ -137,7 +136,7 @@ def stock_trainer(name: str) -> str:
         InputError: nnU-Net does not find the trainer, or the class that builds its network is not nnU-Net's.
     """
     try:
-        with redirect_stdout(StringIO()):  # where nnU-Net tells its search
+        with quiet():  # where nnU-Net tells its search
             trainer = recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise InputError(f"nnU-Net finds no trainer {name}; put its folder into nnUNet_extTrainer") from error

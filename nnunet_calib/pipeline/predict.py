@@ -9,6 +9,7 @@ The same command, after a crash too, predicts only cases for which that does not
 import json
 import logging
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,17 +22,17 @@ import numpy as np
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from tqdm import tqdm
 
-from nnunet_calib.data.cases import CaseFiles
+from nnunet_calib.data.cases import CaseFiles, find_images
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import read_json, write_whole
+from nnunet_calib.data.files import is_named, read_json, write_whole
 from nnunet_calib.data.whole import check_whole
 from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.records import Records, setting, software
+from nnunet_calib.evaluation.write import LEFTOVERS
 from nnunet_calib.pipeline.case import Prediction, Wanted, check_members
 from nnunet_calib.pipeline.files import FORMATS
 from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
@@ -116,7 +117,7 @@ def predict_folder(
     model.check_previous_stage(Path(previous) if previous else None)
     work = _Work(model, output, wanted, Path(reference) if reference else None, calibrator, protocol or Protocol())
     cases = work.find(images, Path(previous) if previous else None)[parts[1] :: parts[0]]
-    work.prepare_folder()
+    work.prepare_folder(cases)
     kept = [] if fresh else [case.name for case in cases if work.holds(case)]
     failed: dict[str, str] = {}
     to_do = [case for case in cases if case.name not in kept]
@@ -204,23 +205,22 @@ class _Work:
     def find(self, images: Path, previous: Path | None) -> list[_Image]:
         """The cases of a folder."""
         ending = self.dataset.file_ending
-        lists = create_lists_from_splitted_dataset_folder(str(images), ending)
-        if not lists:
-            raise InputError(f"{images}: no image; they are named <case>_0000{ending}, one file a channel")
         found = []
-        for files in lists:
-            name = os.path.basename(files[0])[: -len(ending) - 5]
+        for name, files in find_images(images, ending).items():
             stage = None if previous is None else str(previous / f"{name}{ending}")
-            found.append(_Image(name, files, stage))
+            found.append(_Image(name, list(map(str, files)), stage))
         return found
 
-    def prepare_folder(self) -> None:
+    def prepare_folder(self, cases: Sequence[_Image]) -> None:
         """Make the folder; remove what a killed run did not finish."""
         try:
             (self.output / MADE_FROM).mkdir(parents=True, exist_ok=True)
             if self.reference:
                 (self.output / RECORDS).mkdir(exist_ok=True)
-            for leftover in self.output.rglob(".*.*"):
+            # no other hidden file: the folder may be one that holds a user's own
+            names = "|".join(re.escape(name) for name in ["dataset.json", "plans.json", *(f"{c.name}." for c in cases)])
+            ours = re.compile(rf"\.(?:{names}).*\.[a-z0-9_]{{8}}|{re.escape(LEFTOVERS)}.*")
+            for leftover in [path for path in self.output.rglob(".*.*") if ours.fullmatch(path.name)]:
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
                 elif leftover.exists():
@@ -290,7 +290,7 @@ class _Work:
         if self.reference is None:
             return None
         path = self.reference / f"{case.name}{self.dataset.file_ending}"
-        return CaseFiles(case.name, path, self.output / path.name, None) if path.is_file() else None
+        return CaseFiles(case.name, path, self.output / path.name, None) if is_named(path) else None
 
     def _check(self, case: _Image) -> None:
         channels = len(self.dataset.content.get("channel_names", self.dataset.content.get("modality", {})))
@@ -325,7 +325,7 @@ def _ahead(prepare: Callable[[_Image], Any], cases: Sequence[_Image], workers: i
 
 
 def _identity(path: Path) -> list[int]:
-    state = path.stat()
+    state = path.stat() if path.exists() else path.lstat()  # of a link to nothing: whatever reads it reports it
     return [state.st_size, state.st_mtime_ns]
 
 

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import is_named
 from nnunet_calib.data.images import check_same_geometry, choose_reader, read_image, read_labels
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.report.runs import Run
@@ -96,7 +97,7 @@ def _read_image(path: Path, reader: Any) -> np.ndarray:
 def _confidence(record: Any, dataset: Dataset, shape: tuple[int, ...]) -> np.ndarray | None:
     """Of the top label, or the least sure region; None without a probability file."""
     file = record.get("probabilities_file")
-    if not file or not Path(file).is_file():
+    if not file or not is_named(Path(file)):
         return None
     stored = ProbabilityFile(Path(file))
     stored.check_fits(len(dataset.channels), shape, None)

@@ -2,8 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from contextlib import redirect_stdout
-from io import StringIO
 from os.path import isfile, join
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
+from nnunet_calib.data.quiet import quiet
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.pipeline.validation import scored_validation, summarise_validation, validation_means
 from nnunet_calib.training.checkpoint import load_weights
@@ -389,7 +388,7 @@ def find_trainer(name: str) -> type[CalibrationTrainer]:
         UsageError: nnU-Net finds no class of that name, or it takes no settings.
     """
     try:
-        with redirect_stdout(StringIO()):  # where nnU-Net tells its search
+        with quiet():  # where nnU-Net tells its search
             found = recursive_find_trainer_class_by_name(name)
     except Exception as error:  # modules of others are imported in the search
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

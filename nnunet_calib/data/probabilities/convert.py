@@ -11,8 +11,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
+from nnunet_calib.data import nifti
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import is_hidden, is_named, unreadable
 from nnunet_calib.data.probabilities.compact import write_compact
 from nnunet_calib.data.probabilities.file import ENDINGS, ProbabilityFile
 from nnunet_calib.data.probabilities.npz import write_npz
@@ -59,7 +62,7 @@ def plan_conversions(sources: Iterable[Path], output: Path, to: str, *, half: bo
         if case is None:
             raise UsageError(f"{source}: not a probability file; those end with {', '.join(ENDINGS)}")
         target = output / (case + ending)
-        if target.exists() and target.samefile(source):
+        if target.exists() and source.exists() and target.samefile(source):
             raise UsageError(f"{source} would be overwritten; choose another folder with -o")
         if target in conversions:
             raise UsageError(f"{source} and {conversions[target].source} would both become {target}")
@@ -79,7 +82,10 @@ def convert(conversion: Conversion) -> bool:
     Raises:
         InputError: the source cannot be used, or the target not be written.
     """
-    made = os.stat(conversion.source)  # before it is read: a change meanwhile is a change since
+    try:
+        made = os.stat(conversion.source)  # before it is read: a change meanwhile is a change since
+    except OSError as error:
+        raise unreadable(conversion.source, error) from error
     stored = ProbabilityFile(conversion.source)
     dtype = np.dtype("float16" if conversion.half or stored.dtype == np.float16 else "float32")
     if _is_done(conversion, stored.shape, dtype):
@@ -142,15 +148,24 @@ def _files(sources: Iterable[Path], target_ending: str) -> Iterator[Path]:
             found = sorted(
                 path
                 for path in source.iterdir()
-                if path.name.endswith(endings) and not path.name.startswith(".") and path.is_file()
+                if path.name.endswith(endings) and not is_hidden(path) and is_named(path) and not _is_label_map(path)
             )
             if not found:
                 raise UsageError(f"{source}: no file ends with {', '.join(endings)}")
             yield from found
-        elif source.is_file():
+        elif is_named(source):
             yield source
         else:
             raise UsageError(f"{source} does not exist")
+
+
+def _is_label_map(path: Path) -> bool:
+    """Whether it is a NIfTI file of one volume of integers: the label map of a case called ``x_probabilities``."""
+    try:
+        header = nifti.read_header(path) if path.name.endswith(nifti.ENDINGS) else None
+        return header is not None and header.get_data_dtype().kind in "iu" and not nifti.has_channels(path)
+    except (InputError, HeaderDataError):  # it says so where it is read
+        return False
 
 
 def _is_done(conversion: Conversion, shape: tuple[int, ...], dtype: np.dtype) -> bool:

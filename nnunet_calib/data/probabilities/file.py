@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.files import unreadable
 from nnunet_calib.data.probabilities.compact import CompactReader
 from nnunet_calib.data.probabilities.nifti import NiftiReader
 from nnunet_calib.data.probabilities.npz import NpzReader
@@ -72,6 +73,8 @@ class ProbabilityFile:
             self._stored = reader(path)
         except InputError:
             raise
+        except OSError as error:
+            raise unreadable(path, error) from error
         except Exception as error:  # of a file that is not what it should be, libraries say so in many ways
             raise _damaged(path, error) from error
         self.shape, self.dtype, self.affine = self._stored.shape, self._stored.dtype, self._stored.affine

@@ -12,15 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import read_json, write_whole
+from nnunet_calib.data.files import is_hidden, read_json, write_whole
 from nnunet_calib.data.model import file_sha256
 from nnunet_calib.fewshot.apply.files import make_folders, report_of, write_case
 from nnunet_calib.fewshot.apply.query import Structures, find_structures
 from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.task.file import Task
-from nnunet_calib.fewshot.volume.files import Volume, find_images, read_volume
+from nnunet_calib.fewshot.volume.files import Volume, read_volume
 
 REPORT_ENDING = ".fewshot.json"
 MADE_FROM = "made_from.json"
@@ -142,7 +143,8 @@ def _check_same_results(output: Path, made_from: Mapping[str, Any], replaced: Co
     Raises:
         UsageError: as said.
     """
-    kept = {file.name.removesuffix(REPORT_ENDING) for file in output.glob("*" + REPORT_ENDING)} - set(replaced)
+    reports = (file for file in output.glob("*" + REPORT_ENDING) if not is_hidden(file))
+    kept = {file.name.removesuffix(REPORT_ENDING) for file in reports} - set(replaced)
     if not kept:
         return
     try:
@@ -203,7 +205,7 @@ def _task_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.glob("*.fewshot") if not file.name.startswith("."))
+            inside = sorted(file for file in path.glob("*.fewshot") if not is_hidden(file))
         if not inside:
             raise UsageError(f"{path}: no task file in it; fewshot fit writes NAME.fewshot")
         files += inside

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import is_named
 from nnunet_calib.data.images import read_labels
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.apply.refine import refine_on_query
@@ -283,7 +284,7 @@ def evaluate_folder(
         found = {}
         for case, (channels, label) in find_supports(image_folder, label_folder, ending).items():
             own = None if base_labels is None else base_labels / (case + ending)
-            found[case] = Files(tuple(channels), label, own if own is not None and own.is_file() else None)
+            found[case] = Files(tuple(channels), label, own if own is not None and is_named(own) else None)
         return found
 
     supports = files(Path(images), Path(labels))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
@@ -19,7 +20,7 @@ from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.file import ENDING, Task, thinned
 from nnunet_calib.fewshot.task.validity import valid_name
-from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_images, find_supports, read_volume
+from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_supports, read_volume
 from nnunet_calib.fewshot.volume.sampling import VOXELS
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Annotated, Support, read_support

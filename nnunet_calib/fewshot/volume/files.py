@@ -6,7 +6,6 @@ in the patient, so a case stored in another orientation than the task's is turne
 """
 
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,9 @@ from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_imag
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
+from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.files import is_hidden
 from nnunet_calib.data.images import LabelImage, Place, check_same_geometry, place_of, read_image, read_labels
 from nnunet_calib.fewshot.network.base_model import BaseModel
 
@@ -88,25 +89,6 @@ class Volume:
         return self.coarsest > _COARSE
 
 
-def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:
-    """Image files of each case of a folder in nnU-Net's raw layout, ``CASE_0000.nii.gz``.
-
-    Raises:
-        UsageError: not a folder.
-        InputError: no image in it.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder")
-    pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(file_ending)}")
-    cases: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if (match := pattern.fullmatch(path.name)) and not path.name.startswith("."):
-            cases.setdefault(match[1], []).append(path)
-    if not cases:
-        raise InputError(f"{folder}: no images; nnU-Net names them CASE_0000{file_ending}, one file a channel")
-    return cases
-
-
 def find_supports(images: Path, labels: Path, file_ending: str) -> dict[str, tuple[list[Path], Path]]:
     """Image files and label map of each case that has a label map.
 
@@ -120,7 +102,7 @@ def find_supports(images: Path, labels: Path, file_ending: str) -> dict[str, tup
     maps = {
         path.name.removesuffix(file_ending): path
         for path in labels.iterdir()
-        if path.name.endswith(file_ending) and not path.name.startswith(".")
+        if path.name.endswith(file_ending) and not is_hidden(path)
     }
     if not maps:
         raise InputError(f"{labels}: no label map; they are named CASE{file_ending}, like the cases of {images}")

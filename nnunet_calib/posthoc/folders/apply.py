@@ -14,10 +14,11 @@ import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
+from nnunet_calib.data import nifti
 from nnunet_calib.data.cases import CaseFiles, pair_cases
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import read_json, write_whole
+from nnunet_calib.data.files import is_hidden, read_json, write_whole
 from nnunet_calib.data.images import choose_reader, read_labels
 from nnunet_calib.data.model import check_same_model, identify, known_model
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
@@ -211,8 +212,8 @@ def _claim(output: Path, given: Predictions) -> None:
     """
     file, ending = output / RECORD, given.calibration.dataset.file_ending
     ours = {case.prediction.name for case in given.cases}
-    others = sorted(path.name for path in output.iterdir() if path.name.endswith(ending) and path.name not in ours)
-    others = [name for name in others if not name.startswith(".") and not name.endswith("_probabilities" + ending)]
+    there = (path for path in output.iterdir() if path.name.endswith(ending) and not is_hidden(path))
+    others = sorted(path.name for path in there if path.name not in ours and not nifti.has_channels(path))
     if others:
         raise UsageError(
             f"{output} holds other cases ({others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}); name "

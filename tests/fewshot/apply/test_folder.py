@@ -12,6 +12,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_calib.cli.main import main
+from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.apply.folder import apply_folder
 from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
@@ -19,7 +20,6 @@ from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.task.fit import fit_folder
-from nnunet_calib.fewshot.volume.files import find_images
 
 from ..conftest import STRUCTURE, Supports, write_case
 from ..hosts import landmarks, phantom, write_image, write_model

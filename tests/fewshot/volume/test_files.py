@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.images import place_as_read
 from nnunet_calib.fewshot.volume.files import (
     IGNORED,
     STRUCTURE,
     UNKNOWN,
-    find_images,
     find_supports,
     read_volume,
     to_image_grid,
