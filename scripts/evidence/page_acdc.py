@@ -15,7 +15,12 @@ from nnunet_calib.report.diagram import COLOURS, STYLE, save
 ROWS = Rows(Protocol.read(Path(__file__).parent / "protocols" / "acdc2d.json"))
 AGAIN = "again"  # stock once more from the checkpoint of its pair
 COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE reference_foreground", "ECE volume")
-NAMES = {AGAIN: "stock, a second time", "balanced": "NACL with balanced means", "fl": "FL", "mbls": "MbLS"}
+NAMES = {
+    AGAIN: "stock, a second time",
+    "balanced": "NACL with balanced means",
+    "mbls": "MbLS",
+    "meep-dice1": "MEEP, Dice weight 1",
+}
 
 
 def written(label: str) -> str:

@@ -16,7 +16,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from protocol import Protocol
 
 from nnunet_calib.data.cases import CaseFiles, pair_cases
-from nnunet_calib.data.dataset import Dataset, key, read_dataset
+from nnunet_calib.data.dataset import Dataset, find_model_file, key, read_dataset, require_dataset_json
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.images import choose_reader, read_labels
 from nnunet_calib.evaluation.case import read_reference, score
@@ -44,7 +44,7 @@ def score_predictions(
         references: label maps of the same names.
         calibrators: by case and by name.
     """
-    dataset, cases, reader = _opened(predictions, references)
+    dataset, cases, reader = opened(predictions, references)
     lines = []
     for files in cases:
         reference = read_reference(files.reference, dataset, reader)
@@ -65,7 +65,7 @@ def score_predictions(
 
 def cross_fitted(protocol: Protocol, predictions: Path, references: Path) -> dict[str, dict[str, Calibrator]]:
     """By case and method, the calibrator that was fitted to the other folds."""
-    dataset, cases, reader = _opened(predictions, references)
+    dataset, cases, reader = opened(predictions, references)
     samples = {files.name: sample_case(files, dataset, reader) for files in cases}
     found = {}
     for fold in protocol.folds(list(samples)):
@@ -78,10 +78,11 @@ def cross_fitted(protocol: Protocol, predictions: Path, references: Path) -> dic
     return found
 
 
-def _opened(predictions: Path, references: Path) -> tuple[Dataset, list[CaseFiles], type[BaseReaderWriter]]:
-    dataset = read_dataset(predictions / "dataset.json", predictions / "plans.json")
+def opened(predictions: Path, references: Path) -> tuple[Dataset, list[CaseFiles], type[BaseReaderWriter]]:
+    """Labels, cases and reader of a folder."""
+    dataset = read_dataset(require_dataset_json(predictions, references), find_model_file("plans.json", predictions))
     cases = pair_cases(references, predictions, dataset.file_ending, chill=True)
-    return dataset, cases, choose_reader(dataset, [files.reference for files in cases])
+    return dataset, cases, choose_reader(dataset)
 
 
 def _numbers(record: dict, dataset: Dataset) -> dict[str, float]:

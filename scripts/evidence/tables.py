@@ -89,7 +89,7 @@ class Rows:
         for training, lines in self.lines.items():
             for method in dict.fromkeys(line["method"] for line in lines):
                 own = {line["case"]: line for line in lines if line["method"] == method}
-                found[training, method] = np.array([_measures(own[case]) for case in self.cases])
+                found[training, method] = np.array([measures(own[case]) for case in self.cases])
         return found
 
     def changed(self, training: str, method: str) -> int:
@@ -213,7 +213,7 @@ class Rows:
         write_lines(self.differences, self.difference_lines())
 
 
-def _measures(line: Mapping[str, str]) -> list[float]:
+def measures(line: Mapping[str, str]) -> list[float]:
     """``MEASURES`` of a line of a row file."""
     structures = [column.partition(" ")[2] for column in line if column.startswith("Dice ")]
     overlap = [float(np.mean([float(line[f"{metric} {s}"]) for s in structures])) for metric in ("Dice", "HD95")]

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+
+from nnunet_calib.evaluation import evaluate_folder
+
+from ..posthoc.predictions import predictions
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "scripts" / "evidence"
 CASES = [f"patient{p:03d}_frame{f:02d}" for p in range(20) for f in (1, 12)]
@@ -130,6 +135,34 @@ def test_the_tables_are_means_and_differences_by_patient_of_the_row_files(module
     index = (tmp_path / "acdc2d.csv").read_text()
     (tmp_path / "acdc2d.csv").write_text(index.replace(",12,36,", ",12,37,", 1))
     assert len(list(tables.Rows(acdc, tmp_path).wrong())) == 1
+
+
+def test_a_case_is_scored_as_evaluate_does_and_calibrated_by_other_patients_alone(module, tmp_path):
+    made = predictions(tmp_path)
+    scores = module("scores")
+    content = {"name": "x", "group": "case_[0-9]+", "methods": ["temperature", "isotonic"], "queue": []}
+    protocol = module("protocol").Protocol(tmp_path / "x.json", content)
+    calibrators = scores.cross_fitted(protocol, made.prediction, made.reference)
+    lines = scores.score_predictions(made.prediction, made.reference, calibrators)
+    assert [line["method"] for line in lines] == ["none", "temperature", "isotonic"] * 6
+
+    summary = evaluate_folder(made.reference, made.prediction, tmp_path / "scores", processes=1)
+    for record, line in zip(summary["metric_per_case"], lines[::3], strict=True):
+        assert line["case"] == record["case"]
+        assert line["NLL foreground"] == record["calibration"]["foreground"]["NLL"]
+        assert line["HD95 2"] == record["metrics"]["2"]["HD95"]
+
+    # what calibrates a case stays the same when its own reference is another
+    case = lines[0]["case"]
+    file = made.reference / f"{case}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    other = sitk.GetImageFromArray(np.flip(sitk.GetArrayFromImage(image), axis=1).copy())
+    other.CopyInformation(image)
+    sitk.WriteImage(other, str(file))
+    again = scores.cross_fitted(protocol, made.prediction, made.reference)
+    assert again[case]["temperature"].state() == calibrators[case]["temperature"].state()
+    strangers = [name for name in calibrators if calibrators[name] is not calibrators[case]]
+    assert all(again[n]["temperature"].state() != calibrators[n]["temperature"].state() for n in strangers)
 
 
 def test_the_balanced_penalty_is_the_sum_of_its_groups_means_and_so_is_its_slope(monkeypatch):

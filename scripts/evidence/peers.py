@@ -1,0 +1,140 @@
+"""Class-conditional calibrators, ours and fiducio's, cross-fitted on a network's validation patients.
+
+    python scripts/evidence/peers.py PROTOCOL.json --data DATA -o WORK --training stock_1
+
+Needs ``pip install fiducio`` (Apache-2.0). All are fitted to the same voxels, drawn at random from each case of the
+other folds, and scored on whole volumes, as every row is. CPU seconds are of one thread: the median fit of a fold, and
+all volumes' calibration and scoring less that of the raw probabilities.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench import Bench
+from fiducio import ArgmaxPreservingMatrixScaling, OrderPreservingMatrixScaling
+from protocol import Protocol
+from scores import opened, score_predictions, write_lines
+from tables import MEASURES, RESULTS, measures
+
+from nnunet_calib.data.images import read_labels
+from nnunet_calib.posthoc import CALIBRATORS
+from nnunet_calib.posthoc.folders.crossfit import NONE
+from nnunet_calib.posthoc.folders.sampling import class_index, open_probabilities
+from nnunet_calib.posthoc.maps.calibrator import Calibrator, log_probabilities
+
+VOXELS = 4000  # of each case
+METHODS = ("temperature", "cmsop", "cmsap")
+THEIRS = {"cmsop": OrderPreservingMatrixScaling, "cmsap": ArgmaxPreservingMatrixScaling}
+OPTIMIZERS = ("adam", "lbfgs")  # the first is fiducio's default
+
+
+class Fiducio(Calibrator):
+    """One of fiducio's, as calibrators of this package are used."""
+
+    key = "fiducio"
+    keeps_labels = True
+
+    def __init__(self, method: str, optimizer: str):
+        super().__init__()
+        self.theirs = THEIRS[method](input_type="logits", optimizer=optimizer)
+
+    def fit(self, log_probabilities, target, valid=None, *, weights=None):
+        self.channels = len(log_probabilities)
+        self.theirs.fit(_rows(log_probabilities), torch.from_numpy(target.astype(np.int64)))
+        return self
+
+    def apply(self, log_probabilities):
+        calibrated = self.theirs.transform(_rows(log_probabilities.reshape(self.channels, -1)))
+        return calibrated.detach().numpy().T.astype(np.float64).reshape(log_probabilities.shape)
+
+    def _names(self):
+        raise NotImplementedError
+
+    def _check_parameters(self, parameters, classes):
+        raise NotImplementedError
+
+    def _check_works(self):
+        raise NotImplementedError
+
+
+def _rows(z: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(z.T, dtype=np.float32))
+
+
+def drawn(predictions: Path, references: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By case, log probabilities (C, n) and classes (n,) of voxels drawn at random."""
+    dataset, cases, reader = opened(predictions, references)
+    rng, found = np.random.default_rng(0), {}
+    for files in cases:
+        reference = read_labels(files.reference, reader, dataset.labels).labels
+        stored = open_probabilities(files, dataset, read_labels(files.prediction, reader, dataset.labels))
+        index = rng.choice(reference.size, VOXELS, replace=False)
+        z = log_probabilities(stored.whole().reshape(len(dataset.channels), -1)[:, index])
+        found[files.name] = (z, class_index(reference.reshape(-1)[index], dataset))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("-o", dest="work", type=Path, required=True)
+    parser.add_argument("--training", default="stock_1")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    protocol = Protocol.read(args.protocol)
+    bench = Bench(protocol, args.data, args.work)
+    training = protocol.training(args.training)
+    predictions, references = bench.predictions(training, "validation"), bench.references("validation")
+    makers = {("nnunet-calib", method): CALIBRATORS[method] for method in METHODS}
+    makers |= {
+        (f"fiducio {optimizer}", method): (lambda method=method, optimizer=optimizer: Fiducio(method, optimizer))
+        for method in THEIRS
+        for optimizer in OPTIMIZERS
+    }
+    voxels = drawn(predictions, references)
+    lines, raw = [], 0.0
+    for (of, method), make in {("", NONE): None, **makers}.items():
+        calibrators, seconds = {}, []
+        for fold in protocol.folds(list(voxels)):
+            others = [voxels[name] for name in voxels if name not in fold]
+            started = time.process_time()
+            if make is not None:
+                fitted = make().fit(
+                    np.concatenate([z for z, _ in others], axis=1), np.concatenate([y for _, y in others])
+                )
+                calibrators |= dict.fromkeys(fold, {method: fitted})
+                seconds.append(time.process_time() - started)
+            else:
+                calibrators |= dict.fromkeys(fold, {})
+        started = time.process_time()
+        scored = score_predictions(predictions, references, calibrators)
+        taken = time.process_time() - started
+        own = [line for line in scored if line["method"] == method]
+        raw = raw or taken
+        means = dict(zip(MEASURES, np.mean([measures(line) for line in own], axis=0).tolist(), strict=True))
+        fit = float(np.median(seconds)) if seconds else 0.0
+        changed = sum(line["changed"] for line in own)
+        kept = {name: means[name] for name in ("NLL volume", "ECE volume", "NLL foreground", "ECE foreground")}
+        lines.append(
+            {
+                "training": args.training,
+                "of": of,
+                "method": method,
+                "cases": len(own),
+                **kept,
+                "labels_changed": changed,
+            }
+            | {"fit_cpu_s": round(fit, 2), "apply_cpu_s": round(max(0.0, taken - 2 * raw), 1) if make else 0.0}
+        )
+        print(lines[-1], flush=True)
+    write_lines(RESULTS / "calibrators_acdc.csv", lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
