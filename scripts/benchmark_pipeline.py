@@ -49,7 +49,7 @@ from scipy import ndimage
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.dataset import read_dataset
 from nnunet_calib.data.files import write_whole
-from nnunet_calib.data.images import LabelImage
+from nnunet_calib.data.images import LabelImage, Place
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.evaluation.case import score
@@ -184,7 +184,7 @@ def counts(volume: Volume, tool: str, folder: Path) -> Any:
         hit = p.argmax(axis=0) == flat
         return float(ECE(15).measure(p.max(axis=0), hit.astype(int))), float(np.mean(classes))
     case = volume.case()
-    images = [LabelImage(folder, labels, SPACING, {}, None) for labels in (reference, case.label_map())]
+    images = [LabelImage(folder, labels, Place(SPACING, {})) for labels in (reference, case.label_map())]
     parts = ((part.planes, part.probabilities) for part in case.parts())
     files = CaseFiles("case", folder, folder, None)
     found = score(files, volume.dataset, *images, Protocol(), parts).record["calibration"]["volume"]

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = steps.add_parser("fit", help="fit a calibrator to validation cases", formatter_class=raw)
     fit.description = (
         "Fit a calibrator to the validation cases of a trained model (each predicted by the fold\n"
-        "that was not trained on it; needs nnUNetv2_train ... --val --npz), or to a folder of\n"
+        "that was not trained on it; run nnunet-calib validate MODEL first), or to a folder of\n"
         "predictions with probabilities. Prints what it is worth on cases it was not fitted on and\n"
         "writes OUT/calibrator.json."
     )

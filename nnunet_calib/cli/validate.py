@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Predict each fold's validation cases, as the end of its training does, and score them as\n"
         "evaluate does, from the logits in memory. Any model will do, of stock nnU-Net too. Results are\n"
-        "beside the predictions, in fold_X/validation: summary.json, cases.csv, reliability.json. The\n"
-        "probabilities that calibrate fit reads are written in the compact format unless turned off."
+        "beside the predictions, in fold_X/validation: summary.json, cases.csv, reliability.json, and\n"
+        "for calibrate fit a sample of voxels of each case, in place of gigabytes of probabilities."
     )
     parser.epilog = (
         "example:\n  nnunet-calib validate nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probabilities",
         choices=["none", "compact", "npz", "nifti"],
-        default="compact",
-        help="write them; calibrate fit reads compact (default) and npz",
+        default="none",
+        help="write them (default: no); calibrate fit --method local and --voxels need them, compact or npz",
     )
 
 

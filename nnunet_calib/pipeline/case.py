@@ -19,7 +19,8 @@ from nnunet_calib.evaluation.case import CaseResult, read_reference, score
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.pipeline import maps
 from nnunet_calib.pipeline.files import write_label_map, write_probabilities, write_volume
-from nnunet_calib.posthoc.folders.sampling import decide
+from nnunet_calib.posthoc.folders.samples import write_sample
+from nnunet_calib.posthoc.folders.sampling import Sampler, decide
 from nnunet_calib.posthoc.maps.calibrator import Calibrator
 from nnunet_calib.posthoc.maps.volume import calibrate_case
 from nnunet_calib.prediction import Grid, Part, PredictedCase
@@ -121,6 +122,8 @@ class Prediction:
         reader: type[BaseReaderWriter],
         protocol: Protocol,
         calibrator: Calibrator | None = None,
+        *,
+        leave_sample: bool = False,
     ) -> CaseResult:
         """The case's scores, as ``evaluate`` has them of files, from the logits in memory.
 
@@ -131,14 +134,27 @@ class Prediction:
             reader: of the reference.
             protocol: the options.
             calibrator: of the probabilities.
+            leave_sample: leave a sample of voxels for ``calibrate fit`` beside the prediction.
 
         Raises:
             InputError: a reference that cannot be used or lies elsewhere.
         """
         reference = read_reference(files.reference, dataset, reader)
         ours = predicted_at(reference, files.prediction, labels.transpose(self.grid.to_image), self.properties)
-        parts = ((part.planes, part.probabilities) for part in self.parts(calibrator))
-        return score(files, dataset, self._as_seen(reference), self._as_seen(ours), protocol, parts)
+        sampler = None
+        if leave_sample and (dataset.ignore_label is None or (reference.labels != dataset.ignore_label).any()):
+            sampler = Sampler(files, dataset, reference, ours, axes=self.grid.from_image)
+
+        def parts() -> Iterator[tuple[slice, np.ndarray]]:
+            for part in self.parts(calibrator):
+                if sampler is not None:
+                    sampler.take(part.planes, part.probabilities)
+                yield part.planes, part.probabilities
+
+        result = score(files, dataset, self._as_seen(reference), self._as_seen(ours), protocol, parts())
+        if sampler is not None:
+            write_sample(sampler.sample(), dataset)
+        return result
 
     def parts(self, calibrator: Calibrator | None = None) -> Iterator[Part]:
         """The probabilities, some planes after the others; a calibrator that looks around has them all at once."""
@@ -156,7 +172,7 @@ class Prediction:
     def _decided(self, parts: Any, dataset: Dataset) -> np.ndarray:
         """The label map of calibrated probabilities: another than the network's only where the decision changes."""
         labels = self._case.label_map()
-        for before, after in zip(self._case.parts(), parts(), strict=False):
+        for before, after in zip(self._case.parts(), parts(), strict=True):
             was, now = decide(before.probabilities, dataset), decide(after.probabilities, dataset)
             np.copyto(labels[after.planes], now, where=was != now, casting="unsafe")
         return labels

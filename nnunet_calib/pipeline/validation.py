@@ -253,7 +253,7 @@ class _Validation:
         (self.folder / RECORDS).mkdir(exist_ok=True)
 
         def score(pair: CaseFiles) -> Any:
-            return prediction.score(pair, labels, self.dataset, self.reader, self.protocol)
+            return prediction.score(pair, labels, self.dataset, self.reader, self.protocol, leave_sample=True)
 
         Records(self.folder / RECORDS, score, self.setting)(self._pair(prediction.name))
 

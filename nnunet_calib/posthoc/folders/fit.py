@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
 from nnunet_calib.data.cases import CaseFiles
+from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.posthoc.folders.apply import probabilities_at
 from nnunet_calib.posthoc.folders.crossfit import FOLDS, choose, cross_fit, fit_samples
+from nnunet_calib.posthoc.folders.samples import read_sample
 from nnunet_calib.posthoc.folders.sampling import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSample, sample_case
 from nnunet_calib.posthoc.folders.source import find_cases
 from nnunet_calib.posthoc.maps import CALIBRATORS
@@ -95,7 +98,7 @@ def fit_folder(
     around = any(CALIBRATORS[name].margin for name in names)
     samples = _samples(
         partial(
-            sample_case,
+            _sample,
             dataset=source.dataset,
             reader=source.reader,
             voxels=voxels,
@@ -163,6 +166,21 @@ def _compared(
         )
     chosen, reason = choose(table, region)
     return table, chosen, reason
+
+
+def _sample(
+    files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWriter], *, voxels: int, seed: int, patches: int
+) -> CaseSample:
+    """What ``validate`` left of a case, else drawn from its probabilities."""
+    stored = None if patches else read_sample(files, dataset, voxels=voxels, seed=seed)
+    if stored is not None:
+        return stored
+    if files.probabilities is None:
+        why = "a method that looks around a voxel needs whole probabilities"
+        if not patches:
+            why = f"its sample is not one of these label maps, {voxels} voxels and seed {seed}"
+        raise InputError(f"{files.prediction}: {why}; run nnunet-calib validate --probabilities compact")
+    return sample_case(files, dataset, reader, voxels=voxels, seed=seed, patches=patches)
 
 
 def _samples(sample: Callable[[CaseFiles], CaseSample], cases: Sequence[CaseFiles], processes: int) -> list[CaseSample]:

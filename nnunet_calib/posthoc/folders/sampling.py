@@ -9,11 +9,12 @@ The indices are chosen from the label maps; then one pass over the probabilities
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from numpy.typing import DTypeLike
 
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.dataset import Dataset
@@ -22,7 +23,7 @@ from nnunet_calib.data.images import LabelImage, check_same_geometry, read_label
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.data.strata import draw
 from nnunet_calib.metrics import BOUNDARY_MM, bin_index, near_surface
-from nnunet_calib.metrics.surface.boundary import differs_from_neighbour, surface_of_any
+from nnunet_calib.metrics.surface.boundary import differs_from_neighbour
 from nnunet_calib.posthoc.maps.calibrator import log_probabilities
 
 VOXELS = 10_000
@@ -35,8 +36,6 @@ CONFIDENCE_BINS = 20
 _NEAR = 3  # voxels from a border that are the second of three strata
 _CONFIDENCES = 20_000  # voxels whose confidences are counted
 _PATCH = 24  # voxels along each side of a patch
-_MANY = 50_000  # neighbours within reach of a voxel: microscopy, where distances are the faster way
-_ROUNDING = 1e-6  # mm; file headers keep the spacing in float32
 
 
 @dataclass(frozen=True)
@@ -110,46 +109,115 @@ def sample_case(
     prediction = read_labels(files.prediction, reader, dataset.labels)
     check_same_geometry(reference, prediction)
     stored = open_probabilities(files, dataset, prediction)
-    rng = np.random.default_rng([seed, zlib.crc32(files.name.encode())])
-    valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
-    labels = reference.labels if valid is None else np.where(valid, reference.labels, 0).astype(reference.labels.dtype)
-    if valid is not None and not valid.any():
-        raise InputError(f"{files.reference}: every voxel has the ignore label; leave the case out")
-
-    stratum = _nearness(labels, prediction.labels)
-    near_border = np.flatnonzero((stratum == 0) if valid is None else (stratum == 0) & valid) if patches else None
-    stratum += np.uint16(3) * labels
-    index, weights = draw(stratum, valid, voxels, rng)
-    del stratum
-    shown = _predicted_foreground(prediction.labels, rng)
-    corners = _corners(near_border if near_border is not None else index[:0], labels.shape, patches, rng)
-    cubes = [tuple(slice(start, start + _PATCH) for start in corner) for corner in corners]
-
-    picked = np.empty((stored.shape[0], index.size), dtype=stored.dtype)
-    seen = np.empty((stored.shape[0], shown.size), dtype=stored.dtype)
-    cut = np.empty((stored.shape[0], len(cubes), _PATCH, _PATCH, _PATCH), dtype=stored.dtype)
-    for c, channel in enumerate(stored.channels()):
-        flat = channel.reshape(-1)
-        picked[c], seen[c] = flat[index], flat[shown]
-        for b, cube in enumerate(cubes):
-            cut[c, b] = _padded(channel[cube])
-
-    flat_reference, flat_prediction = labels.reshape(-1)[index], prediction.labels.reshape(-1)[index]
-    _check_same_decision(stored, picked, flat_prediction, weights, dataset)
-    return CaseSample(
-        files,
-        index,
-        picked,
-        class_index(flat_reference, dataset),
-        weights,
-        {
-            "volume": np.ones(index.size, dtype=bool),
-            "foreground": (flat_reference != 0) | (flat_prediction != 0),
-            "boundary": _close_to(labels, np.array(np.unravel_index(index, labels.shape)), reference.spacing),
-        },
-        confidence_shares(seen, multilabel=dataset.has_regions),
-        _patches(cut, cubes, labels, prediction.labels, valid, reference.spacing, dataset) if cubes else None,
+    sampler = Sampler(
+        files, dataset, reference, prediction, voxels=voxels, seed=seed, patches=patches, dtype=stored.dtype
     )
+    sampler.take(slice(None), stored.channels())
+    sample = sampler.sample()
+    predicted = prediction.labels.reshape(-1)[sample.index]
+    _check_same_decision(stored, sample.probabilities, predicted, sample.weights, dataset)
+    return sample
+
+
+class Sampler:
+    """Draws voxels of a case, and picks up their probabilities as these come along.
+
+    Args:
+        files: of the case.
+        dataset: its labels.
+        reference: with ignored voxels, where there are any.
+        prediction: on the same grid.
+        voxels: how many to draw; all of a smaller volume.
+        seed: the same seed draws the same voxels of a case of the same name.
+        patches: how many cubes to cut out as well; the probabilities must come as a whole then.
+        axes: of the label maps, in the order in which the probabilities have them.
+        dtype: of the probabilities.
+
+    Raises:
+        InputError: all voxels are ignored.
+    """
+
+    def __init__(
+        self,
+        files: CaseFiles,
+        dataset: Dataset,
+        reference: LabelImage,
+        prediction: LabelImage,
+        *,
+        voxels: int = VOXELS,
+        seed: int = 0,
+        patches: int = 0,
+        axes: Sequence[int] = (0, 1, 2),
+        dtype: DTypeLike = np.float32,
+    ):
+        self._files, self._dataset, self._prediction, self._spacing = files, dataset, prediction, reference.spacing
+        rng = np.random.default_rng([seed, zlib.crc32(files.name.encode())])
+        known = reference.labels
+        self._valid = valid = None if dataset.ignore_label is None else known != dataset.ignore_label
+        self._labels = labels = known if valid is None else np.where(valid, known, 0).astype(known.dtype)
+        if valid is not None and not valid.any():
+            raise InputError(f"{files.reference}: every voxel has the ignore label; leave the case out")
+
+        stratum = _nearness(labels, prediction.labels)
+        border = np.flatnonzero((stratum == 0) if valid is None else (stratum == 0) & valid) if patches else None
+        stratum += np.uint16(3) * labels
+        self._index, self._weights = draw(stratum, valid, voxels, rng)
+        del stratum
+        shown = _predicted_foreground(prediction.labels, rng)
+        corners = _corners(border if border is not None else self._index[:0], labels.shape, patches, rng)
+        self._cubes = [tuple(slice(start, start + _PATCH) for start in corner) for corner in corners]
+        self._shape = tuple(labels.shape[axis] for axis in axes)
+        self._places = [_reordered(index, labels.shape, axes) for index in (self._index, shown)]
+        channels = len(dataset.channels)
+        self._picked, self._seen = (np.empty((channels, order.size), dtype) for _, order in self._places)
+        self._cut = np.empty((channels, len(self._cubes), _PATCH, _PATCH, _PATCH), dtype)
+
+    def take(self, planes: slice, channels: Iterable[np.ndarray]) -> None:
+        """Pick up what is wanted of some planes.
+
+        Args:
+            planes: along the first axis of the probabilities.
+            channels: float (C, n, y, x), or one (n, y, x) after the other.
+        """
+        start, stop, _ = planes.indices(self._shape[0])
+        size = int(np.prod(self._shape[1:]))
+        ranges = [slice(*np.searchsorted(place, (start * size, stop * size))) for place, _ in self._places]
+        inside = [(place[r] - start * size, order[r]) for r, (place, order) in zip(ranges, self._places, strict=True)]
+        for c, channel in enumerate(channels):
+            flat = channel.reshape(-1)
+            for out, (place, order) in zip((self._picked, self._seen), inside, strict=True):
+                out[c, order] = flat[place]
+            for b, cube in enumerate(self._cubes):
+                self._cut[c, b] = _padded(channel[cube])
+
+    def sample(self) -> CaseSample:
+        """What was picked up; all planes have been there."""
+        dataset, index, labels, predicted = self._dataset, self._index, self._labels, self._prediction.labels
+        near = near_surface(labels, self._spacing, BOUNDARY_MM)
+        flat_reference, flat_prediction = labels.reshape(-1)[index], predicted.reshape(-1)[index]
+        cubes = (self._cut, self._cubes, labels, predicted, self._valid, near, dataset)
+        return CaseSample(
+            self._files,
+            index,
+            self._picked,
+            class_index(flat_reference, dataset),
+            self._weights,
+            {
+                "volume": np.ones(index.size, dtype=bool),
+                "foreground": (flat_reference != 0) | (flat_prediction != 0),
+                "boundary": near.reshape(-1)[index],
+            },
+            confidence_shares(self._seen, multilabel=dataset.has_regions),
+            _patches(*cubes) if self._cubes else None,
+        )
+
+
+def _reordered(index: np.ndarray, shape: tuple[int, ...], axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices after a transposition, ascending, and which of the given ones they are."""
+    coordinates = np.unravel_index(index, shape)
+    places = np.ravel_multi_index([coordinates[axis] for axis in axes], [shape[axis] for axis in axes])
+    order = np.argsort(places)
+    return places[order], order
 
 
 def open_probabilities(files: CaseFiles, dataset: Dataset, prediction: LabelImage) -> ProbabilityFile:
@@ -224,29 +292,6 @@ def _nearness(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return stratum
 
 
-def _close_to(labels: np.ndarray, coordinates: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Which voxels (3, n) lie within ``BOUNDARY_MM`` of a surface: ``near_surface``, for a few voxels.
-
-    Looking around each of them takes a hundredth of the time and memory of distances for a whole CT.
-    """
-    reach = [int((BOUNDARY_MM + _ROUNDING) / step) for step in spacing]
-    if np.prod([2.0 * r + 1 for r in reach]) > _MANY:
-        shape = np.array(labels.shape)[:, None]
-        inside = ((coordinates >= 0) & (coordinates < shape)).all(axis=0)
-        near = near_surface(labels, spacing, BOUNDARY_MM)
-        return near[tuple(coordinates.clip(0, shape - 1))] & inside
-    offsets = np.indices([2 * r + 1 for r in reach]).reshape(3, -1) - np.array(reach)[:, None]
-    distance = np.sqrt(np.square(offsets * np.asarray(spacing)[:, None]).sum(axis=0))
-    offsets = offsets[:, distance <= BOUNDARY_MM + _ROUNDING]
-    padded = np.pad(surface_of_any(labels), [(r, r + _PATCH) for r in reach])
-    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
-    centres, flat = strides @ (coordinates + np.array(reach)[:, None]), padded.reshape(-1)
-    close = np.zeros(centres.size, dtype=bool)
-    for step in strides @ offsets:
-        close |= flat[centres + step]
-    return close
-
-
 def _predicted_foreground(prediction: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Indices of voxels of the predicted foreground, ascending; not all of a large one."""
     inside = np.flatnonzero(prediction)
@@ -275,7 +320,7 @@ def _patches(
     reference: np.ndarray,
     prediction: np.ndarray,
     valid: np.ndarray | None,
-    spacing: Sequence[float],
+    near: np.ndarray,
     dataset: Dataset,
 ) -> Patches:
     target = class_index(np.stack([_padded(reference[cube]) for cube in cubes]), dataset)
@@ -286,10 +331,8 @@ def _patches(
         ]
     )
     shown = np.stack([_padded((reference[cube] != 0) | (prediction[cube] != 0)) for cube in cubes])
-    offsets = np.indices((_PATCH,) * 3).reshape(3, -1)
-    voxels = np.concatenate([offsets + np.array([[side.start] for side in cube]) for cube in cubes], axis=1)
-    boundary = _close_to(reference, voxels, spacing).reshape(counts.shape) & counts
-    return Patches(cut, target, {"volume": counts, "foreground": shown & counts, "boundary": boundary})
+    boundary = np.stack([_padded(near[cube]) for cube in cubes])
+    return Patches(cut, target, {"volume": counts, "foreground": shown & counts, "boundary": boundary & counts})
 
 
 def _check_same_decision(

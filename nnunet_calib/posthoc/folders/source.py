@@ -14,6 +14,7 @@ from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader
 from nnunet_calib.data.model import fold_folders, identify
 from nnunet_calib.data.plans import preprocessed_folder, read_splits
+from nnunet_calib.posthoc.folders.samples import sample_path
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Source:
     Attributes:
         dataset: their labels.
         reader: of their label maps.
-        cases: all with probabilities.
+        cases: all with probabilities, or a sample of them.
         model: what ``identify`` says of the model.
         without_probabilities: names of the cases left out, for they have none.
     """
@@ -64,8 +65,8 @@ def find_cases(folder: Path, reference: Path | None = None, dataset_json: Path |
     without: list[str] = []
     if not folds:
         pairs = pair_cases(reference, folder, dataset.file_ending, chill=True)
-        cases = [case for case in pairs if case.probabilities]
-        without = [case.name for case in pairs if not case.probabilities]
+        cases = [case for case in pairs if _can_be_fitted(case)]
+        without = [case.name for case in pairs if not _can_be_fitted(case)]
         if not cases:
             raise InputError(f"{folder}: no probabilities beside the predictions; predict with --save_probabilities")
     if twice := {case.name for case in cases if sum(case.name == other.name for other in cases) > 1}:
@@ -79,15 +80,18 @@ def find_cases(folder: Path, reference: Path | None = None, dataset_json: Path |
 def _validation_cases(model: Path, number: str, fold: Path, reference: Path, dataset: Dataset) -> list[CaseFiles]:
     validation = fold / "validation"
     cases = pair_cases(reference, validation, dataset.file_ending, chill=True) if validation.is_dir() else []
-    missing = [case for case in cases if case.probabilities is None]
+    missing = [case for case in cases if not _can_be_fitted(case)]
     if missing or not cases:
-        trainer, plans, configuration = (model.name.split("__") + ["PLANS", "CONFIGURATION"])[:3]
         raise InputError(
-            f"{validation}: {len(missing) or 'all'} cases without probabilities; run nnUNetv2_train "
-            f"{_dataset_name(model)} {configuration} {number} -tr {trainer} -p {plans} --val --npz"
+            f"{validation}: {len(missing) or 'all'} cases without probabilities; run nnunet-calib validate {model} "
+            f"-f {number}"
         )
     _refuse_training_cases(fold, cases, model / "plans.json")
     return cases
+
+
+def _can_be_fitted(case: CaseFiles) -> bool:
+    return case.probabilities is not None or sample_path(case).is_file()
 
 
 def _refuse_fold_all(folder: Path, folds: dict[str, Path]) -> None:

@@ -290,8 +290,7 @@ def test_what_to_run_where_the_validation_has_no_probabilities(tmp_path):
     with pytest.raises(InputError) as caught:
         fit_folder(trained, tmp_path / "out", references)
     assert str(caught.value).endswith(
-        "fold_1/validation: 1 cases without probabilities; run nnUNetv2_train Dataset999_Toy 3d_fullres 1 "
-        "-tr nnUNetTrainer -p nnUNetPlans --val --npz"
+        f"fold_1/validation: 1 cases without probabilities; run nnunet-calib validate {trained} -f 1"
     )
 
 
