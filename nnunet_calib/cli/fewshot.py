@@ -16,6 +16,10 @@ FEWEST_SAMPLED = 100
 
 MOST_CHUNKS = 1000
 
+_REGISTRATIONS = ("none", "affine", "deformable")
+LIMIT_S = 120.0
+"""Seconds that registering a pair of volumes may take by default."""
+
 _AXES = {"lr": 0, "ap": 1, "is": 2}
 
 
@@ -94,6 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for structures of variable size (default: 0.3)",
     )
     fit.add_argument(
+        "--registration",
+        choices=_REGISTRATIONS,
+        default="none",
+        help="register the supports to each other and to every query, and weigh their labels there against the head: "
+        "takes seconds a pair, and the task file then holds the supports' images (default: none)",
+    )
+    _add_registrations(fit, limit=True)
+    fit.add_argument(
         "--voxels", metavar="N", type=int, default=30_000, help="sampled from each volume (default: 30000)"
     )
     fit.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples (default: 0)")
@@ -120,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply.add_argument("--save_probabilities", action="store_true", help="write .npz files as nnUNetv2_predict does")
     apply.add_argument("--continue_prediction", action="store_true", help="leave cases that have a report")
     apply.add_argument("-npp", type=int, default=1, help="images read ahead (default: 1)")
+    _add_registrations(apply)
     _add_prediction(apply, "default: those of the tasks")
     _add_evaluate(steps.add_parser("evaluate", help="measure what k volumes are worth", formatter_class=raw))
 
@@ -142,9 +155,11 @@ def _fit(args: argparse.Namespace) -> int:
         raise UsageError(f"--chunks {args.chunks}: at most {MOST_CHUNKS}")
     if not 0 <= args.margin < 1:
         raise UsageError(f"--margin {args.margin:g}: it must be at least 0 and below 1")
+    _check_limit(args.registration_limit)
     from nnunet_calib.fewshot.structure.fitted import Settings
     from nnunet_calib.fewshot.structure.objective import Objective
     from nnunet_calib.fewshot.task.fit import describe, fit_folder, task_file
+    from nnunet_calib.fewshot.volume.registration import Registration
 
     settings = Settings(
         head=args.head,
@@ -154,6 +169,7 @@ def _fit(args: argparse.Namespace) -> int:
         axis=_AXES[args.axis],
         margin=args.margin,
         objective=Objective() if args.refine else None,
+        registration=Registration(args.registration, args.registration_limit),
     )
     task = fit_folder(
         args.model,
@@ -166,6 +182,7 @@ def _fit(args: argparse.Namespace) -> int:
         settings=settings,
         inside=args.inside,
         unlabelled=args.unlabelled,
+        registrations=args.registrations,
         voxels=args.voxels,
         seed=args.seed,
         **_prediction(args),
@@ -192,6 +209,7 @@ def _apply(args: argparse.Namespace) -> int:
         merge=not args.alone,
         probabilities=args.save_probabilities,
         readers=args.npp,
+        registrations=args.registrations,
         overwrite=not args.continue_prediction,
         **_prediction(args),
     )
@@ -222,6 +240,29 @@ def _at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: it must be {least} or more")
+
+
+def _check_limit(seconds: float) -> None:
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--registration_limit {seconds:g}: it must be above 0 seconds")
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--registration_limit",
+        metavar="S",
+        type=float,
+        default=LIMIT_S,
+        help="seconds that a pair of volumes may take; what is reached by then is used, and told (default: 120)",
+    )
+
+
+def _add_registrations(parser: argparse.ArgumentParser, limit: bool = False) -> None:
+    if limit:
+        _add_limit(parser)
+    parser.add_argument(
+        "--registrations", metavar="DIR", type=Path, help="folder where registrations are kept for the next run"
+    )
 
 
 def _check_labels(label: int, ignore: int | None) -> None:
@@ -266,10 +307,19 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--heads",
         metavar="H",
         nargs="+",
-        choices=_HEADS,
+        choices=(*_HEADS, "registration"),
         default=["linear", "prototype"],
-        help=f"of {', '.join(_HEADS)}: the last in P2 with k > 2 (default: linear prototype)",
+        help=f"of {', '.join(_HEADS)} (this one in P2 with k > 2), and registration: labels that registration carries, "
+        "without a head or a network, in P2 (default: linear prototype)",
     )
+    parser.add_argument(
+        "--registration",
+        nargs="+",
+        choices=_REGISTRATIONS,
+        default=["none"],
+        help="of the supports, in P2: heads with each of these; registration alone with each but none (default: none)",
+    )
+    _add_limit(parser)
     parser.add_argument("--chunks", metavar="N", type=int, nargs="+", default=[12], help="P2 (default: 12)")
     parser.add_argument("--hard", action="store_true", help="heads change at the ends of chunks")
     parser.add_argument(
@@ -305,7 +355,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError(f"-k {min(args.k)}: it must be 1 or more")
     if not all(0 <= weight < float("inf") for weight in args.refine):
         raise UsageError("--refine: weights of the entropy are 0 or more")
+    _check_limit(args.registration_limit)
     from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
+    from nnunet_calib.fewshot.volume.registration import Registration
 
     prediction = _prediction(args)
     if prediction.pop("previous") is not None:
@@ -319,6 +371,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         [None, *args.refine],
         args.sets,
         "hard" if args.hard else "interpolated",
+        [Registration(kind, args.registration_limit) for kind in args.registration],
     )
     images, labels = args.queries or (None, None)
     rows = evaluate_folder(
@@ -335,7 +388,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         voxels=args.voxels,
         **prediction,
     )
-    names = ("protocol", "head", "chunks", "extent", "k", "entropy", "pairs")
+    names = ("protocol", "head", "registration", "chunks", "extent", "k", "entropy", "pairs")
     numbers = ("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "base_before", "base_after")
     print("  ".join([*names, *numbers]))
     for row in rows:

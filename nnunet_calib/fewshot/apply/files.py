@@ -136,6 +136,7 @@ def report_of(volume: Volume, structures: Structures, found: Sequence[Found], vo
             "presence_score": float(novel.presence) if np.isfinite(novel.presence) else None,
             "presence_limit": fitted.presence_limit,
             "shift_by_volume_prior": novel.shift,
+            "registration": _registration(one),
             "threshold": novel.threshold,
             "feature_distance": one.distance,
             "feature_distance_limit": task.background.limit,
@@ -223,4 +224,27 @@ def _warnings(task: Task, fitted: FittedStructure, volume: Volume, found: Found)
         )
     if fitted.settings.extent == "aligned" and found.landmarks == 0:
         warnings.append("no base class to align the volume by: its ends are taken as those of the supports")
+    if found.carried is not None:
+        warps = found.carried.warps
+        for count, what in (
+            (sum(warp.failed for warp in warps), "could not be registered; they say little of where it is"),
+            (sum(warp.limited for warp in warps), "reached the limit of time of a registration: less exact"),
+        ):
+            if count:
+                warnings.append(f"{count} of {len(warps)} supports {what}")
+        if novel.far_mm3:
+            warnings.append(f"{novel.far_mm3 / 1000:.2f} ml left out, far from where the supports have it")
     return warnings
+
+
+def _registration(found: Found) -> dict[str, Any] | None:
+    """What is told of the registrations of a case."""
+    if found.carried is None:
+        return None
+    warps = found.carried.warps
+    return {
+        "seconds": round(found.carried.seconds, 3),
+        "limit_reached": sum(warp.limited for warp in warps),
+        "failed": sum(warp.failed for warp in warps),
+        "left_out_mm3": found.novel.far_mm3,
+    }

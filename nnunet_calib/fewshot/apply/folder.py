@@ -22,6 +22,7 @@ from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.files import Volume, read_volume
+from nnunet_calib.fewshot.volume.registration import Registrar
 
 REPORT_ENDING = ".fewshot.json"
 MADE_FROM = "made_from.json"
@@ -43,6 +44,7 @@ def apply_folder(
     mirroring: bool = True,
     previous: Path | None = None,
     readers: int = 1,
+    registrations: Path | None = None,
     overwrite: bool = True,
     progress: bool = True,
     seed: int = 0,
@@ -65,6 +67,7 @@ def apply_folder(
         mirroring: test-time augmentation of the base classes.
         previous: of a cascade, the folder of the previous stage's segmentations.
         readers: cases read ahead.
+        registrations: folder where registrations are kept for other runs; None: they are not.
         overwrite: else cases with a report of the same images are left as they are.
         progress: show a bar.
         seed: of sampled voxels.
@@ -105,6 +108,7 @@ def apply_folder(
     if not overwrite:
         cases = {case: paths for case, paths in cases.items() if not _is_done(output, case, paths)}
     predictor = FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
+    registrar = Registrar(registrations)
 
     def read(case: str) -> Volume | InputError:
         stage = None if previous is None else previous / (case + model.dataset.file_ending)
@@ -120,7 +124,7 @@ def apply_folder(
             return {"case": case, "error": str(volume)}
         begin = time.perf_counter()
         images_of = _checksums(cases[case])
-        logits, found = find_structures(model, predictor, volume, structures, seed)
+        logits, found = find_structures(model, predictor, volume, structures, seed, registrar)
         voxels = write_case(model, volume, logits, structures, found, output, merge, probabilities)
         report = report_of(volume, structures, found, voxels)
         report |= {"images": images_of, "seconds": round(time.perf_counter() - begin, 3)}

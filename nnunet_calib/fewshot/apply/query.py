@@ -14,10 +14,12 @@ from torch import Tensor
 from nnunet_calib.fewshot.apply.refine import refine_on_query
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
-from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, apply_structure
+from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, apply_structure, carry_to
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.volume.atlas import Carried
 from nnunet_calib.fewshot.volume.files import Volume
+from nnunet_calib.fewshot.volume.registration import Anatomy, Registrar
 from nnunet_calib.fewshot.volume.sampling import drawn_evenly
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 
@@ -46,16 +48,23 @@ class Found:
         distance: of the query's features from the supports'.
         landmarks: base classes that the query was aligned by.
         in_view: share of the structure that the field of view can hold.
+        carried: what registration brought from the supports.
     """
 
     novel: NovelMap
     distance: float
     landmarks: int
     in_view: float
+    carried: Carried | None = None
 
 
 def find_structures(
-    model: BaseModel, predictor: FeaturePredictor, volume: Volume, structures: Structures, seed: int = 0
+    model: BaseModel,
+    predictor: FeaturePredictor,
+    volume: Volume,
+    structures: Structures,
+    seed: int = 0,
+    registrar: Registrar | None = None,
 ) -> tuple[Tensor, list[Found]]:
     """The base model's logits (C, *S) of a query, and every structure in it.
 
@@ -69,12 +78,23 @@ def find_structures(
     seen = predictor.predict(image, weights, some)
     scan = scan_of(model, volume, seen.base)
     rows = _rows(seen.projected, [fitted.heads for fitted in plain])
-    first = iter([apply_structure(fitted, scan, maps) for fitted, maps in zip(plain, rows, strict=True)])
+    registrar = registrar or Registrar()
+    anatomy = Anatomy.of(volume, scan) if any(fitted.atlas for fitted in structures.fitted) else None
+    carried = {
+        id(fitted): None if anatomy is None else carry_to(fitted, anatomy, registrar) for fitted in structures.fitted
+    }
+    first = iter(
+        [
+            apply_structure(fitted, scan, maps, carried=carried[id(fitted)])
+            for fitted, maps in zip(plain, rows, strict=True)
+        ]
+    )
     seen.projected.clear()  # they are large, and other passes may follow
     found = []
     for task, fitted in zip(structures.tasks, structures.fitted, strict=True):
-        novel = next(first) if _in_one_pass(fitted) else _in_own_passes(fitted, predictor, image, scan, seed)
-        found.append(_found(task, fitted, scan, novel, seen.sampled[0]))
+        brought = carried[id(fitted)]
+        novel = next(first) if _in_one_pass(fitted) else _in_own_passes(fitted, predictor, image, scan, seed, brought)
+        found.append(_found(task, fitted, scan, novel, seen.sampled[0], brought))
     return seen.base, found
 
 
@@ -84,25 +104,35 @@ def _in_one_pass(fitted: FittedStructure) -> bool:
 
 
 def _in_own_passes(
-    fitted: FittedStructure, predictor: FeaturePredictor, image: Tensor, scan: Scan, seed: int
+    fitted: FittedStructure,
+    predictor: FeaturePredictor,
+    image: Tensor,
+    scan: Scan,
+    seed: int,
+    carried: Carried | None,
 ) -> NovelMap:
     if fitted.settings.objective is None:
-        return apply_structure(fitted, scan, predictor.project_adapted(image, [head.state() for head in fitted.heads]))
+        maps = predictor.project_adapted(image, [head.state() for head in fitted.heads])
+        return apply_structure(fitted, scan, maps, carried=carried)
     heads = refine_on_query(fitted, scan, partial(_sampled, predictor, image), fitted.settings.objective, seed=seed)
-    return apply_structure(fitted, scan, predictor.project(image, [head.projections for head in heads]), heads)
+    maps = predictor.project(image, [head.projections for head in heads])
+    return apply_structure(fitted, scan, maps, heads, carried=carried)
 
 
 def _sampled(predictor: FeaturePredictor, image: Tensor, index: np.ndarray) -> list[Tensor]:
     return predictor.features_at(image, torch.from_numpy(np.stack(np.unravel_index(index, image.shape[1:]), axis=1)))
 
 
-def _found(task: Task, fitted: FittedStructure, scan: Scan, novel: NovelMap, features: Tensor) -> Found:
+def _found(
+    task: Task, fitted: FittedStructure, scan: Scan, novel: NovelMap, features: Tensor, carried: Carried | None
+) -> Found:
     alignment = fitted.frame.align(scan.size, scan.landmarks)
     return Found(
         novel,
         task.background.distance(features),
         int(alignment.landmarks[fitted.settings.axis]),
         fitted.share_in_view(scan, alignment),
+        carried,
     )
 
 

@@ -8,6 +8,7 @@ which are trained for each set of supports and look at each query anew. Every pa
 import hashlib
 import itertools
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,16 +28,26 @@ from nnunet_calib.fewshot.measure.cache import FeatureCache
 from nnunet_calib.fewshot.measure.case import Case, Files
 from nnunet_calib.fewshot.measure.pairs import identity, read_pairs, write_results
 from nnunet_calib.fewshot.measure.protocols import PAPER, PAPER_CHUNKS, REAL, Episode, paper_episodes, real_episodes
+from nnunet_calib.fewshot.measure.registered import REGISTRATION, propagated
 from nnunet_calib.fewshot.measure.scores import novel_scores
 from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
-from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, Settings, apply_structure, fit_structure
+from nnunet_calib.fewshot.structure.fitted import (
+    FittedStructure,
+    NovelMap,
+    Settings,
+    apply_structure,
+    carry_to,
+    fit_structure,
+)
 from nnunet_calib.fewshot.structure.heads.adapter import AdapterHead
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.task.adapters import FEWEST, adapt
 from nnunet_calib.fewshot.task.fit import nested
+from nnunet_calib.fewshot.volume.atlas import Carried
 from nnunet_calib.fewshot.volume.files import find_supports
-from nnunet_calib.fewshot.volume.support import FEWEST_VOXELS
+from nnunet_calib.fewshot.volume.registration import Registrar, Registration
+from nnunet_calib.fewshot.volume.support import FEWEST_VOXELS, Support
 
 ORACLE = "oracle"
 
@@ -73,6 +84,7 @@ class Trial:
             "mode": "hard" if self.protocol == PAPER else settings.mode,
             "k": self.k,
             "entropy": None if settings.objective is None else settings.objective.entropy,
+            "registration": settings.registration.kind,
         }
 
 
@@ -85,29 +97,38 @@ def grid(
     entropies: Sequence[float | None] = (None,),
     most_sets: int | None = None,
     mode: str = "interpolated",
+    registrations: Sequence[Registration] = (Registration("none"),),
 ) -> list[Trial]:
     """All combinations; of P1 one chunk number, one support and no extent. Entropies are for linear heads.
 
-    Adapters are for P2 with three supports or more, in one chunk.
+    Adapters are for P2 with three supports or more, in one chunk. P1 knows no registration. Registration alone is one
+    trial for each k and each kind of registration, ``deformable`` if none is named.
 
     Raises:
         UsageError: none is left.
     """
     trials = []
-    adapted, heads = AdapterHead.key in heads, [head for head in heads if head != AdapterHead.key]
+    adapted, alone = AdapterHead.key in heads, REGISTRATION in heads
+    heads = [head for head in heads if head not in (AdapterHead.key, REGISTRATION)]
     if PAPER in protocols:
         for head in heads:
             trials.append(Trial(PAPER, Settings(head, PAPER_CHUNKS, "hard", calibrate=False)))
     if REAL in protocols:
-        for head, n, extent, k, entropy in itertools.product(heads, chunks, extents, ks, entropies):
+        for how, head, n, extent, k, entropy in itertools.product(registrations, heads, chunks, extents, ks, entropies):
             if entropy is None or head == "linear":
                 objective = None if entropy is None else Objective(entropy=entropy)
-                trials.append(Trial(REAL, Settings(head, n, mode, extent, objective=objective), k, most_sets))
-        for extent, k in itertools.product(extents, ks):
+                settings = Settings(head, n, mode, extent, objective=objective, registration=how)
+                trials.append(Trial(REAL, settings, k, most_sets))
+        for how, extent, k in itertools.product(registrations, extents, ks):
             if adapted and k >= FEWEST:
-                trials.append(Trial(REAL, Settings(AdapterHead.key, 1, mode, extent), k, most_sets))
+                settings = Settings(AdapterHead.key, 1, mode, extent, registration=how)
+                trials.append(Trial(REAL, settings, k, most_sets))
+        kinds = [how for how in registrations if how.kind != "none"] or [Registration()]
+        for how, k in itertools.product(kinds if alone else (), ks):
+            settings = Settings(REGISTRATION, 1, mode, "volume", registration=how)
+            trials.append(Trial(REAL, settings, k, most_sets))
     if not trials:
-        raise UsageError(f"nothing to try: adapters are for protocol P2 and k of {FEWEST} or more")
+        raise UsageError(f"nothing to try: registration is for protocol P2, adapters too and for k of {FEWEST} or more")
     return trials
 
 
@@ -123,6 +144,7 @@ def evaluate_structure(
     *,
     voxels: int = 30_000,
     run: str = "",
+    registrar: Registrar | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Score every pair of every trial.
@@ -138,6 +160,7 @@ def evaluate_structure(
         trials: from ``grid``.
         voxels: drawn from each support.
         run: what all pairs were made with, as ``evaluate_folder`` says it.
+        registrar: of volumes; a new one if None.
         progress: show a bar.
 
     Returns:
@@ -148,6 +171,7 @@ def evaluate_structure(
         InputError: no support has the structure.
     """
     output.mkdir(parents=True, exist_ok=True)
+    registrar = registrar or Registrar()
     file = output / "pairs.jsonl"
     known_files = {**supports, **queries}
     cases = _Cases()
@@ -212,11 +236,14 @@ def evaluate_structure(
             }
             record = done.get(identity(known))
             if record is None:
-                if fitted[0] != (trial, episode.supports):
-                    fitted = ((trial, episode.supports), _fit(model, cache, trial, episode, case))
-                assert fitted[1] is not None
                 known |= {"run": run, "made_from": _made_from(known, known_files, run, value)}
-                record = known | _score(model, cache, trial, episode, fitted[1], case)
+                if trial.settings.head == REGISTRATION:
+                    record = known | _score_registration(model, trial, episode, case, registrar)
+                else:
+                    if fitted[0] != (trial, episode.supports):
+                        fitted = ((trial, episode.supports), _fit(model, cache, trial, episode, case, registrar))
+                    assert fitted[1] is not None
+                    record = known | _score(model, cache, trial, episode, fitted[1], case, registrar)
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
             records.append(record)
@@ -301,8 +328,20 @@ def evaluate_folder(
     cache = FeatureCache(output / "features", model, predictor, options)
     software = installed_versions(_PACKAGES)
     run = _hash([model.fingerprint(), list(model.folds), options, voxels, software])
+    registrar = Registrar(output / "registrations" if any(trial.settings.registered for trial in trials) else None)
     evaluate_structure(
-        model, cache, supports, queries, name, value, output, trials, voxels=voxels, run=run, progress=progress
+        model,
+        cache,
+        supports,
+        queries,
+        name,
+        value,
+        output,
+        trials,
+        voxels=voxels,
+        run=run,
+        registrar=registrar,
+        progress=progress,
     )
     everything = read_pairs(output / "pairs.jsonl")
     kept = [
@@ -365,19 +404,31 @@ class _Cases:
 
 
 def _fit(
-    model: BaseModel, cache: FeatureCache, trial: Trial, episode: Episode, case: Callable[[str], Case]
+    model: BaseModel,
+    cache: FeatureCache,
+    trial: Trial,
+    episode: Episode,
+    case: Callable[[str], Case],
+    registrar: Registrar,
 ) -> FittedStructure:
     settings = trial.settings
     if settings.head == AdapterHead.key:
         volumes = [case(name).volume for name in episode.supports]
-        seen = [case(name).support for name in episode.supports]
+        seen = _supports(trial, episode, case)
         seen, trained = adapt(model, cache.predictor, volumes, seen, settings=settings, progress=False)
-        return replace(fit_structure(seen, settings), heads=list(trained))
+        return replace(fit_structure(seen, settings, registrar), heads=list(trained))
     if trial.protocol == PAPER:
         supports = [case(name).paper_support(settings.axis, settings.chunks) for name in episode.supports]
     else:
-        supports = [case(name).support for name in episode.supports]
-    return fit_structure(supports, settings)
+        supports = _supports(trial, episode, case)
+    return fit_structure(supports, settings, registrar)
+
+
+def _supports(trial: Trial, episode: Episode, case: Callable[[str], Case]) -> list[Support]:
+    """Of P2, with their volumes where they are registered."""
+    if not trial.settings.registered:
+        return [case(name).support for name in episode.supports]
+    return [replace(case(name).support, labelled=case(name).labelled) for name in episode.supports]
 
 
 def _score(
@@ -387,6 +438,7 @@ def _score(
     episode: Episode,
     fitted: FittedStructure,
     case: Callable[[str], Case],
+    registrar: Registrar,
 ) -> dict[str, Any]:
     query, settings = case(episode.query), trial.settings
     if trial.protocol == PAPER:
@@ -402,6 +454,9 @@ def _score(
             counted.reshape(query.structure.shape),
         )
         return scores | _about(found) | {"base_before": float("nan"), "base_after": float("nan")}
+    for support in fitted.atlas.supports if fitted.atlas is not None else ():
+        registrar(query.anatomy, support.anatomy, settings.registration)  # before the clock: it has its own
+    begin = time.process_time()
     heads = None
     if settings.objective is not None:
         heads = refine_on_query(fitted, query.scan, query.predicted.sampled, settings.objective)
@@ -410,13 +465,46 @@ def _score(
         projected = cache.predictor.project_adapted(image, [head.state() for head in fitted.heads])
     else:
         projected = query.predicted.projected([head.projections for head in heads or fitted.heads])
-    found = apply_structure(fitted, query.scan, projected, heads)
+    carried = None if fitted.atlas is None else carry_to(fitted, query.anatomy, registrar)
+    found = apply_structure(fitted, query.scan, projected, heads, carried=carried)
+    spent = time.process_time() - begin
+    return _score_map(model, episode, found, case) | _cost(spent, carried)
+
+
+def _score_registration(
+    model: BaseModel, trial: Trial, episode: Episode, case: Callable[[str], Case], registrar: Registrar
+) -> dict[str, Any]:
+    query, how = case(episode.query), trial.settings.registration
+    supports = [case(name).labelled for name in episode.supports]
+    for support in supports:
+        registrar(query.anatomy, support.anatomy, how)  # before the clock: it has its own
+    begin = time.process_time()
+    found, carried = propagated(query.anatomy, query.structure.shape, supports, how, registrar)
+    spent = time.process_time() - begin
+    return _score_map(model, episode, found, case) | _cost(spent, carried)
+
+
+def _score_map(model: BaseModel, episode: Episode, found: NovelMap, case: Callable[[str], Case]) -> dict[str, Any]:
+    """Scores of P2: the whole query, on the grid of its image."""
+    query = case(episode.query)
     logit = query.on_image_grid(found.logit)
-    probability = fitted.calibration.probability(torch.from_numpy(logit)).numpy()
+    probability = found.calibration.probability(torch.from_numpy(logit)).numpy()
     segmentation = (probability > found.threshold) & (not found.absent)
     scores = novel_scores(probability, query.reference, query.image_spacing, segmentation)
     inside, _ = nested(model, [case(name).overlaps for name in episode.supports], None)
     return scores | _about(found) | query.base_scores(probability, found, inside)
+
+
+def _cost(spent: float, carried: Carried | None) -> dict[str, Any]:
+    """Seconds of the processor that a query took, without the network; registrations as when they were made."""
+    if carried is None:
+        return {"seconds": round(spent, 3), "seconds_registration": 0.0, "registrations_limited": 0}
+    limited = sum(warp.limited or warp.failed for warp in carried.warps)
+    return {
+        "seconds": round(spent, 3),
+        "seconds_registration": round(carried.seconds, 3),
+        "registrations_limited": limited,
+    }
 
 
 def _about(found: NovelMap) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from nnunet_calib.fewshot.measure.protocols import worst_tenth
 
 REGIONS = ("volume", "foreground")
 CALIBRATION = ("ECE", "Brier", "NLL")
+SECONDS = ("seconds", "seconds_registration")
+"""Of the processor: what a query took without the network, and what its registrations took when they were made."""
+
 HONEST = "ECE_foreground_honest"
 NUMBERS = ("Dice", "HD95", *(f"{score}_{region}" for region in REGIONS for score in CALIBRATION), HONEST)
 """Keys of ``novel_scores``, in the order of files and tables."""
@@ -91,11 +94,12 @@ def summarise(records: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> li
     """Means over pairs of the same group, in the order in which the groups first come.
 
     Args:
-        records: of one pair each; the keys of ``groups``, of ``NUMBERS`` and ``base_before``, ``base_after``.
+        records: of one pair each; the keys of ``groups``, of ``NUMBERS`` and ``base_before``, ``base_after``; of
+            ``SECONDS`` where they were taken.
         groups: keys whose values tell the groups apart.
 
     Returns:
-        For each group its keys, ``pairs``, the mean of every number (NaN left out, infinite kept),
+        For each group its keys, ``pairs``, the mean of every number (NaN left out, infinite kept; NaN of none),
         ``Dice_worst_tenth``, ``HD95_median``, ``structures`` (how many) and ``missed``: pairs without any overlap.
     """
     rows: dict[tuple, list[Mapping[str, Any]]] = {}
@@ -104,8 +108,9 @@ def summarise(records: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> li
     summaries = []
     for values, members in rows.items():
         summary: dict[str, Any] = dict(zip(groups, values, strict=True)) | {"pairs": len(members)}
-        for name in (*NUMBERS, "base_before", "base_after"):
-            known = [float(member[name]) for member in members if not np.isnan(float(member[name]))]
+        for name in (*NUMBERS, "base_before", "base_after", *SECONDS):
+            given = [float(member.get(name, np.nan)) for member in members]
+            known = [value for value in given if not np.isnan(value)]
             summary[name] = float(np.mean(known)) if known else float("nan")
         dice = [float(member["Dice"]) for member in members]
         summary["Dice_worst_tenth"] = worst_tenth(dice)

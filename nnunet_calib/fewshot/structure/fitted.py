@@ -1,10 +1,11 @@
 """The method on arrays: sampled supports to a fitted structure, projections of a query to its map.
 
     s(v) = head(W f(v), u(v), a(v))         one head for each fold, averaged as probabilities
-    s(v) + shift                            the volume above 0 is what the supports lead to expect, within a margin
-    p(v) = 1 / (1 + exp(-slope (s(v) + shift) - bias))      fitted to supports that the others predict
-    structure where p(v) is above the threshold of largest expected Dice (one support: where s(v) + shift > 0), unless
-    it is absent
+    z(v) = trust(s(v), r(v), d(v))          with registration, what it carries from the supports (``trust``, ``atlas``)
+    z(v) + shift                            the volume above 0 is what the supports lead to expect, within a margin
+    p(v) = 1 / (1 + exp(-slope (z(v) + shift) - bias))      fitted to supports that the others predict
+    structure where p(v) is above the threshold of largest expected Dice (one support: where z(v) + shift > 0), unless
+    it is absent; with registration, components that lie far from where any support has it are left out
 
 Nothing here knows files, networks or labels of queries.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from nnunet_calib.fewshot.structure.heads import HEADS, Head
@@ -32,7 +34,10 @@ from nnunet_calib.fewshot.structure.prior import (
     presence_limit,
     presence_score,
 )
+from nnunet_calib.fewshot.structure.trust import Trust, fit_trust
+from nnunet_calib.fewshot.volume.atlas import Carried, Labelled, carry, sampled
 from nnunet_calib.fewshot.volume.frame import Alignment, Chunks, Frame, frame_of_landmarks, frame_of_volumes
+from nnunet_calib.fewshot.volume.registration import Anatomy, Registrar, Registration
 from nnunet_calib.fewshot.volume.scan import Scan
 from nnunet_calib.fewshot.volume.support import Support
 
@@ -41,6 +46,8 @@ SUPERIOR = 2
 
 _SLAB = 1 << 19  # voxels whose log odds are computed at once
 _CERTAIN = 1e-7
+_BELOW = np.float32(1e-3)  # log odds under the cut
+_FAR_MM = 10.0  # from where any support has the structure, beyond which a component is none of it
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Settings:
         objective: of the refinement on the query; None: no refinement.
         calibrate: fit slope and bias to left-out supports where there are two or more.
         options: arguments of ``Head.fit``.
+        registration: of the supports to each other and to queries.
     """
 
     head: str = "linear"
@@ -68,6 +76,25 @@ class Settings:
     objective: Objective | None = None
     calibrate: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    registration: Registration = Registration("none")
+
+    @property
+    def registered(self) -> bool:
+        """Supports are registered."""
+        return self.registration.kind != "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """The supports as volumes, and how far what registration carries from them is to be trusted.
+
+    Attributes:
+        supports: of each its volume.
+        trust: learned from left-out supports; the default with one.
+    """
+
+    supports: tuple[Labelled, ...]
+    trust: Trust
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,7 @@ class FittedStructure:
         presence_limit: presence scores below say that a query lacks the structure.
         samples: of each fold what the heads were fitted on, for the refinement on a query.
         left_out: Dice of each support predicted by the others, on its sample; empty with one.
+        atlas: where supports are registered to queries.
     """
 
     settings: Settings
@@ -95,6 +123,7 @@ class FittedStructure:
     presence_limit: float
     samples: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     left_out: list[float]
+    atlas: Atlas | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -124,6 +153,7 @@ class NovelMap:
         absent: it is.
         expected_mm3: volume expected; None without prior.
         shift: what the volume prior added to the log odds.
+        far_mm3: volume of components that were left out, for no support has the structure near.
     """
 
     logit: np.ndarray
@@ -133,6 +163,7 @@ class NovelMap:
     absent: bool
     expected_mm3: float | None
     shift: float
+    far_mm3: float = 0.0
 
     @property
     def probability(self) -> np.ndarray:
@@ -140,12 +171,15 @@ class NovelMap:
         return self.calibration.probability(torch.from_numpy(self.logit)).numpy()
 
 
-def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStructure:
+def fit_structure(
+    supports: Sequence[Support], settings: Settings, registrar: Registrar | None = None
+) -> FittedStructure:
     """Fit heads, size prior and calibration.
 
     Args:
         supports: one or more, each with voxels of the structure.
         settings: see there.
+        registrar: of the supports, where they are registered; a new one if None.
     """
     frame, position = _placed(supports, settings)
     target = torch.from_numpy(np.concatenate([support.target for support in supports]))
@@ -161,17 +195,25 @@ def fit_structure(supports: Sequence[Support], settings: Settings) -> FittedStru
     prior = _prior(supports)
     places = _places(position, target, weight)
     heads = [fit(*sample) for sample in samples]
-    calibration, dice = PlattScaling(), list[float]()
+    calibration, dice, trust = PlattScaling(), list[float](), Trust()
     if len(supports) > 1:
-        logit, scores = _left_out(supports, samples, fit, settings)
+        logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
+        if settings.registered:
+            log_odds, distance = _from_others(supports, settings, registrar or Registrar())
+            trust = fit_trust(logit, log_odds, distance, target, weight, number)
+            logit = trust(logit, log_odds, distance)
+        scores = _shifted(supports, logit, number, settings)
         if settings.calibrate:
             calibration = fit_platt(logit, target, weight, number)
         dice = [_dice(logit[number == i], support, calibration) for i, support in enumerate(supports)]
     else:
         own = ensemble([head(*_seen(sample)) for head, sample in zip(heads, samples, strict=True)])
+        if settings.registered:
+            own = trust(own, *_from_itself(supports[0]))
         scores = [presence_score(_curve(own, supports[0]), supports[0].structure_mm3)]
     limit = presence_limit(scores)
-    return FittedStructure(settings, heads, frame, prior, places, calibration, limit, samples, dice)
+    atlas = Atlas(tuple(_labelled(support) for support in supports), trust) if settings.registered else None
+    return FittedStructure(settings, heads, frame, prior, places, calibration, limit, samples, dice, atlas)
 
 
 def apply_structure(
@@ -180,6 +222,7 @@ def apply_structure(
     projected: Sequence[Tensor],
     heads: Sequence[Head] | None = None,
     *,
+    carried: Carried | None = None,
     parts: np.ndarray | None = None,
     counted: np.ndarray | None = None,
     expected_mm3: float | None = None,
@@ -191,6 +234,7 @@ def apply_structure(
         scan: the query.
         projected: of each fold float (R, *S), by the projections of the heads.
         heads: refined on the query; those of the fit if None.
+        carried: from the supports, where the structure has an atlas.
         parts: int64 (V,), chunk of each voxel of the flat volume where the pairing is given, in evaluation.
         counted: bool (V,), voxels that the volume prior counts, in evaluation; all if None.
         expected_mm3: volume to expect, in evaluation; from the supports if None.
@@ -210,9 +254,12 @@ def apply_structure(
                 head.logit(maps[:, first : first + len(index)].T.float(), position, chunk)
                 for head, maps in zip(heads, flat, strict=True)
             ]
-        ).numpy()
-        logit[index] = found
-        curve.add(found if counted is None else found[counted[index]], scan.voxel_mm3)
+        )
+        if fitted.atlas is not None:
+            assert carried is not None
+            found = fitted.atlas.trust(found, *map(torch.from_numpy, carried.at(index, scan.base.shape)))
+        logit[index] = found.numpy()
+        curve.add(logit[index] if counted is None else logit[index][counted[index]], scan.voxel_mm3)
     shift, presence, absent = 0.0, np.inf, False
     if expected_mm3 is None and not fitted.share_in_view(scan, alignment):
         presence, absent = -np.inf, True  # whatever looks like it there is something else
@@ -222,7 +269,10 @@ def apply_structure(
         shift = operating_shift(curve, expected, fitted.settings.margin, present=not absent)
     logit += shift
     threshold = fitted.calibration.cut(logit)
-    return NovelMap(logit.reshape(scan.base.shape), fitted.calibration, threshold, presence, absent, expected, shift)
+    whole, far_mm3 = logit.reshape(scan.base.shape), 0.0
+    if carried is not None and not carried.failed:
+        far_mm3 = scan.voxel_mm3 * _leave_far(whole, fitted.calibration, threshold, carried)
+    return NovelMap(whole, fitted.calibration, threshold, presence, absent, expected, shift, far_mm3)
 
 
 def expected_volume(fitted: FittedStructure, scan: Scan, alignment: Alignment) -> float | None:
@@ -299,15 +349,8 @@ def _curve(logit: Tensor, support: Support) -> VolumeCurve:
     return VolumeCurve().add(logit.numpy(), support.weight * support.scan.voxel_mm3)
 
 
-def _left_out(
-    supports: Sequence[Support],
-    samples: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]],
-    fit: Callable[..., Head],
-    settings: Settings,
-) -> tuple[Tensor, list[float]]:
-    """Log odds with the volume prior, and presence score, of every support as the others predict it."""
-    number = samples[0][5]
-    logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
+def _shifted(supports: Sequence[Support], logit: Tensor, number: Tensor, settings: Settings) -> list[float]:
+    """Shift the log odds of every support, as the others predict it, by the volume prior; presence scores of each."""
     scores = []
     for i, support in enumerate(supports):
         prior = _prior([other for j, other in enumerate(supports) if j != i])
@@ -316,7 +359,68 @@ def _left_out(
             expected, curve = prior.expected(support.scan.body), _curve(logit[own], support)
             scores.append(presence_score(curve, expected))
             logit[own] += operating_shift(curve, expected, settings.margin)
-    return logit, scores or [np.inf]
+    return scores or [np.inf]
+
+
+def carry_to(fitted: FittedStructure, anatomy: Anatomy, registrar: Registrar) -> Carried | None:
+    """What registration carries from the supports to a query; None of a structure without atlas."""
+    if fitted.atlas is None:
+        return None
+    return carry(anatomy, fitted.atlas.supports, fitted.settings.registration, registrar)
+
+
+def _labelled(support: Support) -> Labelled:
+    assert support.labelled is not None, "a support without its volume"
+    return support.labelled
+
+
+def _from_others(supports: Sequence[Support], settings: Settings, registrar: Registrar) -> tuple[Tensor, Tensor]:
+    """Log odds and distances (N,) of what was sampled of every support, carried from the others."""
+    parts = []
+    for i, support in enumerate(supports):
+        others = [_labelled(other) for j, other in enumerate(supports) if j != i]
+        carried = carry(_labelled(support).anatomy, others, settings.registration, registrar)
+        parts.append(carried.at(support.index, support.scan.base.shape))
+    log_odds, distance = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return log_odds, distance
+
+
+def _from_itself(support: Support) -> tuple[Tensor, Tensor]:
+    """As ``_from_others``, as if the support had been carried without error."""
+    labelled = _labelled(support)
+    distance = sampled(labelled.distance.astype(np.float32), support.index, support.scan.base.shape)
+    scale = float(np.prod(labelled.anatomy.spacing)) ** (1 / 3)
+    return torch.from_numpy(distance / scale), torch.from_numpy(distance)
+
+
+def _leave_far(logit: np.ndarray, calibration: PlattScaling, threshold: float, carried: Carried) -> int:
+    """Bring components of the structure that lie far from that of any support below the threshold, in place.
+
+    Args:
+        logit: (*S).
+        calibration: of the log odds.
+        threshold: probability above which is the structure.
+        carried: from the supports.
+
+    Returns:
+        How many voxels. None if no component is near: then the registration is more likely to be wrong than all of
+        them.
+    """
+    cut = (float(np.log(threshold / (1 - threshold))) - calibration.bias) / calibration.slope
+    components, count = ndimage.label(logit > cut, np.ones((3, 3, 3)))
+    if count < 2:
+        return 0
+    inside = np.flatnonzero(components)
+    number = components.ravel()[inside]
+    nearest = sampled(carried.nearest, inside, logit.shape)
+    highest = ndimage.maximum(nearest, number, np.arange(1, count + 1))
+    far = np.asarray(highest) < -_FAR_MM
+    if far.all() or not far.any():
+        return 0
+    left = inside[far[number - 1]]
+    flat = logit.reshape(-1)
+    flat[left] = np.minimum(flat[left], np.float32(cut) - _BELOW)
+    return int(left.size)
 
 
 def _dice(logit: Tensor, support: Support, calibration: PlattScaling) -> float:

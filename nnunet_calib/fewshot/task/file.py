@@ -21,16 +21,19 @@ from nnunet_calib.data.files import whole_file
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.features import DecoderFeatures
 from nnunet_calib.fewshot.structure.background import Background
-from nnunet_calib.fewshot.structure.fitted import FittedStructure, Settings
+from nnunet_calib.fewshot.structure.fitted import Atlas, FittedStructure, Settings
 from nnunet_calib.fewshot.structure.heads import HEADS
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.structure.platt import PlattScaling
 from nnunet_calib.fewshot.structure.prior import Places, SizePrior
+from nnunet_calib.fewshot.structure.trust import Trust
 from nnunet_calib.fewshot.task.validity import check_parts
+from nnunet_calib.fewshot.volume.atlas import Labelled
 from nnunet_calib.fewshot.volume.frame import Frame
+from nnunet_calib.fewshot.volume.registration import Anatomy, Registration
 
 ENDING = ".fewshot"
-_FORMAT = 2  # 2: the background of each support
+_FORMAT = 3  # 2: the background of each support; 3: the supports' volumes, for registration
 _KEY = "nnunet_calib_fewshot"
 _COMPARED = ("classes", "plans", "trainer", "configuration")
 _KEPT = 1000  # voxels of the structure, and of background, of each support: what a head is refined with
@@ -119,6 +122,7 @@ class Task:
             "presence_limit": fitted.presence_limit,
             "calibration": asdict(fitted.calibration),
             "left_out": fitted.left_out,
+            "trust": None if fitted.atlas is None else asdict(fitted.atlas.trust),
             "inside": list(self.inside),
             "background_limit": self.background.limit,
             "report": self.report,
@@ -133,6 +137,8 @@ class Task:
         for fold, sample in zip(self.folds, fitted.samples, strict=False):
             tensors[f"support.features.{fold}"] = sample[0].half()
             tensors |= {f"support.{name}": part for name, part in zip(_SAMPLE, sample[1:], strict=True)}
+        for i, support in enumerate(fitted.atlas.supports if fitted.atlas else ()):
+            tensors |= {f"atlas.{i}.{name}": torch.from_numpy(part) for name, part in _of_support(support).items()}
         data = save(
             {name: part.contiguous() for name, part in tensors.items()},
             {_KEY: json.dumps(content, allow_nan=False)},
@@ -202,6 +208,7 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
         presence_limit=content["presence_limit"],
         samples=samples,  # type: ignore[arg-type]
         left_out=list(content["left_out"]),
+        atlas=_atlas(settings, content["trust"], tensors),
     )
     background = Background(tensors["background.mean"], tensors["background.factor"], content["background_limit"])
     return Task(
@@ -216,9 +223,45 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
     )
 
 
+def _of_support(support: Labelled) -> dict[str, np.ndarray]:
+    """Arrays of a support, as small as registration lets them be."""
+    anatomy = support.anatomy
+    parts = {
+        "image": anatomy.image.astype(np.float16),
+        "base": anatomy.base if anatomy.base.dtype == np.uint8 else anatomy.base.astype(np.int32),
+        "distance": support.distance,
+        "spacing": np.array(anatomy.spacing, dtype=np.float64),
+    }
+    if support.known is not None:
+        parts["known"] = support.known
+    return {name: np.ascontiguousarray(part) for name, part in parts.items()}
+
+
+def _atlas(settings: Settings, trust: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Atlas | None:
+    if not settings.registered:
+        if trust is not None or _below("atlas.", tensors):
+            raise ValueError("volumes of the supports without registration")
+        return None
+    supports: list[Labelled] = []
+    while parts := _below(f"atlas.{len(supports)}.", tensors):
+        arrays = {name: part.numpy() for name, part in parts.items()}
+        base = arrays["base"]
+        if not (np.issubdtype(base.dtype, np.integer) and base.size and 0 <= base.min() <= base.max() < 1 << 16):
+            raise ValueError("labels of a support's volume")
+        first, second, third = (float(step) for step in arrays["spacing"])
+        kind = np.uint8 if base.dtype == np.uint8 else np.uint16
+        anatomy = Anatomy(arrays["image"].astype(np.float32), base.astype(kind), (first, second, third))
+        supports.append(Labelled(anatomy, arrays["distance"], arrays.get("known")))
+    if not supports or trust is None:
+        raise ValueError("the volumes of the supports, which registration needs, are not in it: fit the task again")
+    return Atlas(tuple(supports), Trust(**trust))
+
+
 def _settings(content: Mapping[str, Any]) -> Settings:
     objective = content["objective"]
-    settings = Settings(**dict(content) | {"objective": None if objective is None else Objective(**objective)})
+    objective = None if objective is None else Objective(**objective)
+    how = Registration(**content["registration"])
+    settings = Settings(**dict(content) | {"objective": objective, "registration": how})
     if settings.head not in HEADS:
         raise ValueError(f"head {settings.head!r:.30}")
     return settings

@@ -21,6 +21,7 @@ from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.file import ENDING, Task, thinned
 from nnunet_calib.fewshot.task.validity import valid_name
 from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_supports, read_volume
+from nnunet_calib.fewshot.volume.registration import Registrar
 from nnunet_calib.fewshot.volume.sampling import VOXELS
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Annotated, Support, read_support
@@ -50,6 +51,7 @@ def fit_folder(
     mirroring: bool = True,
     previous: Path | None = None,
     unlabelled: Path | None = None,
+    registrations: Path | None = None,
     voxels: int = VOXELS,
     seed: int = 0,
     progress: bool = True,
@@ -74,6 +76,7 @@ def fit_folder(
         previous: of a cascade, the folder of the previous stage's segmentations.
         unlabelled: folder of images in nnU-Net's raw layout, in which adapters are held to the volume expected
             there; other heads have no use for it. Where it is ``images``, those without label map.
+        registrations: folder where registrations are kept for other runs; None: they are not.
         voxels: sampled from each support.
         seed: of the samples.
         progress: show a bar.
@@ -112,7 +115,10 @@ def fit_folder(
             model, case, files, label=label, value=value, ignore=ignore, orientation=orientation, previous=stage(case)
         )
         try:
-            supports.append(read_support(model, predictor, volume, voxels=voxels, seed=seed + len(supports)))
+            number = seed + len(supports)
+            supports.append(
+                read_support(model, predictor, volume, voxels=voxels, seed=number, labelled=settings.registered)
+            )
         except InputError as error:
             notes.append(f"support left out: {error}")
             continue
@@ -129,7 +135,7 @@ def fit_folder(
             queries.append((query, scan_of(model, query, predictor.predict(torch.from_numpy(query.image)).base)))
         seen = [support.support for support in supports]
         adapted = adapt(model, predictor, volumes, seen, queries, settings, progress=progress)
-    task = fit_task(name, model, orientation, supports, settings, inside, adapted)
+    task = fit_task(name, model, orientation, supports, settings, inside, adapted, Registrar(registrations))
     task.report["notes"][:0] = notes
     task.save(file)
     return task
@@ -143,6 +149,7 @@ def fit_task(
     settings: Settings,
     inside: Sequence[int] | None = None,
     adapted: tuple[Sequence[Support], Sequence[Head]] | None = None,
+    registrar: Registrar | None = None,
 ) -> Task:
     """Fit a task to supports that were read; arguments as ``fit_folder``, and what ``adapt`` gives."""
     notes = [note for support in supports for note in support.notes]
@@ -151,7 +158,7 @@ def fit_task(
         notes.append(f"{settings.chunks} chunks for {slices} slices: reduced to {slices}")
         settings = replace(settings, chunks=slices)
     seen = [support.support for support in supports]
-    fitted = fit_structure(seen if adapted is None else adapted[0], settings)
+    fitted = fit_structure(seen if adapted is None else adapted[0], settings, registrar)
     if adapted is not None:
         fitted = replace(fitted, heads=list(adapted[1]))
     if fitted.prior is None:

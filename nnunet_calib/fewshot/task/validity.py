@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from nnunet_calib.fewshot.structure.background import Background
-from nnunet_calib.fewshot.structure.fitted import FittedStructure, Settings
+from nnunet_calib.fewshot.structure.fitted import Atlas, FittedStructure, Settings
 from nnunet_calib.fewshot.structure.heads import HEADS, AdapterHead, LinearHead
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.structure.prior import Places, SizePrior
+from nnunet_calib.fewshot.volume.atlas import CAP_MM
 from nnunet_calib.fewshot.volume.files import UNKNOWN
 from nnunet_calib.fewshot.volume.frame import MODES, Frame
+from nnunet_calib.fewshot.volume.registration import KINDS, MOST_VOXELS
 
 MOST_CHUNKS = 1000
 _LONGEST_NAME = 100
 _FORBIDDEN = set('/\\:*?"<>|')
 _ENDINGS = (".json", ".npz", ".pkl", ".fewshot")
 _RESERVED = ("background", "ignore")
+_MOST_SUPPORTS = 1000
 _EXTENTS = ("aligned", "volume")
 
 
@@ -76,6 +79,9 @@ def check_parts(
     _check_heads(structure, len(folds))
     _check_samples(structure, len(folds))
     _check_background(background, structure)
+    _require((structure.atlas is not None) == structure.settings.registered, "volumes of the supports")
+    if structure.atlas is not None:
+        _check_atlas(structure.atlas)
 
 
 def _check_settings(settings: Settings) -> None:
@@ -87,6 +93,8 @@ def _check_settings(settings: Settings) -> None:
     _require(_is_number(settings.margin) and 0 <= settings.margin < 1, f"margin {settings.margin!r:.30}")
     _require(isinstance(settings.calibrate, bool), "calibrate")
     _require(isinstance(settings.options, Mapping), "options")
+    how = settings.registration
+    _require(how.kind in KINDS and _is_number(how.limit_s) and 0 < how.limit_s <= 1e6, "registration")
     if settings.objective is not None:
         _require(settings.head == LinearHead.key, f"refinement of head {settings.head}")
         _check_objective(settings.objective)
@@ -167,6 +175,25 @@ def _check_background(background: Background, structure: FittedStructure) -> Non
     _require(bool((factor.diagonal(dim1=1, dim2=2) > 0).all()), "background without spread")
     if structure.settings.head != AdapterHead.key:
         _require(size == structure.heads[0].projections.shape[1], "background of other features")
+
+
+def _check_atlas(atlas: Atlas) -> None:
+    trust = atlas.trust
+    weights = (trust.head, trust.vote, trust.distance)
+    _require(all(_is_number(weight) and 0 <= weight <= 1e6 for weight in weights), "trust")
+    _require(_is_number(trust.bias) and abs(trust.bias) <= 1e6, "trust")
+    _require(0 < len(atlas.supports) <= _MOST_SUPPORTS, f"{len(atlas.supports)} volumes of supports")
+    for support in atlas.supports:
+        anatomy = support.anatomy
+        shape, kinds = anatomy.image.shape, (anatomy.base.dtype, support.distance.dtype)
+        _require(len(shape) == 3 and 0 < anatomy.image.size <= MOST_VOXELS, f"a volume of {shape}")
+        _require(anatomy.base.shape == support.distance.shape == shape, "volumes of different sizes")
+        _require(kinds[0] in (np.uint8, np.uint16) and kinds[1] == np.float16, "volumes of other types")
+        _require(len(anatomy.spacing) == 3 and all(_is_number(s) and 0 < s < 1e4 for s in anatomy.spacing), "spacing")
+        _require(bool(np.isfinite(anatomy.image).all()), "a volume that is not finite")
+        _require(bool((np.abs(support.distance) <= CAP_MM).all()), "distances")  # NaN is not
+        known = support.known
+        _require(known is None or (known.shape == shape and known.dtype == np.bool_), "where annotations count")
 
 
 def _is_orientation(orientation: object) -> bool:

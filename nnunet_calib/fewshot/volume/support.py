@@ -12,6 +12,7 @@ from torch import Tensor
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
+from nnunet_calib.fewshot.volume.atlas import Labelled
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume
 from nnunet_calib.fewshot.volume.sampling import VOXELS, drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
@@ -34,6 +35,7 @@ class Support:
         even: float32 (M, F), features of the first fold at voxels drawn evenly from the volume.
         cut: the structure touches an end of the volume.
         part: int64 (N,), chunk of each voxel where the pairing is given; None: by the extent.
+        labelled: the volume, for registration; None: without.
     """
 
     scan: Scan
@@ -45,6 +47,7 @@ class Support:
     even: Tensor
     cut: bool = False
     part: np.ndarray | None = None
+    labelled: Labelled | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,13 @@ class Annotated:
 
 
 def read_support(
-    model: BaseModel, predictor: FeaturePredictor, volume: Volume, *, voxels: int = VOXELS, seed: int = 0
+    model: BaseModel,
+    predictor: FeaturePredictor,
+    volume: Volume,
+    *,
+    voxels: int = VOXELS,
+    seed: int = 0,
+    labelled: bool = False,
 ) -> Annotated:
     """Look at an annotated volume: one pass for the base classes, one for the features of sampled voxels.
 
@@ -77,6 +86,7 @@ def read_support(
         volume: with a label.
         voxels: how many are sampled.
         seed: of the sample.
+        labelled: keep the volume for registration.
 
     Raises:
         InputError: less than 10 voxels of the structure on the network's grid.
@@ -106,6 +116,7 @@ def read_support(
         volume.structure_mm3,
         features[0][len(index) :],
         volume.cut,
+        labelled=Labelled.of(volume, scan) if labelled else None,
     )
     return Annotated(volume.case, support, overlaps(structure, scan.base), tuple(_notes(volume)), volume.unit)
 

@@ -1,0 +1,125 @@
+"""What registration carries from the supports to a query: how far each voxel is inside the structure.
+
+    d_j(v)   signed distance to the structure of support j in mm, above 0 inside, at the place of v in that support
+    d(v)     = sum_j w_j d_j / sum_j w_j
+    r(v)     = logit( sum_j w_j sigmoid(d_j / s) / sum_j w_j ),    s the mean voxel of the grid, mm
+
+w_j is 1, or 0 where the annotation of the support does not count. With s = 0 the sign of r were a majority vote; a few
+millimetres say that a border is not carried more exactly than that. Beyond the field of view of a support its distance
+is that of the nearest edge, less the way there: a structure that the edge cuts does not end with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume
+from nnunet_calib.fewshot.volume.registration import (
+    Anatomy,
+    Registrar,
+    Registration,
+    Warp,
+    nearest_on_grid,
+    on_grid,
+    signed_distance,
+)
+from nnunet_calib.fewshot.volume.scan import Scan
+
+CAP_MM = 30.0
+"""Distances to a structure beyond are all the same."""
+
+_UNKNOWN = 1e-3  # weight of a support where its annotation does not count: it decides where no other says anything
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """An annotated volume that labels are carried from.
+
+    Attributes:
+        anatomy: the volume.
+        distance: float16 (*R), signed distance to the structure, mm, within ``CAP_MM``.
+        known: bool (*R), where its annotation counts; None: everywhere.
+    """
+
+    anatomy: Anatomy
+    distance: np.ndarray
+    known: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, volume: Volume, scan: Scan) -> Labelled:
+        """From a preprocessed support and what the base model sees in it."""
+        assert volume.label is not None
+        anatomy = Anatomy.of(volume, scan)
+        distance = signed_distance(volume.label == STRUCTURE, volume.spacing, CAP_MM)
+        ignored = volume.label == IGNORED
+        known = ~nearest_on_grid(ignored, anatomy.shape) if ignored.any() else None
+        return cls(anatomy, on_grid(distance, anatomy.shape).astype(np.float16), known)
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """Labels of supports in another volume.
+
+    Attributes:
+        log_odds: float32 (*R), r.
+        distance: float32 (*R), d.
+        nearest: float32 (*R), the largest d_j: how near any support has the structure.
+        warps: of each support.
+    """
+
+    log_odds: np.ndarray
+    distance: np.ndarray
+    nearest: np.ndarray
+    warps: tuple[Warp, ...]
+
+    @property
+    def failed(self) -> bool:
+        """No support could be registered."""
+        return all(warp.failed for warp in self.warps)
+
+    @property
+    def seconds(self) -> float:
+        """Of the processor, that the registrations took when they were made."""
+        return sum(warp.seconds for warp in self.warps)
+
+    def at(self, index: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Log odds and distances float32 (N,), at indices (N,) into a flat volume S over the same field of view."""
+        one, other = (sampled(part, index, shape) for part in (self.log_odds, self.distance))
+        return one, other
+
+
+def carry(fixed: Anatomy, supports: Sequence[Labelled], how: Registration, registrar: Registrar) -> Carried:
+    """Labels of the supports in another volume."""
+    scale = float(np.prod(fixed.spacing)) ** (1 / 3)
+    vote, total, mean = (np.zeros(fixed.shape) for _ in range(3))
+    nearest = np.full(fixed.shape, -CAP_MM, dtype=np.float32)
+    warps = []
+    for support in supports:
+        warp = registrar(fixed, support.anatomy, how)
+        maps = [support.distance] if support.known is None else [support.distance, support.known]
+        (distance, *known), beyond = warp.carry(fixed, support.anatomy, maps)
+        distance = np.maximum(distance - beyond, -CAP_MM)
+        weight = np.maximum(known[0], _UNKNOWN) if known else 1.0
+        vote += weight / (1 + np.exp(-distance / scale))
+        mean += weight * distance
+        total += weight
+        np.maximum(nearest, distance, out=nearest)
+        warps.append(warp)
+    share = (vote / total).clip(1e-12, 1 - 1e-12)
+    log_odds = np.log(share / (1 - share)).astype(np.float32)
+    return Carried(log_odds, (mean / total).astype(np.float32), nearest, tuple(warps))
+
+
+def sampled(grid: np.ndarray, index: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A map (*R), float32 (N,), at indices (N,) into a flat volume S over the same field of view; linear."""
+    if grid.shape == tuple(shape):
+        return grid.ravel()[index]
+    places = [
+        (here + 0.5) * new / old - 0.5
+        for here, new, old in zip(np.unravel_index(index, tuple(shape)), grid.shape, shape, strict=True)
+    ]
+    return ndimage.map_coordinates(grid, np.stack(places), order=1, mode="nearest", output=np.float32)

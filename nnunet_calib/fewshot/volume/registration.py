@@ -1,0 +1,531 @@
+"""Two volumes of one anatomy brought to lie on each other, by their images alone.
+
+    y(x) = A (x + u(x)) + t
+
+takes a place x of the fixed volume to that place y of the moving one which shows the same. A and t: affine, the largest
+mutual information (Mattes et al., PET-CT image registration in the chest using free-form deformations, TMI 2003), from
+the best of several starts, for fields of view may differ. u: diffeomorphic demons on images of matched histograms
+(Vercauteren et al., Diffeomorphic demons: efficient non-parametric image registration, NeuroImage 2009). Both are
+SimpleITK's, coarse to fine, on a grid of at most half a million voxels. Where the moving volume does not reach, nothing
+pulls: there u continues what is around it.
+
+The same volumes give the same map, with one thread to the bit; only where the limit of time is reached does it depend
+on the machine, and then it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from scipy import ndimage
+
+from nnunet_calib.data.files import whole_file
+from nnunet_calib.fewshot.volume.files import Volume
+from nnunet_calib.fewshot.volume.frame import align, landmarks
+from nnunet_calib.fewshot.volume.scan import Scan
+
+KINDS = ("none", "affine", "deformable")
+
+MOST_VOXELS = 500_000
+"""Of the grid that volumes are registered on; larger ones are made coarser."""
+
+LIMIT_S = 120.0
+"""Seconds that a pair may take by default."""
+
+_VERSION = 1  # of what a registration computes; older files of a cache are not looked at
+_BRIGHTEST = 60_000.0  # that float16 can hold
+_BINS = 32
+_FEWEST = 8  # voxels along an axis of a coarse level
+_THIN = 4  # an axis of fewer voxels is not registered along
+_AFFINE_LEVELS = (4.0, 2.0, 1.0)  # voxels of a level, in the smallest spacing of the grid
+_AFFINE_STEPS = 200
+_SAMPLED = 20_000  # voxels that mutual information is taken of
+_SEED = 1  # of where within their cells; ITK's own is the clock
+_OVERLAP = 0.25  # of the smaller volume, without which a start is none
+_TRIED = 2  # of the starts, as far as the coarsest level
+_DEMONS_LEVELS = (4.0, 2.0, 1.0)
+_DEMONS_STEPS = (40, 40, 20)
+_SMOOTHING = 1.5  # standard deviation of the Gaussian that the field is smoothed with, voxels of the level
+_BLOCK = 5  # steps between looks at the clock
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How volumes are registered.
+
+    Attributes:
+        kind: ``none``, ``affine`` or ``deformable``.
+        limit_s: seconds of a pair; what is reached by then is used.
+    """
+
+    kind: str = "deformable"
+    limit_s: float = LIMIT_S
+
+    def __post_init__(self):
+        if self.kind not in KINDS or not self.limit_s > 0:
+            raise ValueError(f"a registration is one of {', '.join(KINDS)}, with a limit above 0 seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A volume as registration sees it, on a grid R over the same field of view as the base model's grid S.
+
+    Attributes:
+        image: float32 (*R), the first channel.
+        base: uint8 or uint16 (*R), the base model's labels: a start is found from them.
+        spacing: mm between voxels of R.
+    """
+
+    image: np.ndarray
+    base: np.ndarray
+    spacing: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, volume: Volume, scan: Scan) -> Anatomy:
+        """From a preprocessed case and what the base model sees in it."""
+        shape = coarser(volume.shape, volume.spacing)
+        size = [step * voxels for step, voxels in zip(volume.spacing, volume.shape, strict=True)]
+        first, second, third = (mm / voxels for mm, voxels in zip(size, shape, strict=True))
+        base = scan.base if scan.base.dtype in (np.uint8, np.uint16) else scan.base.astype(np.uint16)
+        # as a task file keeps it, so that a support is the same volume when it is read from there
+        image = on_grid(volume.image[0], shape).clip(-_BRIGHTEST, _BRIGHTEST).astype(np.float16)
+        return cls(image.astype(np.float32), nearest_on_grid(base, shape), (first, second, third))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """R."""
+        return self.image.shape
+
+    @property
+    def size(self) -> np.ndarray:
+        """Mm from edge to edge along the axes, float64 (3,)."""
+        return np.multiply(self.spacing, self.shape)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that a registration depends on."""
+        found = hashlib.sha256(repr((self.shape, [round(float(step), 9) for step in self.spacing])).encode())
+        for part in (self.image.astype(np.float32), self.base.astype(np.uint16)):
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Warp:
+    """Where the places of a fixed volume lie in a moving one; mm along the axes, from the outer corner of the grid.
+
+    Attributes:
+        matrix: float64 (3, 3), A.
+        offset: float64 (3,), t.
+        displacement: float16 (3, *R) of the fixed volume, u in mm; None: 0.
+        seconds: of the processor that it took.
+        limited: the limit of time was reached.
+        failed: the volumes could not be registered; it is the start.
+    """
+
+    matrix: np.ndarray
+    offset: np.ndarray
+    displacement: np.ndarray | None = None
+    seconds: float = 0.0
+    limited: bool = False
+    failed: bool = False
+
+    def places(self, fixed: Anatomy) -> np.ndarray:
+        """Y float64 (3, *R) of every voxel of the fixed volume."""
+        x = np.indices(fixed.shape, dtype=np.float64)
+        x = (x + 0.5) * np.reshape(fixed.spacing, (3, 1, 1, 1))
+        if self.displacement is not None:
+            x += self.displacement
+        return np.tensordot(self.matrix, x, 1) + self.offset[:, None, None, None]
+
+    def carry(self, fixed: Anatomy, moving: Anatomy, maps: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Maps (*R) of the moving volume in the fixed one.
+
+        Returns:
+            Each float32 (*R) of the fixed volume, interpolated linearly; beyond the moving volume as at its edge. And
+            how far beyond, float32 (*R), mm; 0 within it.
+        """
+        places = self.places(fixed)
+        spacing = np.reshape(moving.spacing, (3, 1, 1, 1))
+        size = moving.size.reshape(3, 1, 1, 1)
+        beyond = np.sqrt(np.square(places - np.clip(places, 0, size)).sum(axis=0)).astype(np.float32)
+        index = places / spacing - 0.5
+        carried = [
+            ndimage.map_coordinates(np.asarray(one, dtype=np.float32), index, order=1, mode="nearest") for one in maps
+        ]
+        return carried, beyond
+
+
+def register(fixed: Anatomy, moving: Anatomy, how: Registration, threads: int = 1) -> Warp:
+    """Bring the moving volume to lie on the fixed one.
+
+    Args:
+        fixed: the volume that labels are carried to.
+        moving: the volume that they come from; its axes lie as those of the fixed one.
+        how: see there; not ``none``.
+        threads: of SimpleITK; with more than one, results may differ in the last bits.
+    """
+    with _threads(threads):
+        return _registered(fixed, moving, how, threads)
+
+
+def _registered(fixed: Anatomy, moving: Anatomy, how: Registration, threads: int) -> Warp:
+    clock = _Clock(how.limit_s)
+    thin = tuple(a for a in range(3) if min(fixed.shape[a], moving.shape[a]) < _THIN)
+    if len(thin) > 1:
+        return Warp(np.eye(3), (moving.size - fixed.size) / 2, seconds=clock.spent, failed=True)
+    starts = _starts(fixed, moving)
+    images = [_image(anatomy, thin) for anatomy in (fixed, moving)]
+    try:
+        transform = _affine(images[0], images[1], [_transform(a, t, thin) for a, t in starts], clock, threads)
+    except RuntimeError:  # ITK's: images without any structure, or that do not overlap
+        matrix, offset = starts[0]
+        return Warp(np.diag(matrix), offset, seconds=clock.spent, failed=True)
+    matrix, offset = _of_transform(transform, starts[0], thin)
+    displacement = None
+    if how.kind == "deformable":
+        displacement = _deformation(images[0], images[1], transform, clock, threads)
+        for axis in thin:
+            displacement = np.insert(np.expand_dims(displacement, axis + 1), axis, 0.0, axis=0)
+            displacement = np.broadcast_to(displacement, (3, *fixed.shape))
+        displacement = displacement.astype(np.float16)
+    return Warp(matrix, offset, displacement, clock.spent, clock.reached)
+
+
+class Registrar:
+    """Registers pairs of volumes, and knows those that it has registered already by what they hold.
+
+    Args:
+        folder: where registrations are kept for other runs, made if needed; None: in memory only.
+        threads: as of ``register``.
+        memory: bytes of registrations that are kept in memory.
+    """
+
+    def __init__(self, folder: Path | None = None, threads: int = 1, memory: int = 1 << 29):
+        self.folder, self.threads, self._memory = folder, threads, memory
+        self._kept: dict[str, Warp] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, fixed: Anatomy, moving: Anatomy, how: Registration) -> Warp:
+        """As ``register``."""
+        content = repr((_VERSION, sitk.Version_VersionString(), asdict(how), fixed.digest, moving.digest))
+        key = hashlib.sha256(content.encode()).hexdigest()[:32]
+        warp = self._kept.pop(key, None) or self._read(key, fixed)
+        if warp is None:
+            warp = register(fixed, moving, how, self.threads)
+            self._write(key, warp)
+        self._kept[key] = warp
+        while sum(_bytes(one) for one in self._kept.values()) > self._memory and len(self._kept) > 1:
+            self._kept.pop(next(iter(self._kept)))
+        return warp
+
+    def _read(self, key: str, fixed: Anatomy) -> Warp | None:
+        if self.folder is None or not (file := self.folder / f"{key}.npz").is_file():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as parts:
+                matrix, offset, displacement = parts["matrix"], parts["offset"], parts.get("displacement")
+                warp = Warp(matrix, offset, displacement, float(parts["seconds"]), failed=bool(parts["failed"]))
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):  # damaged: made anew
+            return None
+        fits = warp.matrix.shape == (3, 3) and warp.offset.shape == (3,)
+        fits = fits and (displacement is None or displacement.shape == (3, *fixed.shape))
+        whole = all(np.isfinite(part).all() for part in (warp.matrix, warp.offset, displacement) if part is not None)
+        return warp if fits and whole else None
+
+    def _write(self, key: str, warp: Warp) -> None:
+        # what a hurried machine left unfinished is not kept for others
+        if self.folder is None or warp.limited:
+            return
+        parts: dict[str, Any] = {
+            "matrix": warp.matrix,
+            "offset": warp.offset,
+            "seconds": warp.seconds,
+            "failed": warp.failed,
+        }
+        if warp.displacement is not None:
+            parts["displacement"] = warp.displacement
+        with whole_file(self.folder / f"{key}.npz") as stream:
+            np.savez(stream, **parts)
+
+
+def coarser(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, ...]:
+    """Shape of the grid that a volume is registered on: fine axes are made coarser until it has few enough voxels."""
+    sizes = np.multiply(shape, spacing)
+    low, high = min(spacing), float(sizes.max())
+    if np.prod(shape, dtype=np.float64) <= MOST_VOXELS:
+        return tuple(shape)
+    for _ in range(60):  # bisection
+        step = (low + high) / 2
+        voxels = np.ceil(sizes / np.maximum(spacing, step)).clip(min=1)
+        low, high = (low, step) if voxels.prod() <= MOST_VOXELS else (step, high)
+    return tuple(int(n) for n in np.ceil(sizes / np.maximum(spacing, high)).clip(min=1))
+
+
+def on_grid(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A map on a grid of another shape over the same field of view, linear; smoothed before where that is coarser."""
+    ratios = [old / new for old, new in zip(array.shape, shape, strict=True)]
+    array = np.asarray(array, dtype=np.float32)
+    if max(ratios) > 1:
+        array = ndimage.gaussian_filter(array, [0.4 * max(ratio - 1, 0) for ratio in ratios], mode="nearest")
+    if tuple(shape) == array.shape:
+        return array
+    tensor = torch.from_numpy(np.ascontiguousarray(array))[None, None]
+    return torch.nn.functional.interpolate(tensor, size=tuple(shape), mode="trilinear")[0, 0].numpy()
+
+
+def nearest_on_grid(labels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Labels on a grid of another shape over the same field of view."""
+    index = [
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64).clip(max=old - 1)
+        for old, new in zip(labels.shape, shape, strict=True)
+    ]
+    return labels[np.ix_(*index)]
+
+
+def signed_distance(mask: np.ndarray, spacing: Sequence[float], cap: float) -> np.ndarray:
+    """Distance to the border of a mask (*R) in mm, above 0 inside it: float32 (*R) within [-cap, cap].
+
+    The border lies half way between the centres of voxels in and out of it.
+    """
+    distance = np.full(mask.shape, -cap, dtype=np.float32)
+    if not mask.any():
+        return distance
+    reach = [int(np.ceil(cap / step)) + 1 for step in spacing]
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    near = tuple(slice(max(side.start - r, 0), side.stop + r) for side, r in zip(box, reach, strict=True))
+    here = mask[near]
+    half = min(spacing) / 2
+    outside = ndimage.distance_transform_edt(~here, sampling=spacing) - half
+    inside = half - ndimage.distance_transform_edt(here, sampling=spacing) if not here.all() else -cap
+    distance[near] = -np.where(here, inside, outside)
+    return distance.clip(-cap, cap)
+
+
+Start = tuple[np.ndarray, np.ndarray]  # scale and shift along each axis: y = scale x + shift, mm
+
+
+def _starts(fixed: Anatomy, moving: Anatomy) -> list[Start]:
+    """Where a registration may begin: base classes, centres, and the ends of each axis on each other."""
+    found: list[Start] = []
+    places = [
+        landmarks(anatomy.base, [int(c) for c in np.unique(anatomy.base) if c > 0], anatomy.spacing)
+        for anatomy in (fixed, moving)
+    ]
+    scale, shift, counts = align(places[0], places[1])
+    middle = (moving.size - fixed.size) / 2
+    if counts.any():
+        found.append((np.where(counts > 0, scale, 1.0), np.where(counts > 0, shift, middle)))
+    found.append((np.ones(3), middle))
+    found.append((np.ones(3), _centre(moving) - _centre(fixed)))
+    for axis in range(3):
+        for end in (np.zeros(3), moving.size - fixed.size):
+            if abs(end[axis] - middle[axis]) > moving.spacing[axis]:
+                shift = middle.copy()
+                shift[axis] = end[axis]
+                found.append((np.ones(3), shift))
+    return found
+
+
+def _centre(anatomy: Anatomy) -> np.ndarray:
+    """Centre of what stands out from the darkest, mm."""
+    image = anatomy.image.astype(np.float64)
+    low, high = np.percentile(image, [1, 99])
+    weight = (image - low).clip(0, max(high - low, 1e-12))
+    if not weight.sum():
+        return anatomy.size / 2
+    return (np.array(ndimage.center_of_mass(weight)) + 0.5) * anatomy.spacing
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """All of ITK with so many threads; mutual information adds up by the process's own number, whatever it is told."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(number)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+
+class _Clock:
+    def __init__(self, limit: float):
+        self._end, self._begin, self.reached = time.monotonic() + limit, time.process_time(), False
+
+    @property
+    def over(self) -> bool:
+        self.reached = self.reached or time.monotonic() > self._end
+        return self.reached
+
+    @property
+    def spent(self) -> float:
+        return time.process_time() - self._begin
+
+
+def _image(anatomy: Anatomy, thin: Sequence[int]) -> sitk.Image:
+    """For SimpleITK, of two axes where one is thin; the outer corner of the grid is at 0."""
+    array = anatomy.image
+    for axis in thin:
+        array = array.take(array.shape[axis] // 2, axis=axis)
+    spacing = [float(step) for axis, step in enumerate(anatomy.spacing) if axis not in thin][::-1]
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array, dtype=np.float32))
+    image.SetSpacing(spacing)
+    image.SetOrigin([step / 2 for step in spacing])
+    return image
+
+
+def _level(image: sitk.Image, step: float) -> sitk.Image:
+    """Coarser by whole factors, of a spacing of about ``step`` times the smallest."""
+    wanted = step * min(image.GetSpacing())
+    factors = [
+        max(1, min(round(wanted / own), size // _FEWEST))
+        for own, size in zip(image.GetSpacing(), image.GetSize(), strict=True)
+    ]
+    return sitk.BinShrink(image, factors)
+
+
+def _transform(scale: np.ndarray, shift: np.ndarray, thin: Sequence[int]) -> sitk.AffineTransform:
+    axes = [axis for axis in range(3) if axis not in thin][::-1]
+    transform = sitk.AffineTransform(len(axes))
+    transform.SetMatrix(np.diag(scale[axes]).ravel().tolist())
+    transform.SetTranslation(shift[axes].tolist())
+    return transform
+
+
+def _of_transform(transform: sitk.Transform, start: Start, thin: Sequence[int]) -> Start:
+    """Matrix (3, 3) and offset of all axes; along a thin one those of the start."""
+    affine = sitk.AffineTransform(transform)
+    axes = [axis for axis in range(3) if axis not in thin][::-1]
+    size = len(axes)
+    own = np.array(affine.GetMatrix()).reshape(size, size)
+    centre, moved = np.array(affine.GetCenter()), np.array(affine.GetTranslation())
+    matrix, offset = np.diag(start[0]).astype(np.float64), np.array(start[1], dtype=np.float64)
+    matrix[np.ix_(axes, axes)] = own
+    offset[axes] = moved + centre - own @ centre
+    return matrix, offset
+
+
+def _affine(
+    fixed: sitk.Image, moving: sitk.Image, starts: Sequence[sitk.AffineTransform], clock: _Clock, threads: int
+) -> sitk.AffineTransform:
+    dimension = fixed.GetDimension()
+    middle = [size * step / 2 for size, step in zip(fixed.GetSize(), fixed.GetSpacing(), strict=True)]
+    begun = []
+    for start in starts:
+        transform = sitk.AffineTransform(dimension)
+        transform.SetCenter(middle)
+        transform.SetMatrix(start.GetMatrix())
+        shift = np.array(start.TransformPoint(middle)) - middle
+        transform.SetTranslation(shift.tolist())
+        begun.append(transform)
+    coarse = _level(fixed, _AFFINE_LEVELS[0]), _level(moving, _AFFINE_LEVELS[0])
+    rated = []
+    for transform in begun:
+        if _overlap(coarse[0], coarse[1], transform) >= _OVERLAP:
+            try:
+                rated.append((_metric(coarse[0], transform, threads).MetricEvaluate(*coarse), transform))
+            except RuntimeError:  # fewer samples in common than ITK asks for
+                continue
+    if not rated:
+        raise RuntimeError("no start in which the volumes overlap")
+    rated.sort(key=lambda pair: pair[0])
+    found = [_optimised(*coarse, transform, clock, threads) for _, transform in rated[:_TRIED]]
+    found = [one for one in found if _overlap(*coarse, one[1]) >= _OVERLAP] or rated[:1]
+    best = min(found, key=lambda pair: pair[0])[1]
+    for step in _AFFINE_LEVELS[1:]:
+        best = _optimised(_level(fixed, step), _level(moving, step), best, clock, threads)[1]
+    return best
+
+
+def _metric(image: sitk.Image, transform: sitk.Transform, threads: int) -> sitk.ImageRegistrationMethod:
+    method = sitk.ImageRegistrationMethod()
+    method.SetNumberOfThreads(threads)
+    method.SetMetricAsMattesMutualInformation(_BINS)
+    share = _SAMPLED / image.GetNumberOfPixels()
+    if share < 1:
+        method.SetMetricSamplingStrategy(method.REGULAR)
+        method.SetMetricSamplingPercentage(share, _SEED)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetInitialTransform(transform, inPlace=False)
+    return method
+
+
+def _optimised(
+    fixed: sitk.Image, moving: sitk.Image, start: sitk.AffineTransform, clock: _Clock, threads: int
+) -> tuple[float, sitk.AffineTransform]:
+    """The metric reached, lower is better, and the map."""
+    method = _metric(fixed, sitk.AffineTransform(start), threads)
+    step = min(fixed.GetSpacing())
+    method.SetOptimizerAsRegularStepGradientDescent(step, step / 200, _AFFINE_STEPS, relaxationFactor=0.8)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.AddCommand(sitk.sitkIterationEvent, lambda: method.StopRegistration() if clock.over else None)
+    try:
+        found = method.Execute(fixed, moving)
+    except RuntimeError:  # it walked out of the volume
+        return np.inf, start
+    found = found.GetBackTransform() if found.GetName() == "CompositeTransform" else found
+    return method.GetMetricValue(), sitk.AffineTransform(found)
+
+
+def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> float:
+    """Share of the smaller volume that lies in the other."""
+    ones = sitk.Image(moving.GetSize(), sitk.sitkUInt8) + 1
+    ones.CopyInformation(moving)
+    seen = sitk.GetArrayViewFromImage(sitk.Resample(ones, fixed, transform, sitk.sitkNearestNeighbor, 0))
+    volumes = [np.prod(image.GetSize()) * np.prod(image.GetSpacing()) for image in (fixed, moving)]
+    return float(np.count_nonzero(seen) * np.prod(fixed.GetSpacing()) / min(volumes))
+
+
+def _deformation(
+    fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, clock: _Clock, threads: int
+) -> np.ndarray:
+    """U (axes, *R) in mm, by demons on the moving image as the affine map brings it."""
+    dark = float(sitk.GetArrayViewFromImage(moving).min())
+    brought = sitk.Resample(moving, fixed, transform, sitk.sitkLinear, dark)
+    brought = sitk.HistogramMatching(brought, fixed, 256, 15, True)
+    ones = sitk.Image(moving.GetSize(), sitk.sitkUInt8) + 1
+    ones.CopyInformation(moving)
+    seen = sitk.Resample(ones, fixed, transform, sitk.sitkNearestNeighbor, 0)
+    # what the moving volume does not show is as in the fixed one: nothing pulls there
+    brought = sitk.Mask(brought, seen) + sitk.Mask(fixed, sitk.Cast(seen == 0, sitk.sitkUInt8))
+    field: sitk.Image | None = None
+    for step, steps in zip(_DEMONS_LEVELS, _DEMONS_STEPS, strict=True):
+        here, there = _level(fixed, step), _level(brought, step)
+        if field is not None:
+            field = _resampled(field, here)
+        for _ in range(0, steps, _BLOCK):
+            if clock.over:
+                break
+            demons = sitk.DiffeomorphicDemonsRegistrationFilter()
+            demons.SetNumberOfThreads(threads)
+            demons.SetNumberOfIterations(_BLOCK)
+            demons.SetStandardDeviations(_SMOOTHING)
+            field = demons.Execute(here, there) if field is None else demons.Execute(here, there, field)
+    if field is None:
+        return np.zeros((fixed.GetDimension(), *fixed.GetSize()[::-1]))
+    array = sitk.GetArrayFromImage(_resampled(field, fixed))
+    return np.moveaxis(array, -1, 0)[::-1]
+
+
+def _resampled(field: sitk.Image, to: sitk.Image) -> sitk.Image:
+    """A field on another grid; beyond its own as at its edge."""
+    if field.GetSize() == to.GetSize():
+        return field
+    identity = sitk.Transform(to.GetDimension(), sitk.sitkIdentity)
+    return sitk.Resample(field, to, identity, sitk.sitkLinear, 0.0, field.GetPixelID(), True)
+
+
+def _bytes(warp: Warp) -> int:
+    return 200 if warp.displacement is None else warp.displacement.nbytes

@@ -1,0 +1,74 @@
+"""What registration carries from supports to a query, where the map is known."""
+
+import numpy as np
+import pytest
+
+from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled, carry, sampled
+from nnunet_calib.fewshot.volume.registration import Anatomy, Registration, Warp, signed_distance
+
+SHAPE = (8, 10, 12)
+EMPTY = Anatomy(np.zeros(SHAPE, np.float32), np.zeros(SHAPE, np.uint8), (2.0, 1.0, 1.0))
+
+
+def stays(*_):
+    return Warp(np.eye(3), np.zeros(3))
+
+
+def moves(*mm):
+    return lambda *_: Warp(np.eye(3), np.array(mm, dtype=float))
+
+
+def box(low: int, high: int, known=None) -> Labelled:
+    mask = np.zeros(SHAPE, bool)
+    mask[2:6, 2:8, low:high] = True
+    return Labelled(EMPTY, signed_distance(mask, EMPTY.spacing, CAP_MM).astype(np.float16), known)
+
+
+def test_the_vote_of_three_is_the_majority():
+    supports = [box(2, 6), box(3, 7), box(8, 11)]
+    carried = carry(EMPTY, supports, Registration(), stays)
+    inside = [support.distance > 0 for support in supports]
+    sure = np.min([np.abs(support.distance) for support in supports], axis=0) > 1.4  # of the border all are unsure
+    majority = np.sum(inside, axis=0) >= 2
+    assert sure.any()
+    assert ((carried.log_odds > 0) == majority)[sure].all()
+
+
+def test_one_support_gives_its_own_distances():
+    carried = carry(EMPTY, [box(2, 6)], Registration(), stays)
+    own = box(2, 6).distance.astype(np.float32)
+    assert carried.distance == pytest.approx(own, abs=1e-4)
+    assert carried.nearest == pytest.approx(own, abs=1e-4)
+    assert carried.log_odds == pytest.approx(own / 2 ** (1 / 3), abs=1e-3)  # of voxels of 2 mm3
+
+
+def test_labels_move_with_the_map():
+    carried = carry(EMPTY, [box(2, 6)], Registration(), moves(0, 0, -3))  # x of the query is at x - 3 of the support
+    assert carried.distance[:, :, 3:] == pytest.approx(box(2, 6).distance[:, :, :-3].astype(np.float32), abs=1e-3)
+
+
+def test_what_a_support_does_not_show_is_farther_the_farther_it_is():
+    whole = np.zeros(SHAPE, bool)
+    whole[:, :, :3] = True
+    support = Labelled(EMPTY, signed_distance(whole, EMPTY.spacing, CAP_MM).astype(np.float16))
+    carried = carry(EMPTY, [support], Registration(), moves(0, 0, -6))
+    row = carried.distance[4, 5]
+    assert row[6] == pytest.approx(2.5, abs=0.01)
+    assert row[5] == pytest.approx(2.5 - 0.5, abs=0.01)  # half a voxel beyond the outer face
+    assert row[0] == pytest.approx(2.5 - 5.5, abs=0.01)
+
+
+def test_where_an_annotation_does_not_count_the_others_decide():
+    known = np.ones(SHAPE, bool)
+    known[:, :, :8] = False
+    both = carry(EMPTY, [box(2, 6), box(8, 11, known)], Registration(), stays)
+    alone = carry(EMPTY, [box(2, 6)], Registration(), stays)
+    assert both.log_odds[:, :, :7] == pytest.approx(alone.log_odds[:, :, :7], abs=0.05)
+    assert both.log_odds[4, 5, 9] > alone.log_odds[4, 5, 9] + 1  # where it counts it has its say
+
+
+def test_maps_are_read_at_voxels_of_a_finer_grid():
+    grid = np.broadcast_to(np.arange(6, dtype=np.float32) * 2 + 1, (4, 4, 6)).copy()
+    index = np.ravel_multi_index(np.array([[3, 3, 3], [2, 2, 2], [1, 6, 11]]), (8, 8, 12))
+    assert sampled(grid, index, (8, 8, 12)).tolist() == pytest.approx([1.5, 6.5, 11.0])
+    assert (sampled(grid, np.arange(grid.size), grid.shape) == grid.ravel()).all()
