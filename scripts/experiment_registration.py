@@ -50,7 +50,7 @@ ARMS = {
     "head": "the default head on ten intensity features",
     "both": "the same head with registration",
 }
-HOW = Registration("deformable", limit_s=3600.0)  # of a shared machine: nothing is cut short
+HOW = Registration("deformable", limit_s=600.0)  # of a shared machine: nothing is cut short
 NUMBERS = ("Dice", "HD95", "NLL_volume", "NLL_foreground", "seconds", "seconds_registration")
 TABLE = "fewshot_registration.csv"
 
