@@ -341,6 +341,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", nargs="*", choices=pieces(), help="of these pieces, or of all")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS, help="whose memory (default: both)")
     parser.add_argument("--child", nargs=2, metavar=("PIECE", "TOOL"), help=argparse.SUPPRESS)
     parser.add_argument("--make", action="store_true", help="only make the logits")
     parser.add_argument("--table", type=Path)
@@ -372,7 +373,7 @@ def main() -> None:
         keep(f"time {piece}/{args.threads}", take_times(args.work, piece, args.rounds, args.threads))
     if args.memory is not None:
         for piece in args.memory or pieces():
-            for tool in TOOLS if piece.partition("/")[2] not in WITHOUT_STOCK else TOOLS[:1]:
+            for tool in args.tools if piece.partition("/")[2] not in WITHOUT_STOCK else TOOLS[:1]:
                 command = [sys.executable, __file__, "-o", str(args.work), "--child", piece, tool]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 keep(f"memory {piece}/{tool}", json.loads(done.stdout.splitlines()[-1]))

@@ -112,8 +112,9 @@ def score(
     statistics: dict[str, metrics.CalibrationStatistics] = {}
     said: list[str] = []
     if parts:
-        statistics, decided = _statistics(parts, dataset, reference, prediction, valid, protocol)
-        said = notes(decided) if notes else []
+        decided = np.zeros(reference.labels.shape, np.min_scalar_type(max(dataset.labels))) if notes else None
+        statistics = _statistics(parts, dataset, reference, prediction, valid, protocol, decided)
+        said = notes(decided) if notes and decided is not None else []
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {
         "case": files.name,
@@ -207,18 +208,18 @@ def _statistics(
     prediction: LabelImage,
     valid: np.ndarray | None,
     protocol: Protocol,
-) -> tuple[dict[str, metrics.CalibrationStatistics], np.ndarray]:
-    """Calibration statistics by region, and the segmentation that the probabilities decide for.
+    decided: np.ndarray | None,
+) -> dict[str, metrics.CalibrationStatistics]:
+    """Calibration statistics by region.
 
-    ``parts`` are slices of the volume and their channels.
+    ``parts`` are slices of the volume and their channels; ``decided`` takes the segmentation that these decide for.
     """
     labels = _without_ignored(reference.labels, valid)
     regions = _Regions(labels, prediction, valid, protocol)
-    decided = np.zeros(labels.shape, dtype=np.min_scalar_type(max(dataset.labels)))
     label_of = None if dataset.labels == tuple(range(len(dataset.labels))) else np.array(dataset.labels)
     total: dict[str, metrics.CalibrationStatistics] = {}
     for z, channels in parts:
-        if dataset.region_order is not None:
+        if decided is not None and dataset.region_order is not None:
             channels = _deciding(channels, dataset.region_order, decided[z])
         statistics, top = metrics.calibration_statistics(
             channels,
@@ -232,9 +233,9 @@ def _statistics(
             multilabel=dataset.has_regions,
         )
         total = {name: total[name] + part for name, part in statistics.items()} if total else statistics
-        if top is not None:
+        if decided is not None and top is not None:
             decided[z] = top if label_of is None else label_of[top]
-    return total, decided
+    return total
 
 
 def _notes(decided: np.ndarray, predicted: np.ndarray, stored: ProbabilityFile, calibrated: bool) -> list[str]:

@@ -19,7 +19,7 @@ from nnunet_calib.data.probabilities import write_compact, write_compact_slabs, 
 from nnunet_calib.prediction import Grid, Part
 
 FORMATS = ("none", "compact", "npz", "nifti")
-_SLAB = 1 << 22  # values of a slab of the compact format, about
+_SLAB = 1 << 22  # values of a slab of the compact format, about; at least one plane
 
 
 def write_label_map(labels: np.ndarray, path: Path, reader: type[BaseReaderWriter], properties: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def _whole(parts: Iterable[Part], grid: Grid, dtype: Any) -> np.ndarray:
 
 def _regrouped(parts: Iterable[Part], grid: Grid) -> Iterator[np.ndarray]:
     """Slabs (C, n, y, x) of one thickness but for the last, from parts of any."""
-    size, (depth, *plane) = int(np.prod(grid.shape[1:])), grid.shape
+    size, (depth, *plane) = grid.channels * int(np.prod(grid.shape[1:])), grid.shape
     thickness = min(depth, max(1, _SLAB // size))
     memory = np.empty((grid.channels, thickness, *plane), dtype=np.float32)
     filled = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -91,26 +91,29 @@ class PredictedCase:
         grid = self.grid
         before, after = grid.box[0].start, grid.box[0].stop
         thickness = self._thickness(grid.shape[1:])
-        memory = np.empty((grid.channels, thickness, *grid.shape[1:]), dtype=np.float32)
+        whole_planes = grid.box_shape[1:] == grid.shape[1:]
+
+        @cache
+        def memory() -> np.ndarray:
+            """Of parts that nothing or not all of is predicted in."""
+            return np.empty((grid.channels, thickness, *grid.shape[1:]), dtype=np.float32)
 
         def outside(start: int, stop: int) -> Iterator[Part]:
             for z in range(start, stop, thickness):
-                part = memory[:, : min(thickness, stop - z)]
+                part = memory()[:, : min(thickness, stop - z)]
                 self._fill_outside(part)
                 yield Part(slice(z, z + part.shape[1]), part)
 
         yield from outside(0, before)
         for planes, values in self._box_parts():
-            count = planes.stop - planes.start
-            part = memory[:, :count]
-            if grid.box_shape[1:] == grid.shape[1:]:
-                target = part
-            else:
+            part = self._labels.apply_inference_nonlin(values).cpu().numpy()
+            if not whole_planes:
+                inside, part = part, memory()[:, : part.shape[1]]
                 self._fill_outside(part)
-                target = part[(slice(None), slice(None)) + grid.box[1:]]
-            nonlinear = self._labels.apply_inference_nonlin(values)
-            torch.from_numpy(target).copy_(nonlinear)
+                part[(slice(None), slice(None)) + grid.box[1:]] = inside
+                del inside
             yield Part(slice(before + planes.start, before + planes.stop), part)
+            del part
         yield from outside(after, grid.shape[0])
 
     def _fill_outside(self, part: np.ndarray) -> None:
