@@ -90,7 +90,7 @@ class PredictedCase:
         """
         grid = self.grid
         before, after = grid.box[0].start, grid.box[0].stop
-        thickness = self._thickness(grid.shape[1:])
+        thickness = self._thickness
         whole_planes = grid.box_shape[1:] == grid.shape[1:]
 
         @cache
@@ -121,14 +121,16 @@ class PredictedCase:
         if not self._labels.has_regions:
             part[0] = 1
 
-    def _thickness(self, plane: tuple[int, ...]) -> int:
-        return max(1, _VALUES // (self.grid.channels * int(np.prod(plane))))
+    @property
+    def _thickness(self) -> int:
+        """Planes of a part."""
+        return max(1, _VALUES // (self.grid.channels * int(np.prod(self.grid.shape[1:]))))
 
     def _box_parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Planes of the box, and their logits float32 (C, n, Y, X) rounded as export rounds them."""
         logits, axes = self._on_grid
         shape = self.grid.box_shape
-        thickness = min(self._thickness(shape[1:]), shape[0])
+        thickness = min(self._thickness, shape[0])
         memory = torch.empty((len(logits), thickness, *shape[1:]), dtype=torch.float32, device=logits.device)
         for start in range(0, shape[0], thickness):
             stop = min(start + thickness, shape[0])

@@ -116,6 +116,13 @@ def test_every_geometry(name, backend):
     check(*both(name))
 
 
+@pytest.mark.parametrize("values", [1, 2500, 6000])
+def test_parts_of_a_few_planes(values, backend, monkeypatch):
+    """Of planes of 20 x 20 voxels, the box's 17 x 16, and four classes."""
+    monkeypatch.setattr(case, "_VALUES", values)
+    check(*both("cropped"))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_many_classes_and_ties(seed, backend):
     check(*both("fifths", classes=30, seed=seed))
