@@ -42,6 +42,9 @@ class Dataset:
         return self.region_order is not None
 
 
+_MANAGER = "LabelManager"  # nnU-Net's own
+
+
 def key(structure: Structure) -> str:
     """Name of a label or region in records, as nnU-Net writes it: ``1`` or ``(1, 2)``."""
     return str(structure)
@@ -58,24 +61,26 @@ def read_dataset(dataset_json: Path, plans: Path | None = None) -> Dataset:
         InputError: a file that cannot be read, or labels nnU-Net would refuse; one line, naming the file.
     """
     content = read_json(dataset_json)
-    labels = _checked_labels(content, dataset_json)
-    manager = _label_manager(content, dataset_json, plans)
-    structures = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    of_value = {_structure(value): name for name, value in labels.items()}
-    values = tuple(int(label) for label in manager.all_labels)
-    scored = tuple(_structure(structure) for structure in structures)
-    if not scored:
+    labels, order = _checked_labels(content, dataset_json), _checked_order(content, dataset_json)
+    name = read_json(plans).get("label_manager", _MANAGER) if plans is not None else _MANAGER
+    if name == _MANAGER:
+        values, regions, ignore = _as_nnunet_reads(labels, order, dataset_json)
+    else:
+        values, regions, ignore = _of_another_manager(name, labels, order, dataset_json, plans)
+    structures = tuple(value for value in values if value) if regions is None else regions
+    if not structures:
         raise InputError(f"{dataset_json}: no label besides background; there is nothing to score")
+    of_value = {_structure(value): name for name, value in labels.items()}
     return Dataset(
         path=dataset_json,
         content=content,
         file_ending=content["file_ending"],
         labels=values,
-        structures=scored,
-        channels=scored if manager.has_regions else values,
-        region_order=tuple(int(c) for c in manager.regions_class_order) if manager.has_regions else None,
-        ignore_label=manager.ignore_label,
-        names={key(structure): of_value.get(structure, key(structure)) for structure in (*values, *scored)},
+        structures=structures,
+        channels=values if regions is None else regions,
+        region_order=None if regions is None else tuple(order or ()),
+        ignore_label=ignore,
+        names={key(structure): of_value.get(structure, key(structure)) for structure in (*values, *structures)},
     )
 
 
@@ -119,25 +124,57 @@ def _checked_labels(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return labels
 
 
-def _label_manager(content: dict[str, Any], path: Path, plans: Path | None) -> Any:
-    """nnU-Net's own reading of the labels, so that regions and keys are exactly its own."""
-    from nnunetv2.utilities.label_handling.label_handling import LabelManager, get_labelmanager_class_from_plans
-
-    manager_class = LabelManager
-    if plans is not None and "label_manager" in (plans_content := read_json(plans)):
-        name = plans_content["label_manager"]
-        manager_class = get_labelmanager_class_from_plans(plans_content) if isinstance(name, str) else None
-        if manager_class is None:
-            raise InputError(f"{plans}: nnU-Net has no label manager {name!r}")
+def _checked_order(content: dict[str, Any], path: Path) -> list[int] | None:
+    """The ``regions_class_order`` entry, if it is one."""
     order = content.get("regions_class_order")
     if order is not None and not (
         isinstance(order, list) and all(type(label) is int and 0 <= label < 1 << 16 for label in order)
     ):
         raise InputError(f"{path}: 'regions_class_order' must be a list of label values, it is {order!r:.100}")
+    return order
+
+
+_Read = tuple[tuple[int, ...], tuple[Structure, ...] | None, int | None]  # labels, regions, ignore label
+
+
+def _as_nnunet_reads(labels: dict[str, Any], order: list[int] | None, path: Path) -> _Read:
+    """Labels as nnU-Net's ``LabelManager`` has them, without its module, which imports torch."""
+    ignore = labels.get("ignore")
+    named = {name: _structure(value) for name, value in labels.items() if name != "ignore"}
+    values = tuple(sorted({label for value in named.values() for label in _members(value)}))
+    if isinstance(ignore, list) or (ignore is not None and ignore != values[-1] + 1):
+        raise InputError(
+            f"{path}: nnU-Net refuses these labels: the ignore label must be one above all others, "
+            f"{values[-1] + 1}, not {ignore}"
+        )
+    if not any(len(_members(value)) > 1 for value in labels.values()):
+        return values, None, ignore
+    regions = tuple(value for value in named.values() if set(_members(value)) != {0})
+    if order is None or len(order) != len(regions):
+        raise InputError(
+            f"{path}: nnU-Net refuses these labels: {len(regions)} regions need a 'regions_class_order' of as many "
+            f"labels, not {order}"
+        )
+    return values, regions, ignore
+
+
+def _of_another_manager(name: Any, labels: dict[str, Any], order: list[int] | None, path: Path, plans: Any) -> _Read:
+    """Labels as a label manager has them that the plans name."""
+    from nnunetv2.utilities.label_handling.label_handling import get_labelmanager_class_from_plans
+
+    manager_class = get_labelmanager_class_from_plans({"label_manager": name}) if isinstance(name, str) else None
+    if manager_class is None:
+        raise InputError(f"{plans}: nnU-Net has no label manager {name!r}")
     try:
-        return manager_class(content["labels"], order)
+        manager = manager_class(labels, order)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: nnU-Net refuses these labels: {' '.join(str(error).split())}") from error
+    regions = tuple(map(_structure, manager.foreground_regions)) if manager.has_regions else None
+    return tuple(int(label) for label in manager.all_labels), regions, manager.ignore_label
+
+
+def _members(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _structure(value: Any) -> Structure:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nnunet_calib import losses
-from nnunet_calib.data.errors import nearest
+from nnunet_calib.data.errors import did_you_mean, nearest
 from nnunet_calib.data.plans import first_kernel
 from nnunet_calib.losses.values import choice, count, number
 from nnunet_calib.training import catalogue
@@ -128,7 +128,9 @@ def check_of_any(given: Mapping[str, Any], kernel_size: int | list[int] = 3) -> 
     having = {name: default_settings(trainer.loss, trainer.fixed).keys() for name, trainer in trainers.items()}
     every = {setting for settings in having.values() for setting in settings}
     if unknown := [setting for setting in given if setting not in every]:
-        raise RefusedSettings(_of_unknown(unknown[0], sorted(every)))
+        near = nearest(unknown[0], sorted(every))
+        hint = f"did you mean {near} (of {_named(near)})?" if near else f"there are {', '.join(sorted(every))}"
+        raise RefusedSettings(f"unknown setting {unknown[0]!r}; {hint}")
     candidates = [name for name in trainers if given.keys() <= having[name]]
     if not candidates:
         some = [setting for setting in given if len(trainers_with(setting)) < len(trainers)]
@@ -155,11 +157,9 @@ def trainers_with(setting: str) -> list[str]:
 
 def _of_unknown(setting: str, own: Collection[str]) -> str:
     """What to say of a setting that is none of ``own``."""
-    if trainers_with(setting):
-        return f"unknown setting {setting!r}, which is of {_named(setting)}"
-    if near := nearest(setting, own):
-        return f"unknown setting {setting!r}; did you mean {near} (of {_named(near)})?"
-    return f"unknown setting {setting!r}; there are {', '.join(sorted(own))}"
+    known = f", which is of {_named(setting)}" if trainers_with(setting) else did_you_mean(setting, own)
+    allowed = f"allowed: {', '.join(sorted(own))}"
+    return f"unknown setting {setting!r}{known}{' ' if known.endswith('?') else '; '}{allowed}"
 
 
 def _named(setting: str) -> str:

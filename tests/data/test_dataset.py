@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_calib.data.dataset import find_model_file, key, read_dataset, require_dataset_json
@@ -42,6 +44,36 @@ def test_regions_with_ignore_label_are_those_of_nnunet(write):
     assert dataset.ignore_label == 4
     assert dataset.labels == (0, 1, 2, 3)
     assert dataset.names["(2, 3)"] == "core"
+
+
+VALUES = st.one_of(st.integers(0, 5), st.lists(st.integers(0, 5), min_size=1, max_size=3))
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), VALUES, min_size=1),
+    st.one_of(st.none(), st.integers(1, 6)),
+    st.one_of(st.none(), st.lists(st.integers(1, 5), max_size=4)),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_labels_are_read_as_nnunets_label_manager_reads_them(tmp_path_factory, values, ignore, order):
+    labels = {"background": 0, **values} | ({} if ignore is None else {"ignore": ignore})
+    path = tmp_path_factory.getbasetemp() / "labels.json"
+    path.write_text(json.dumps({"labels": labels, "regions_class_order": order, "file_ending": ".nii.gz"}))
+    try:
+        theirs = LabelManager(labels, order)
+    except AssertionError:
+        with pytest.raises(InputError, match="nnU-Net refuses these labels"):
+            read_dataset(path)
+        return
+    structures = theirs.foreground_regions if theirs.has_regions else theirs.foreground_labels
+    if not structures:
+        return
+    dataset = read_dataset(path)
+    assert dataset.labels == tuple(theirs.all_labels)
+    assert dataset.structures == tuple(structures)
+    assert dataset.channels == tuple(theirs.foreground_regions if theirs.has_regions else theirs.all_labels)
+    assert dataset.region_order == (tuple(order) if theirs.has_regions else None)
+    assert dataset.ignore_label == theirs.ignore_label
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_the_refusal_names_what_is_allowed(name, settings, allowed):
 def test_an_unknown_setting_is_refused_with_all_allowed_ones(name):
     message = refusal(name, {"marign": 5})
     assert "unknown setting 'marign'" in message
+    assert ("did you mean margin?" in message) == ("margin" in names_of_settings(name))
     assert message.endswith(", ".join(sorted(names_of_settings(name))))
 
 

@@ -9,23 +9,22 @@ give T = 1e-8, since it is relu(h + 1) of maps that start at 1. The order of the
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from nnunet_calib.posthoc.maps.calibrator import MAX_CHANNELS, Calibrator, check_numbers, probabilities, voxel_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_WIDTH = 8
-_DILATIONS = (1, 2, 4)
+WIDTH = 8
+"""Channels between the layers of the network."""
+
+DILATIONS = (1, 2, 4)
+"""Of its convolutions but the last, which looks at one voxel."""
+
 _LARGEST = 1e3  # weight: those of a fit are of the order of 1; sums of products stay finite in float32
-_COLDEST = 1e-6  # temperature: a softplus far below 0 ends at 0
 _LEAST, _SCALE = -16.0, 8.0  # log p as the network sees it: floors of float16, and numbers of the order of 1
 
 
@@ -47,7 +46,7 @@ class LocalTemperature(Calibrator):
     keeps_labels = True
     keeps_order = True
     shared_by_regions = True
-    margin = sum(_DILATIONS)
+    margin = sum(DILATIONS)
 
     def __init__(
         self,
@@ -94,28 +93,30 @@ class LocalTemperature(Calibrator):
         self._voxels(z, target, valid, weights)  # for its checks
         inputs = self._inputs(z, image)
         w = voxel_weights(z.shape[1:], valid, weights)
-        patches, seen = (_patches_first(torch.from_numpy(np.asarray(a, dtype=np.float32))) for a in (z, inputs))
-        truth = torch.from_numpy(target.astype(np.float32 if self.multilabel else np.int64))
-        truth = _patches_first(truth if self.multilabel else truth[None])
-        voxel_weight = _patches_first(torch.from_numpy((w / w.mean()).astype(np.float32))[None])
+        from nnunet_calib.posthoc.maps.local_network import train
+
         self.channels, self.notes = len(z), []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            network = _network(len(inputs))
-            self._train(network, patches, seen, truth, voxel_weight)
-        state = {name: value.tolist() for name, value in network.state_dict().items()}
+        state = train(
+            z,
+            inputs,
+            target if self.multilabel else target[None],
+            (w / w.mean())[None],
+            steps=self.steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            multilabel=self.multilabel,
+        )
         self.parameters = [{"network": state, "image_channels": self.image_channels}]
         return self
 
     def temperature_map(self, log_probabilities: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
         """T of every voxel, float64 of shape S; computed in float32, exact to 1e-6."""
+        from nnunet_calib.posthoc.maps.local_network import temperatures
+
         self._check_fitted(log_probabilities)
-        network = _network(self.channels + self.image_channels if self.channels else 0)
-        network.load_state_dict({name: torch.tensor(v) for name, v in self.parameters[0]["network"].items()})
-        inputs = _patches_first(torch.from_numpy(self._inputs(np.asarray(log_probabilities), image)))
-        with torch.inference_mode():
-            maps = torch.cat([_temperature(network, patch) for patch in inputs.split(1)])
-        return maps.double().numpy().reshape(np.shape(log_probabilities)[1:])
+        maps = temperatures(self.parameters[0]["network"], self._inputs(np.asarray(log_probabilities), image))
+        return maps.reshape(np.shape(log_probabilities)[1:])
 
     def apply(self, log_probabilities: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
         """Calibrated probabilities float64 (C, *S); arguments as ``fit``.
@@ -140,11 +141,11 @@ class LocalTemperature(Calibrator):
             raise ValueError("image_channels is no number of channels")
         width: int = (self.channels or 0) + images
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(len(_DILATIONS)):
-            shapes |= {f"{2 * layer}.weight": (_WIDTH, width, 3, 3, 3), f"{2 * layer}.bias": (_WIDTH,)}
-            width = _WIDTH
-        last = 2 * len(_DILATIONS)
-        shapes |= {f"{last}.weight": (1, _WIDTH, 1, 1, 1), f"{last}.bias": (1,)}
+        for layer in range(len(DILATIONS)):
+            shapes |= {f"{2 * layer}.weight": (WIDTH, width, 3, 3, 3), f"{2 * layer}.bias": (WIDTH,)}
+            width = WIDTH
+        last = 2 * len(DILATIONS)
+        shapes |= {f"{last}.weight": (1, WIDTH, 1, 1, 1), f"{last}.bias": (1,)}
         if not isinstance(state, dict) or state.keys() != shapes.keys():
             raise ValueError("not the layers of this network")
         for name, shape in shapes.items():
@@ -162,48 +163,3 @@ class LocalTemperature(Calibrator):
         if images.shape != (self.image_channels, *z.shape[1:]):
             raise ValueError(f"image {images.shape} does not fit {self.image_channels} channels of {z.shape[1:]}")
         return np.concatenate([seen, images.astype(np.float32)])
-
-    def _train(self, network: nn.Module, z: Tensor, inputs: Tensor, truth: Tensor, weight: Tensor) -> None:
-        """Adam on the weighted mean NLL; patches first, channels second."""
-        optimiser = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        order: list[int] = []
-        for _ in range(self.steps):
-            while len(order) < min(self.batch, len(z)):
-                order += torch.randperm(len(z)).tolist()
-            chosen, order = order[: self.batch], order[self.batch :]
-            scaled = z[chosen] / _temperature(network, inputs[chosen])
-            if self.multilabel:
-                nll = functional.binary_cross_entropy_with_logits(scaled, truth[chosen], reduction="none")
-            else:
-                nll = functional.cross_entropy(scaled, truth[chosen][:, 0], reduction="none")[:, None]
-            loss = (nll * weight[chosen]).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-
-
-def _network(channels: int) -> nn.Sequential:
-    """Three dilated convolutions and one voxel-wise, which is zero; every voxel sees ``margin`` voxels around it."""
-    layers: list[nn.Module] = []
-    for dilation in _DILATIONS:
-        convolution = nn.Conv3d(channels, _WIDTH, 3, padding=dilation, dilation=dilation, padding_mode="replicate")
-        layers += [convolution, nn.LeakyReLU(0.1)]
-        channels = _WIDTH
-    last = nn.Conv3d(channels, 1, 1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-    return nn.Sequential(*layers, last)
-
-
-def _temperature(network: nn.Module, inputs: Tensor) -> Tensor:
-    """T (B, 1, z, y, x); 1 where the network says 0."""
-    one = torch.tensor(math.log(math.e - 1))
-    return (functional.softplus(network(inputs) + one) / functional.softplus(one)).clamp(min=_COLDEST)
-
-
-def _patches_first(volumes: Tensor) -> Tensor:
-    """(C, z, y, x) or (C, B, z, y, x) to (B, C, z, y, x)."""
-    return volumes[None] if volumes.ndim == 4 else volumes.transpose(0, 1)

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from nnunet_calib.posthoc.maps.calibrator import Calibrator
 
@@ -63,6 +62,8 @@ def in_full(part: np.ndarray) -> np.ndarray:
 def copy_into(source: np.ndarray, target: np.ndarray) -> None:
     """Copy (C, ...) into an array of perhaps another type; numpy converts half precision one value at a time."""
     if source.dtype != target.dtype and np.float16 in (source.dtype, target.dtype):
+        import torch  # not before it is needed: a wrong folder is told at once
+
         for one, other in zip(source, target, strict=True):
             torch.from_numpy(other).copy_(torch.from_numpy(one))
     else:
