@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from nnunet_calib.cli import checks
 from nnunet_calib.data.errors import InputError, UsageError
 
 HELP = "try it in five minutes: data, training, prediction, calibration, evaluation and report"
@@ -43,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Walk the road, print a line a step and the table."""
+    checks.at_least(0, seed=args.seed)
     from tqdm import tqdm
 
-    from nnunet_calib.demo.road import Road
+    from nnunet_calib.demo.road import Road, check_folder
 
-    if args.seed < 0:
-        raise UsageError(f"--seed must be 0 or larger, not {args.seed}")
+    check_folder(args.output.resolve(), args.seed)
     road = Road(args.output, _device(args.device), args.seed, args.fewshot)
     steps = road.steps()
     print(f"demo in {road.folder} on {road.device}, {len(steps)} steps")

@@ -38,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw and write the figure."""
-    from nnunet_calib.data.errors import UsageError
-    from nnunet_calib.report.diagram import reliability_diagram, save
+    from nnunet_calib.data.errors import UsageError, unknown
     from nnunet_calib.report.reliability import TOP, read_reliabilities
     from nnunet_calib.report.runs import check_comparable, common_cases, methods_of, parse_runs
 
     if args.output.suffix not in _FORMATS:
         raise UsageError(f"{args.output}: the file must end in {', '.join(_FORMATS)}")
+    if not args.output.absolute().parent.is_dir():
+        raise UsageError(f"{args.output}: there is no folder {args.output.absolute().parent}")
     runs = parse_runs(args.runs)
     methods = methods_of(runs)
     cases, _ = common_cases(methods, args.common)
@@ -53,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
     for name, trainings in methods.items():
         regions = read_reliabilities(trainings, cases)
         if args.region not in regions:
-            there = (
-                f"it has {', '.join(regions)}" if regions else "predict with --save_probabilities and evaluate again"
-            )
-            raise UsageError(f"{trainings[0].folder} has no bin counts of the region {args.region!r}; {there}")
+            there = "no bin counts; predict with --save_probabilities and evaluate again"
+            there = unknown("region", args.region, regions) if regions else there
+            raise UsageError(f"{trainings[0].folder}: {there}")
         counted[name] = regions[args.region]
     problems = _in_all(counted)
     names = {
@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
         wanted = [p for p in problems if p != TOP] if key == "classes" else [TOP if key == "top" else key]
         if key == "top" and TOP not in problems:  # regions have no top label
             wanted = [p for p in problems if p != TOP]
-        if unknown := [of for of in wanted if of not in problems]:
-            raise UsageError(
-                f"no class {unknown[0]!r}; there are top, classes, {', '.join(p for p in problems if p != TOP)}"
-            )
+        if strange := [of for of in wanted if of not in problems]:
+            raise UsageError(unknown("class", strange[0], ["top", "classes", *(p for p in problems if p != TOP)]))
         chosen += wanted
+    from nnunet_calib.report.diagram import reliability_diagram, save  # with matplotlib, which takes a second
+
     save(reliability_diagram(counted, list(dict.fromkeys(chosen)), names, args.region, args.aggregation), args.output)
     print(f"written to {args.output}")
     return 0

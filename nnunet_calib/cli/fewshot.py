@@ -4,9 +4,13 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.cli import checks
+from nnunet_calib.data.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from nnunet_calib.data.dataset import Dataset
 
 HELP = "a new structure from a few annotated volumes, on top of a trained model"
 
@@ -143,19 +147,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    from nnunet_calib.fewshot.task.naming import check_asked
+
     if args.refine and args.head != "linear":
         raise UsageError(f"--refine works with head linear, not {args.head}")
     if args.unlabelled is not None and args.head != "adapter":
         raise UsageError(f"--unlabelled works with head adapter, not {args.head}")
     _check_labels(args.label, args.ignore)
-    _at_least(1, chunks=args.chunks)
-    _at_least(0, seed=args.seed)
-    _at_least(FEWEST_SAMPLED, voxels=args.voxels)
+    checks.at_least(1, chunks=args.chunks)
+    checks.at_least(0, seed=args.seed)
+    checks.at_least(FEWEST_SAMPLED, voxels=args.voxels)
     if args.chunks > MOST_CHUNKS:
         raise UsageError(f"--chunks {args.chunks}: at most {MOST_CHUNKS}")
     if not 0 <= args.margin < 1:
         raise UsageError(f"--margin {args.margin:g}: it must be at least 0 and below 1")
     _check_limit(args.registration_limit)
+    base = _check_files(args, args.images, args.labels, args.unlabelled)
+    check_asked(args.name, args.inside, base)
     from nnunet_calib.fewshot.structure.fitted import Settings
     from nnunet_calib.fewshot.structure.objective import Objective
     from nnunet_calib.fewshot.task.fit import describe, fit_folder, task_file
@@ -199,6 +207,10 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _apply(args: argparse.Namespace) -> int:
+    checks.at_least(0, npp=args.npp)
+    if missing := [task for task in args.tasks if not task.exists()]:
+        raise InputError(f"{missing[0]}: there is no such task file")
+    _check_files(args, args.images)
     from nnunet_calib.fewshot.apply.folder import apply_folder
 
     reports = apply_folder(
@@ -228,18 +240,22 @@ def _apply(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def _check_files(args: argparse.Namespace, *folders: Path | None) -> "Dataset":
+    """Refuse a model or folders that are not there; the model's labels."""
+    from nnunet_calib.data.dataset import read_dataset
+    from nnunet_calib.data.model import checkpoints_of
+
+    checks.step_size(args.step_size)
+    checks.folders(*folders, args.prev_stage_predictions)
+    checkpoints_of(args.model, args.folds, args.chk)
+    return read_dataset(args.model / "dataset.json", args.model / "plans.json")
+
+
 def _size(measured: Mapping[str, Any]) -> str:
     """Size of a structure: ml, or what a 2D image has instead."""
     if "area_mm2" in measured:
         return f"{measured['area_mm2']:.1f} mm2"
     return f"{measured['pixels']:.0f} pixels" if "pixels" in measured else f"{measured['volume_mm3'] / 1000:.2f} ml"
-
-
-def _at_least(least: int, **values: int | None) -> None:
-    """Refuse whole numbers below the least that makes sense."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UsageError(f"--{name} {value}: it must be {least} or more")
 
 
 def _check_limit(seconds: float) -> None:
@@ -349,13 +365,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     _check_labels(args.label, None)
-    _at_least(1, chunks=min(args.chunks), sets=args.sets)
-    _at_least(FEWEST_SAMPLED, voxels=args.voxels)
+    checks.at_least(1, chunks=min(args.chunks), sets=args.sets)
+    checks.at_least(FEWEST_SAMPLED, voxels=args.voxels)
     if min(args.k) < 1:
         raise UsageError(f"-k {min(args.k)}: it must be 1 or more")
     if not all(0 <= weight < float("inf") for weight in args.refine):
         raise UsageError("--refine: weights of the entropy are 0 or more")
     _check_limit(args.registration_limit)
+    _check_files(args, args.images, args.labels, *(args.queries or ()), args.base_labels)
     from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
     from nnunet_calib.fewshot.volume.registration import Registration
 
@@ -419,8 +436,6 @@ def _prediction(args: argparse.Namespace) -> dict[str, Any]:
     device = args.device or ("cuda" if there["cuda"] else "cpu")
     if not there[device]:
         raise UsageError(f"-device {device}: torch finds none here; use -device cpu")
-    if not 0 < args.step_size <= 1:
-        raise UsageError(f"-step_size {args.step_size:g}: it must be above 0 and at most 1")
     if device == "cpu":
         torch.set_num_threads(multiprocessing.cpu_count())  # as nnUNetv2_predict does
     return {

@@ -5,10 +5,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import nnunet_calib
-from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.errors import InputError, UsageError, unknown
 
 VERBS = (
     "demo",
@@ -30,7 +30,12 @@ VERBS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, as every error is told; the usage is in --help."""
+    """Tells what is wrong in one line, as every error is told, and the nearest choice; the usage is in --help."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        raise argparse.ArgumentError(action, unknown("choice", str(value), action.choices))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

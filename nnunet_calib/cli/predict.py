@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from nnunet_calib.cli import checks
+
 HELP = "predict with a trained model: label maps, calibrated probabilities, maps and scores in one pass"
 
 
@@ -56,13 +58,21 @@ def run(args: argparse.Namespace) -> int:
     """Predict the folder; 1 if a case failed."""
     folder = args.model or _folder(args)
     from nnunet_calib.data.errors import UsageError
+    from nnunet_calib.data.model import checkpoints_of
 
-    if not args.images.is_dir():
-        raise UsageError(f"{args.images} is not a folder")
+    checks.folders(args.images, args.reference, args.prev_stage_predictions)
+    checks.at_least(1, num_parts=args.num_parts)
+    checks.at_least(0, npp=args.npp, nps=args.nps)
+    checks.step_size(args.step_size)
     if not 0 <= args.part_id < args.num_parts:
         raise UsageError(f"-part_id is from 0 to {args.num_parts - 1}, not {args.part_id}")
-    if not 0 < args.step_size <= 1:
-        raise UsageError(f"-step_size is above 0 and at most 1, not {args.step_size}")
+    checkpoints_of(folder, args.folds, args.chk)
+    calibration = None
+    if args.calibrator:
+        from nnunet_calib.posthoc.folders.apply import open_calibration
+
+        files = (folder / "dataset.json", folder / "plans.json")
+        calibration = open_calibration(args.calibrator, folder, *files, model=folder, any_model=args.any_model)
     import torch
     from tqdm import tqdm
 
@@ -74,12 +84,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no CUDA device here; use -device cpu")
     torch.set_num_threads(os.cpu_count() or 1 if args.device == "cpu" else 1)  # as nnUNetv2_predict
     model = TrainedModel(folder, args.folds, args.chk)
-    calibration = None
-    if args.calibrator:
-        from nnunet_calib.posthoc.folders.apply import open_calibration
-
-        files = (folder / "dataset.json", folder / "plans.json")
-        calibration = open_calibration(args.calibrator, folder, *files, model=folder, any_model=args.any_model)
     done = predict_folder(
         model,
         args.images,

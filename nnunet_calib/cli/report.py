@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nnunet_calib.cli import checks
 from nnunet_calib.cli.compare import add_selection, compare_selected
 
 HELP = "one HTML page: which method and how sure, reliability diagrams, ranks, the worst cases"
@@ -33,15 +34,13 @@ def run(args: argparse.Namespace) -> int:
     """Compare and write the page."""
     from nnunet_calib.data.dataset import read_dataset, require_dataset_json
     from nnunet_calib.data.errors import UsageError
-    from nnunet_calib.report.page import write_report
-    from nnunet_calib.report.tables import answer
 
     if args.output.suffix not in (".html", ".htm"):
         raise UsageError(f"{args.output}: the file must end in .html")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"{args.output}: there is no folder {args.output.absolute().parent}")
-    if args.images is not None and not args.images.is_dir():
-        raise UsageError(f"{args.images} is not a folder")
+    checks.folders(args.images)
+    checks.at_least(0, pictured=args.pictured)
     comparison = compare_selected(args)
     dataset = None
     if args.images is not None:
@@ -49,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
         record = run_.records[comparison.cases[0]]
         places = [Path(record[key]).parent for key in ("prediction_file", "reference_file")]
         dataset = read_dataset(args.djfile or require_dataset_json(*places))
+    from nnunet_calib.report.page import write_report  # with matplotlib, which takes a second
+    from nnunet_calib.report.tables import answer
+
     problems = write_report(
         comparison, args.output, title=args.title, images=args.images, dataset=dataset, pictured=args.pictured
     )

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from nnunet_calib.cli import checks
+
 HELP = "validate a trained model: scores of each fold's own cases, and what calibrate fit needs"
 
 
@@ -34,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Validate the folds; 1 if a case failed."""
     from nnunet_calib.data.errors import UsageError
+    from nnunet_calib.data.model import checkpoints_of
 
-    if not args.model.is_dir():
-        raise UsageError(f"{args.model} is not a folder")
+    checkpoints_of(args.model, args.folds, args.chk)
+    checks.folders(args.prev_stage_predictions)
     import os
 
     import torch

@@ -25,3 +25,10 @@ def did_you_mean(name: str, known: Iterable[object]) -> str:
     """``; did you mean margin?`` for the end of a message; empty if no known name is near."""
     near = nearest(name, known)
     return f"; did you mean {near}?" if near else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[object]) -> str:
+    """``no metric 'Dise'; did you mean Dice? There are Dice, IoU``."""
+    names = [str(entry) for entry in known]
+    near = nearest(name, names)
+    return f"no {kind} {name!r}; {f'did you mean {near}? There' if near else 'there'} are {', '.join(names)}"

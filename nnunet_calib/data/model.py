@@ -3,15 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_calib.data.dataset import Dataset, find_model_file, key
-from nnunet_calib.data.errors import InputError
+from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 
-_CHECKPOINT = "checkpoint_final.pth"
+CHECKPOINT = "checkpoint_final.pth"
+"""What ``nnUNetv2_train`` leaves in a fold at its end."""
+
 _COMPARED = ("classes", "plans", "trainer", "configuration")
 
 
@@ -19,6 +21,38 @@ def fold_folders(folder: Path) -> dict[str, Path]:
     """The folds of a trained model's folder by number; none if it is another folder. ``fold_all`` validates nothing."""
     folds = {path.name.removeprefix("fold_"): path for path in folder.glob("fold_*") if path.is_dir()}
     return {number: folds[number] for number in sorted(folds) if number.isdecimal()}
+
+
+def checkpoints_of(
+    folder: Path, folds: Sequence[str | int] | None = None, checkpoint: str = CHECKPOINT
+) -> dict[str, Path]:
+    """The checkpoints of a trained model, by fold.
+
+    Args:
+        folder: with ``plans.json``, ``dataset.json`` and ``fold_*``.
+        folds: which of them; as in nnU-Net's own detection all numbered ones if None, or ``all`` where it is alone.
+        checkpoint: name of the file in each fold.
+
+    Raises:
+        UsageError: not the folder of a trained model, or folds that are not there.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; name that of a trained model, TRAINER__PLANS__CONFIGURATION")
+    for name in ("plans.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"{folder} is not the folder of a trained model: no {name} in it; it is called "
+                "TRAINER__PLANS__CONFIGURATION"
+            )
+    files = {path.name.removeprefix("fold_"): path / checkpoint for path in sorted(folder.glob("fold_*"))}
+    there = {fold: file for fold, file in files.items() if file.is_file()}
+    if not there:
+        raise UsageError(f"{folder}: no fold with {checkpoint}; train one, or name another with -chk")
+    if folds is None:
+        return {fold: file for fold, file in there.items() if fold != "all"} or there
+    if missing := [fold for fold in map(str, folds) if fold not in there]:
+        raise UsageError(f"{folder}: no {checkpoint} in fold {missing[0]}; there are {', '.join(there)}")
+    return {fold: there[fold] for fold in map(str, folds)}
 
 
 def identify(folder: Path, dataset: Dataset) -> dict[str, Any]:
@@ -49,7 +83,7 @@ def identify(folder: Path, dataset: Dataset) -> dict[str, Any]:
         return found
     if named := re.fullmatch(r"(.+?)__(.+)__(.+?)", model.name):
         found |= {"trainer": named[1], "plans_name": named[2], "configuration": named[3]}
-    checkpoints = {number: path / _CHECKPOINT for number, path in folds.items()}
+    checkpoints = {number: path / CHECKPOINT for number, path in folds.items()}
     return found | {"checkpoints": {n: file_sha256(path) for n, path in checkpoints.items() if path.is_file()}}
 
 

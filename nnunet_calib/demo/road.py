@@ -30,7 +30,6 @@ from nnunet_calib.posthoc.folders.apply import open_calibration
 from nnunet_calib.posthoc.folders.fit import fit_folder
 from nnunet_calib.posthoc.maps.calibrator import FILE_NAME
 from nnunet_calib.report.comparison import compare
-from nnunet_calib.report.page import write_report
 from nnunet_calib.report.runs import parse_runs
 from nnunet_calib.report.tables import write_tables
 
@@ -112,6 +111,31 @@ class Row:
     ece: float
     cece: float
     nll: float
+
+
+def check_folder(folder: Path, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Refuse a folder with other content, which the commands would mix with.
+
+    Returns:
+        The file that marks it as this demo's, and what it says.
+
+    Raises:
+        UsageError: as said.
+    """
+    marker = folder / "demo.json"
+    ours = {"version": nnunet_calib.__version__, "seed": seed, "settings": SETTINGS}
+    if marker.is_file():
+        theirs = read_json(marker)
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        if differing:
+            key = differing[0]
+            what = f"a demo with {key} {theirs.get(key)}, not {ours[key]}"
+            raise UsageError(f"{folder} holds {what}; choose another folder with -o")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and no demo's folder; choose another one with -o")
+    elif folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; choose another one with -o")
+    return marker, ours
 
 
 class Road:
@@ -217,19 +241,7 @@ class Road:
 
     def _claim(self) -> None:
         """Mark the folder as this demo's; refuse one with other content, the commands would mix with it."""
-        marker = self.folder / "demo.json"
-        ours = {"version": nnunet_calib.__version__, "seed": self.seed, "settings": SETTINGS}
-        if marker.is_file():
-            theirs = read_json(marker)
-            differing = [key for key in ours if theirs.get(key) != ours[key]]
-            if differing:
-                key = differing[0]
-                what = f"a demo with {key} {theirs.get(key)}, not {ours[key]}"
-                raise UsageError(f"{self.folder} holds {what}; choose another folder with -o")
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UsageError(f"{self.folder} is not empty and no demo's folder; choose another one with -o")
-        elif self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder} is not a folder; choose another one with -o")
+        marker, ours = check_folder(self.folder, self.seed)
         self.logs.mkdir(parents=True, exist_ok=True)
         write_whole(marker, json.dumps(ours, indent=2) + "\n")
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.variables.items()]
@@ -357,6 +369,8 @@ class Road:
 
     def _reporting(self) -> Step:
         def work(tick: Tick) -> None:
+            from nnunet_calib.report.page import write_report  # with matplotlib, which takes a second
+
             compared = compare(parse_runs(self._compared()))
             write_tables(compared, self.comparison, "CalibDemo")
             dataset = read_dataset(self.raw / "dataset.json")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_calib.data.dataset import Dataset, key
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.errors import UsageError, nearest
 from nnunet_calib.metrics import BINS, BOUNDARY_MM, MAX_BINS, RULES, SURFACES, THRESHOLD
 
 
@@ -73,9 +73,12 @@ class Protocol:
         Raises:
             UsageError: a tolerance for an unknown structure, or the NACL protocol for regions.
         """
-        known = [key(structure) for structure in dataset.structures]
-        if unknown := sorted(set(self.structure_tolerances) - set(known)):
-            raise UsageError(f"NSD tolerance for {unknown[0]!r}; the structures are {', '.join(known)}")
+        known = {key(structure): dataset.names[key(structure)] for structure in dataset.structures}
+        if unknown := sorted(set(self.structure_tolerances) - known.keys()):
+            near = nearest(unknown[0], known.values())
+            meant = "".join(f"did you mean {label}? There are " for label, name in known.items() if name == near)
+            named = ", ".join(f"{label} ({name})" for label, name in known.items())
+            raise UsageError(f"NSD tolerance for {unknown[0]!r}; {meant or 'the structures are '}{named}")
         if self.nacl and dataset.has_regions:
             raise UsageError("the protocol of MarginLoss and NACL is for labels, not for regions")
 

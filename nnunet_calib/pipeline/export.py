@@ -11,14 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-from nnunet_calib.data.checkpoints import read_checkpoint
 from nnunet_calib.data.dataset import read_dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, whole_file
-from nnunet_calib.data.model import check_same_model, file_sha256, identify
+from nnunet_calib.data.model import CHECKPOINT, check_same_model, checkpoints_of, file_sha256, identify
 from nnunet_calib.data.quiet import quiet
 
 PROVENANCE = "nnunet_calib_export.json"
@@ -41,7 +37,7 @@ def export_model(
     model: Path,
     output: Path,
     folds: Sequence[str] | None = None,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = CHECKPOINT,
     calibrator: Path | None = None,
 ) -> Exported:
     """Write a model that needs nothing of this package.
@@ -59,25 +55,24 @@ def export_model(
         calibrator: fitted to this model, put beside it; ``calibrator.json`` of the model's folder if None.
 
     Raises:
-        UsageError: the output is there already, or a fold has no checkpoint.
-        InputError: files that are no trained model, a checkpoint that holds more than weights and numbers, a network
+        UsageError: the output is there already, no trained model, or a fold that has no checkpoint.
+        InputError: files that cannot be used, a checkpoint that holds more than weights and numbers, a network
             that is not nnU-Net's own, or a calibrator of another model.
     """
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output} is there already; give a new name")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent} is no folder; make it first")
-    for name in _MODEL_FILES:
-        if not (model / name).is_file():
-            raise InputError(
-                f"{model}: no {name} in it; give the folder of a trained model, TRAINER__PLANS__CONFIGURATION"
-            )
+    chosen = list(checkpoints_of(model, folds, checkpoint))
     plans, dataset = read_json(model / "plans.json"), read_dataset(model / "dataset.json", model / "plans.json")
-    chosen = _folds(model, folds, checkpoint)
     calibrator = calibrator or next((file for file in [model / "calibrator.json"] if file.is_file()), None)
     identity = identify(model, dataset)
     if calibrator is not None:
         check_same_model(read_json(calibrator).get("model") or {}, identity, calibrator, model)
+
+    import torch  # not before it is needed: a wrong name is told at once
+
+    from nnunet_calib.data.checkpoints import read_checkpoint
 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         root = Path(temporary) / "model"
@@ -135,6 +130,8 @@ def stock_trainer(name: str) -> str:
     Raises:
         InputError: nnU-Net does not find the trainer, or the class that builds its network is not nnU-Net's.
     """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
     try:
         with quiet():  # where nnU-Net tells its search
             trainer = recursive_find_trainer_class_by_name(name)
@@ -147,16 +144,6 @@ def stock_trainer(name: str) -> str:
             "know; such a model runs only where that class is installed"
         )
     return owner.__name__
-
-
-def _folds(model: Path, wanted: Sequence[str] | None, checkpoint: str) -> list[str]:
-    there = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint}"))
-    if not there:
-        raise UsageError(f"{model}: no fold has {checkpoint}; train to the end, or name another with -chk")
-    missing = [fold for fold in wanted or () if fold not in there]
-    if missing:
-        raise UsageError(f"{model}: no {checkpoint} in fold {', '.join(missing)}; there is {', '.join(there)}")
-    return list(dict.fromkeys(wanted)) if wanted else [fold for fold in there if fold != "all"] or there
 
 
 def _trainer_and_configuration(content: dict[str, Any], source: Path) -> tuple[str, str]:

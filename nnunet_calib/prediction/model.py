@@ -14,10 +14,8 @@ from torch import nn
 from nnunet_calib.data.checkpoints import read_checkpoint
 from nnunet_calib.data.dataset import key, read_dataset
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.model import file_sha256, json_sha256
+from nnunet_calib.data.model import CHECKPOINT, checkpoints_of, file_sha256, json_sha256
 from nnunet_calib.data.plans import read_plans, resolve_configuration
-
-CHECKPOINT = "checkpoint_final.pth"
 
 
 class TrainedModel:
@@ -46,11 +44,8 @@ class TrainedModel:
 
     def __init__(self, folder: str | Path, folds: Sequence[str | int] | None = None, checkpoint: str = CHECKPOINT):
         self.folder = Path(folder)
-        for name in ("plans.json", "dataset.json"):
-            if not (self.folder / name).is_file():
-                raise UsageError(f"{self.folder} is not the folder of a trained model: no {name} in it")
+        self._files = checkpoints_of(self.folder, folds, checkpoint)
         self.dataset = read_dataset(self.folder / "dataset.json", self.folder / "plans.json")
-        self._files = self._checkpoints(folds, checkpoint)
         self.folds = tuple(self._files)
         contents = [read_checkpoint(file) for file in self._files.values()]
         plans = read_plans(self.folder / "plans.json")
@@ -139,18 +134,3 @@ class TrainedModel:
     @cached_property
     def _checksums(self) -> dict[str, str]:
         return {fold: file_sha256(file) for fold, file in self._files.items()}
-
-    def _checkpoints(self, folds: Sequence[str | int] | None, checkpoint: str) -> dict[str, Path]:
-        there = {
-            path.name.removeprefix("fold_"): path / checkpoint
-            for path in sorted(self.folder.glob("fold_*"))
-            if (path / checkpoint).is_file()
-        }
-        if not there:
-            raise UsageError(f"{self.folder}: no fold with {checkpoint}; train one, or name another with -chk")
-        if folds is None:
-            # nnU-Net's own detection leaves fold_all out too; alone it is the model.
-            return {fold: path for fold, path in there.items() if fold != "all"} or there
-        if missing := [fold for fold in map(str, folds) if fold not in there]:
-            raise UsageError(f"{self.folder}: no {checkpoint} in fold {missing[0]}; there are {', '.join(there)}")
-        return {fold: there[fold] for fold in map(str, folds)}

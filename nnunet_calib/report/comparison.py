@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from nnunet_calib.data.errors import UsageError
+from nnunet_calib.data.errors import UsageError, unknown
 from nnunet_calib.metrics import SCORES
 from nnunet_calib.report.groups import Groups, by_unit, no_groups
 from nnunet_calib.report.runs import Run, check_comparable, common_cases, methods_of
@@ -184,7 +184,7 @@ def compare(
     methods = methods_of(runs)
     baseline = next(iter(methods)) if baseline is None else baseline
     if baseline not in methods:
-        raise UsageError(f"no run is called {baseline!r}; there are {', '.join(methods)}")
+        raise UsageError(unknown("run", baseline, methods))
     cases, left_out = common_cases(methods, common)
     notes = check_comparable(runs, cases)
     groups = no_groups(cases) if groups is None else groups
@@ -207,16 +207,16 @@ def _specifications(
     regions = _in_all([run.regions for run in runs])
     asked = [_ALIASES.get(name, name) for name in (METRICS if metrics is None else metrics)]
     for name in asked:
-        known = {*overlap, *(SCORES if regions else ())}
+        known: set[str] = {*overlap, *(SCORES if regions else ())}
         if name in known or metrics is None:
             continue
         if name in SCORES:
             raise UsageError(
                 f"{name} needs probabilities, and not every run has them (predict with --save_probabilities)"
             )
-        raise UsageError(f"no metric {name!r}; the runs have {', '.join(sorted(known, key=str.lower))}")
+        raise UsageError(unknown("metric", name, sorted(known, key=str.lower)))
     if regions and region not in regions:
-        raise UsageError(f"no region {region!r}; every run has {', '.join(regions)}")
+        raise UsageError(unknown("region", region, regions))
     structures = runs[0].structures
     found: list[tuple[str, str, str, bool, bool]] = []
     for name in dict.fromkeys(asked):

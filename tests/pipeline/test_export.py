@@ -114,7 +114,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, output, capsys):
 
 @pytest.mark.parametrize(
     ("words", "message", "code"),
-    [(["-f", "3"], "no checkpoint_final.pth in fold 3; there is 0", 2), (["-chk", "x.pth"], "no fold has x.pth", 2)],
+    [(["-f", "3"], "no checkpoint_final.pth in fold 3; there are 0", 2), (["-chk", "x.pth"], "no fold with x.pth", 2)],
 )
 def test_folds_that_are_not_there_are_named(tmp_path, words, message, code, capsys):
     assert main(["export", str(trained("MbLSTrainer")), "-o", str(tmp_path / "stock"), *words]) == code
@@ -139,7 +139,7 @@ def test_the_stock_class_is_the_one_whose_network_it_is(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
-    assert main(["export", str(tmp_path), "-o", str(tmp_path / "stock")]) == 1
+    assert main(["export", str(tmp_path), "-o", str(tmp_path / "stock")]) == 2
     assert "no plans.json in it" in capsys.readouterr().err
 
 

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden, read_json, write_whole
-from nnunet_calib.data.model import file_sha256
+from nnunet_calib.data.model import CHECKPOINT, file_sha256
 from nnunet_calib.fewshot.apply.files import make_folders, report_of, write_case
 from nnunet_calib.fewshot.apply.query import Structures, find_structures
-from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
+from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.files import Volume, read_volume

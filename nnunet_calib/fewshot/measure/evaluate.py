@@ -22,6 +22,7 @@ from tqdm import tqdm
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_named
 from nnunet_calib.data.images import read_labels
+from nnunet_calib.data.model import CHECKPOINT
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.apply.refine import refine_on_query
 from nnunet_calib.fewshot.measure.cache import FeatureCache
@@ -30,7 +31,7 @@ from nnunet_calib.fewshot.measure.pairs import identity, read_pairs, write_resul
 from nnunet_calib.fewshot.measure.protocols import PAPER, PAPER_CHUNKS, REAL, Episode, paper_episodes, real_episodes
 from nnunet_calib.fewshot.measure.registered import REGISTRATION, propagated
 from nnunet_calib.fewshot.measure.scores import novel_scores
-from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
+from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.fitted import (
     FittedStructure,

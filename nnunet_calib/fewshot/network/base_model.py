@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunet_calib.data.model import CHECKPOINT
 from nnunet_calib.fewshot.network.features import check_decoder
-from nnunet_calib.prediction.model import CHECKPOINT, TrainedModel
+from nnunet_calib.prediction.model import TrainedModel
 
 
 class BaseModel(TrainedModel):

@@ -11,15 +11,16 @@ from tqdm import tqdm
 
 from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
+from nnunet_calib.data.model import CHECKPOINT
 from nnunet_calib.data.software import installed_versions
-from nnunet_calib.fewshot.network.base_model import CHECKPOINT, BaseModel
+from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.background import Background
 from nnunet_calib.fewshot.structure.fitted import Settings, fit_structure
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.file import ENDING, Task, thinned
-from nnunet_calib.fewshot.task.validity import valid_name
+from nnunet_calib.fewshot.task.naming import check_asked, valid_name
 from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_supports, read_volume
 from nnunet_calib.fewshot.volume.registration import Registrar
 from nnunet_calib.fewshot.volume.sampling import VOXELS
@@ -92,11 +93,7 @@ def fit_folder(
     file = task_file(Path(output), name)
     model = BaseModel(model_folder, folds, checkpoint)
     model.check_previous_stage(previous)
-    known = model.dataset.labels
-    if unknown := sorted(set(inside or ()) - set(known) | {0} & set(inside or ())):
-        raise UsageError(f"--inside {unknown[0]}: the model's labels are {', '.join(map(str, known))}")
-    if name in model.dataset.content["labels"]:
-        raise UsageError(f"the model has a class {name!r} already; choose another --name")
+    check_asked(name, inside, model.dataset)
     cases = find_supports(Path(images), Path(labels), model.dataset.file_ending)
     others = {} if unlabelled is None else find_images(unlabelled, model.dataset.file_ending)
     if unlabelled is not None and unlabelled.resolve() == Path(images).resolve():

@@ -15,32 +15,15 @@ from nnunet_calib.fewshot.structure.fitted import Atlas, FittedStructure, Settin
 from nnunet_calib.fewshot.structure.heads import HEADS, AdapterHead, LinearHead
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.structure.prior import Places, SizePrior
+from nnunet_calib.fewshot.task.naming import valid_name
 from nnunet_calib.fewshot.volume.atlas import CAP_MM
 from nnunet_calib.fewshot.volume.files import UNKNOWN
 from nnunet_calib.fewshot.volume.frame import MODES, Frame
 from nnunet_calib.fewshot.volume.registration import KINDS, MOST_VOXELS
 
 MOST_CHUNKS = 1000
-_LONGEST_NAME = 100
-_FORBIDDEN = set('/\\:*?"<>|')
-_ENDINGS = (".json", ".npz", ".pkl", ".fewshot")
-_RESERVED = ("background", "ignore")
 _MOST_SUPPORTS = 1000
 _EXTENTS = ("aligned", "volume")
-
-
-def valid_name(name: object) -> bool:
-    """Whether it can name a structure, and a folder or file inside the one that a user has named, on any system."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= _LONGEST_NAME
-        and name.isprintable()
-        and not set(name) & _FORBIDDEN
-        and name == name.strip()
-        and name[0] not in ".-"
-        and not name.endswith((".", *_ENDINGS))
-        and name not in _RESERVED
-    )
 
 
 def check_parts(
