@@ -74,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.description = (
         "Compare the confidences of new cases, without references, with those of the cases the\n"
         "calibrator was fitted to, and warn where they differ more than chance explains. PSI, the\n"
-        "population stability index, is 0 for the same confidences and grows with the difference."
+        "population stability index, is 0 for the same confidences and grows with the difference;\n"
+        "p is the share of cases like those of the fit that differ as much. Each case, and all of\n"
+        "them together, are called unlike the fit from p = 0.05 down."
     )
     check.epilog = "example:\n  nnunet-calib calibrate check calibrator -i predictions"
     _add_predictions(check)
@@ -137,27 +139,42 @@ def _check(args: argparse.Namespace) -> int:
     from nnunet_calib.posthoc.folders.check import check_folder
 
     found = check_folder(args.calibrator, args.predictions, args.djfile, model=args.model, any_model=args.any_model)
-    for name, psi in sorted(found["cases"].items(), key=lambda item: -item[1]):
-        print(f"{name:<32} PSI {psi:.3f}" + ("  more than chance" if psi > found["case_limit"] else ""))
+    for name, case in sorted(found["cases"].items(), key=lambda item: -item[1]["psi"]):
+        verdict = "  unlike the fit" if case["unlike"] else ""
+        print(f"{name:<32} PSI {case['psi']:.3f}  p {case['p']:.3f}{verdict}")
     for name in found["left_out"]:
         print(f"{name:<32} no foreground predicted")
     _tell_left_out(found["without_probabilities"])
-    if found["cases"]:
-        limits = f"{found['case_limit']:.3f} is chance for one case, up to {found['limit']:.3f} for all of these"
-        sure = f"{found['confidence']:.2f} here, {found['fit_confidence']:.2f} in the cases of the fit"
-        print(f"up to {limits}\nmean confidence in the predicted foreground: {sure}")
-        like = "do not look" if found["shifted"] else "look"
-        print(f"PSI {found['psi']:.3f} of all: these cases {like} like those of the fit")
-    else:
+    if not found["cases"]:
         print("no foreground is predicted in any case: nothing to compare")
-    if not found["shifted"]:
-        return 0
-    print(
-        "nnunet-calib calibrate: warning: the confidences of these cases are not like those of the fit; "
-        "do not rely on the calibrator here before checking it on cases with references",
-        file=sys.stderr,
-    )
+    else:
+        print("\n".join(_verdicts(found)))
+    if found["shifted"]:
+        print(
+            "nnunet-calib calibrate: warning: the confidences of these cases are not like those of the fit; "
+            "do not rely on the calibrator here before checking it on cases with references",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _verdicts(found: dict[str, Any]) -> Iterator[str]:
+    """One sentence on single cases, one on all of them."""
+    from nnunet_calib.posthoc.folders.check import FEWEST, LEVEL
+
+    new, fitted = len(found["cases"]), counted(found["fit_cases"], "case")
+    if found["fit_cases"] < FEWEST:
+        yield f"single cases: not judged; the fit has {fitted}, {FEWEST} are needed to tell one from them"
+    else:
+        unlike = sum(case["unlike"] for case in found["cases"].values())
+        chance = f"of cases like those of the fit at most {LEVEL:.0%} are called so"
+        yield f"single cases: {unlike} of {new} unlike the {fitted} of the fit; {chance}"
+    yield (
+        f"mean confidence in the predicted foreground: {found['confidence']:.2f} here, "
+        f"{found['fit_confidence']:.2f} in the cases of the fit"
+    )
+    like = "do not look" if found["shifted"] else "look"
+    yield f"all together, PSI {found['psi']:.3f}, p {found['p']:.3f}: these cases {like} like those of the fit"
 
 
 def _tell_left_out(names: list[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import nnunet_calib
-from nnunet_calib.data.errors import InputError, UsageError, unknown
+from nnunet_calib.data.errors import InputError, UsageError, did_you_mean
 
 VERBS = (
     "demo",
@@ -33,9 +33,11 @@ class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line, as every error is told, and the nearest choice; the usage is in --help."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is None or value in action.choices:
-            return
-        raise argparse.ArgumentError(action, unknown("choice", str(value), action.choices))
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), action.choices or ())
+            raise
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(Exception):
@@ -12,7 +13,7 @@ class UsageError(Exception):
     """The request itself makes no sense; the message says what is allowed. Exit code 2."""
 
 
-def nearest(name: str, known: Iterable[object]) -> str | None:
+def nearest(name: str, known: Iterable[Any]) -> str | None:
     """The known name that an unknown one looks like; None if there is none."""
     of_lower = {str(entry).lower(): str(entry) for entry in known}
     lower = name.lower()
@@ -21,13 +22,13 @@ def nearest(name: str, known: Iterable[object]) -> str | None:
     return of_lower[near[0]] if near else None
 
 
-def did_you_mean(name: str, known: Iterable[object]) -> str:
+def did_you_mean(name: str, known: Iterable[Any]) -> str:
     """``; did you mean margin?`` for the end of a message; empty if no known name is near."""
     near = nearest(name, known)
     return f"; did you mean {near}?" if near else ""
 
 
-def unknown(kind: str, name: str, known: Iterable[object]) -> str:
+def unknown(kind: str, name: str, known: Iterable[Any]) -> str:
     """``no metric 'Dise'; did you mean Dice? There are Dice, IoU``."""
     names = [str(entry) for entry in known]
     near = nearest(name, names)

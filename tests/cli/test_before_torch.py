@@ -85,7 +85,7 @@ def command_lines(root: Path) -> list[tuple[list[str], int, str]]:
     apply = ["fewshot", "apply", m, str(task), "-i", images, "-o", out]
     return [
         # names
-        (["evalute"], 2, "no choice 'evalute'; did you mean evaluate?"),
+        (["evalute"], 2, "did you mean evaluate?"),
         (["trainers", "MbLsTrainr"], 2, "did you mean MbLSTrainer?"),
         ([*configure, "--set", "margn=3"], 2, "did you mean margin (of MbLSTrainer, CRaCTrainer)?"),
         ([*configure, "--set", "margn=3", "-tr", "NACLTrainer"], 2, "allowed: border, calibrate_from"),

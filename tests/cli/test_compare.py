@@ -34,9 +34,9 @@ def test_patients_and_all_pairs(words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "complaint", "code"),
     [
-        (["--metrics", "Dise"], "no metric 'Dise'; the runs have", 2),
-        (["--region", "border"], "no region 'border'; every run has volume, foreground", 2),
-        (["--baseline", "sota"], "no run is called 'sota'; there are stock, ours", 2),
+        (["--metrics", "Dise"], "no metric 'Dise'; did you mean Dice? There are ACE", 2),
+        (["--region", "border"], "no region 'border'; there are volume, foreground", 2),
+        (["--baseline", "sota"], "no run 'sota'; there are stock, ours", 2),
         (["{tmp}/empty"], "no summary.json in", 2),
         (["{tmp}/nowhere"], "is not a folder", 2),
         (["{tmp}/stock"], "is given twice", 2),

@@ -103,7 +103,7 @@ def test_the_diagram_is_a_whole_file(root, tmp_path, ending):
     [
         (["-o", "d.gif"], "must end in .svg, .pdf, .png"),
         (["-o", "d.svg", "--of", "7"], "no class '7'; there are top, classes, 0, 1, 2"),
-        (["-o", "d.svg", "--region", "border"], "no bin counts of the region 'border'; it has volume"),
+        (["-o", "d.svg", "--region", "border"], "no region 'border'; there are volume"),
     ],
 )
 def test_bad_usage_of_diagram_is_one_line(root, capsys, more, complaint):

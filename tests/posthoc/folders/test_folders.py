@@ -343,8 +343,10 @@ def test_new_cases_like_the_old_and_unlike(tmp_path):
     assert not check_folder(tmp_path / "out", same.prediction)["shifted"]
     found = check_folder(tmp_path / "out", other.prediction)
     assert found["shifted"]
-    assert found["psi"] > found["limit"]
-    assert min(found["cases"].values()) > found["case_limit"]
+    assert found["p"] == 1 / 165  # of the divisions of 11 cases into 3 and 8
+    assert {case["p"] for case in found["cases"].values()} == {1 / 9}  # 8 cases of the fit are too few for a verdict
+    assert found["fit_cases"] == 8
+    assert not any(case["unlike"] for case in found["cases"].values())
     assert found["confidence"] < found["fit_confidence"] - 0.1
     assert sorted(found["cases"]) == ["case_20", "case_21", "case_22"]
 
