@@ -42,6 +42,29 @@ class Place:
     affine: np.ndarray | None = None
     unit: str = "mm"
 
+    @property
+    def oblique(self) -> np.ndarray | None:
+        """Steps of the array's axes (z, y, x), mm, one a column of (3, 3), where these are not at right angles."""
+        if self.affine is None:
+            return None
+        steps = self.affine[:3, 2::-1]
+        cosines = steps.T @ steps / np.outer(self.spacing, self.spacing)
+        return steps if np.abs(cosines - np.diag(np.diag(cosines))).max() > _DIRECTION_TOLERANCE else None
+
+    @property
+    def voxel(self) -> float:
+        """Volume of a voxel, mm3."""
+        steps = self.oblique
+        return float(np.prod(self.spacing) if steps is None else abs(np.linalg.det(steps)))
+
+    def with_axes(self, order: Sequence[int]) -> "Place":
+        """Of the array with its axes in this order."""
+        affine = None
+        if self.affine is not None:
+            affine = self.affine.copy()
+            affine[:, :3] = self.affine[:, 2::-1][:, list(order)][:, ::-1]
+        return replace(self, spacing=tuple(self.spacing[axis] for axis in order), affine=affine)
+
     def in_unit(self, unit: str) -> "Place":
         """The same numbers, meant in this unit."""
         factor = nifti.in_mm(unit)

@@ -107,7 +107,15 @@ def score(
             is used before the next is asked for. Empty: no probabilities.
         notes: of the segmentation that the probabilities decide for, what a reader should know.
         channels: the probabilities once more, for the protocol of NACL.
+
+    Raises:
+        InputError: axes that are not at right angles, and a protocol that needs them.
     """
+    if reference.place.oblique is not None and (protocol.surface != "voxel" or protocol.dilate or protocol.boundary):
+        raise InputError(
+            f"{reference.path}: its axes are not at right angles, which areas of surfaces, --dilate and --boundary "
+            "need; leave them out, or resample it and its prediction onto a grid whose axes are"
+        )
     valid = None if dataset.ignore_label is None else reference.labels != dataset.ignore_label
     statistics: dict[str, metrics.CalibrationStatistics] = {}
     said: list[str] = []
@@ -149,11 +157,12 @@ def _segmentation_scores(
         surface=protocol.surface,
         backend=_backend(protocol),
         device=protocol.device,
+        axes=reference.place.oblique,
     )
     # Formats without geometry have no volumes. Where a file has two axes, nnU-Net's third spacing is a placeholder:
     # an area is no volume.
     in_space = len(reference.place.geometry.get("origin", ())) == 3
-    mm3 = float(np.prod(reference.spacing)) if in_space else float("nan")
+    mm3 = reference.place.voxel if in_space else float("nan")
     rule = protocol.percentile_rule
     scored = {}
     for structure, overlap, distances in zip(dataset.structures, overlaps, measured, strict=True):

@@ -1,7 +1,7 @@
 """All that is made of one case's logits: its label map, probabilities, maps and scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,7 @@ class Prediction:
     def _as_seen(self, image: LabelImage) -> LabelImage:
         """A label map with its axes in the order of the plans."""
         order = self.grid.from_image
-        spacing = tuple(image.spacing[axis] for axis in order)
-        return LabelImage(image.path, image.labels.transpose(order), replace(image.place, spacing=spacing))
+        return LabelImage(image.path, image.labels.transpose(order), image.place.with_axes(order))
 
 
 def check_members(model: TrainedModel) -> None:

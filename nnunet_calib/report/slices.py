@@ -99,7 +99,7 @@ def _confidence(record: Any, dataset: Dataset, shape: tuple[int, ...]) -> np.nda
     file = record.get("probabilities_file")
     if not file or not is_named(Path(file)):
         return None
-    stored = ProbabilityFile(Path(file))
+    stored = ProbabilityFile(Path(file), exclusive=not dataset.has_regions)
     stored.check_fits(len(dataset.channels), shape, None)
     confidence = np.full(shape, np.inf if dataset.has_regions else 0.0, dtype=np.float32)
     for channel in stored.channels():

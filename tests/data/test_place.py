@@ -8,10 +8,12 @@ import tifffile
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from scipy import ndimage
 
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.images import (
+    Place,
     check_same_geometry,
     place_as_read,
     predicted_at,
@@ -204,3 +206,39 @@ def test_another_reader_reads_no_damaged_file(tmp_path):
 
 def test_what_a_reader_says_of_formats_without_place():
     assert place_as_read({"spacing": (999, 1, 1)}).affine is None
+
+
+def test_distances_and_volumes_where_axes_are_not_at_right_angles_are_those_of_the_voxels_as_they_lie(tmp_path, capsys):
+    """Against all pairs of surface voxels, at the places that the affine gives them."""
+    folders = Folders(tmp_path, {"background": 0, "a": 1})
+    reference = np.zeros((7, 8, 9), np.uint8)
+    reference[1:5, 2:6, 2:5] = 1
+    prediction = np.zeros_like(reference)
+    prediction[2:6, 2:6, 4:7] = 1
+    for folder, labels in ((folders.reference, reference), (folders.prediction, prediction)):
+        save(folder / "x.nii.gz", labels, sheared(0.9))
+    assert main(folders.words) == 0
+    (case,) = folders.summary()["metric_per_case"]
+
+    def places(labels):
+        inner = ndimage.binary_erosion(labels, ndimage.generate_binary_structure(3, 1))
+        return np.argwhere((labels > 0) & ~inner)[:, ::-1] @ sheared(0.9)[:3, :3].T
+
+    apart = np.linalg.norm(places(reference)[:, None] - places(prediction)[None], axis=2)
+    both = np.concatenate([apart.min(axis=0), apart.min(axis=1)])
+    assert case["metrics"]["1"]["HD"] == pytest.approx(both.max())
+    assert case["metrics"]["1"]["ASSD"] == pytest.approx(both.mean())
+    assert case["metrics"]["1"]["volume_ref_mm3"] == pytest.approx(48 * 1.0 * 1.5 * 2.0)  # shearing keeps volumes
+    assert main([*folders.words, "--boundary"]) == 1
+    assert "x.nii.gz: its axes are not at right angles" in capsys.readouterr().err
+
+
+def test_a_place_whose_axes_are_reordered_lies_where_it_lay():
+    affine = sheared(0.9)
+    place = Place((float(np.linalg.norm(affine[:3, 2])), 1.5, 1.0), {}, affine)
+    turned = place.with_axes((2, 0, 1))
+    assert turned.spacing == (1.0, place.spacing[0], 1.5)
+    voxel = np.array([1, 2, 3])  # of (z, y, x)
+    there, here = affine @ [3, 2, 1, 1], turned.affine @ [*voxel[[2, 0, 1]][::-1], 1]
+    assert here == pytest.approx(there)
+    assert turned.oblique == pytest.approx(place.oblique[:, [2, 0, 1]])

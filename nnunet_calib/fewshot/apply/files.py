@@ -119,7 +119,7 @@ def write_case(
 
 def report_of(volume: Volume, structures: Structures, found: Sequence[Found], voxels: Sequence[int]) -> dict[str, Any]:
     """What is told of a case; JSON."""
-    step = voxel_size(volume.place.spacing, volume.unit)
+    step = voxel_size(volume.place, volume.unit)
     measure = MEASURES[volume.unit]
     rows = zip(structures.tasks, structures.fitted, structures.values, found, voxels, strict=True)
     told: dict[str, Any] = {}

@@ -194,7 +194,7 @@ def read_volume(
         return volume
     return replace(
         volume,
-        structure_mm3=np.count_nonzero(structure) * voxel_size(spacing, unit),
+        structure_mm3=np.count_nonzero(structure) * voxel_size(place, unit),
         cut=_touches_border(structure) or _touch(structure, uncounted),
     )
 
@@ -210,9 +210,9 @@ MEASURES = {"mm3": "volume_mm3", "mm2": "area_mm2", "pixels": "pixels"}
 """Key in reports of a structure's size in each unit."""
 
 
-def voxel_size(spacing: Sequence[float], unit: str) -> float:
-    """Of one voxel of spacing (z, y, x), in its unit."""
-    return float(np.prod(spacing if unit == "mm3" else spacing[1:]))
+def voxel_size(place: Place, unit: str) -> float:
+    """Of one voxel, in its unit."""
+    return place.voxel if unit == "mm3" else float(np.prod(place.spacing[1:]))
 
 
 def to_image_grid(model: BaseModel, volume: Volume, channels: np.ndarray, fill: float) -> np.ndarray:

@@ -79,6 +79,7 @@ def structure_distances(
     surface: str = "voxel",
     backend: str = "auto",
     device: str = "cpu",
+    axes: np.ndarray | None = None,
 ) -> list[SurfaceDistances]:
     """Measure the surface distances of all structures of two label maps, exactly.
 
@@ -94,6 +95,8 @@ def structure_distances(
         backend: ``numpy``, ``numba`` (extra ``fast``), ``torch``, or ``auto``: numba if it is installed, else numpy.
             They agree to rounding.
         device: where torch computes, such as ``cuda``; the other backends are the processor's.
+        axes: (3, n), mm, where the array's axes are not at right angles: its columns are their steps. Of voxel surfaces
+            only, and searched in a tree whatever the backend.
 
     Returns:
         One ``SurfaceDistances`` per structure, in their order.
@@ -106,16 +109,21 @@ def structure_distances(
     _check(reference, prediction, spacing)
     _one_of("surface", surface, SURFACES)
     backend = available(backend)
-    axes, shape, step = _as_3d(reference.shape, spacing)
+    if axes is not None and surface != "voxel":
+        raise ValueError(f"a surface {surface!r} needs axes at right angles")
+    number, shape, step = _as_3d(reference.shape, spacing)
+    oblique = None if axes is None else np.zeros((3, 3))
+    if axes is not None and oblique is not None:
+        oblique[:, 3 - number :] = np.asarray(axes, dtype=np.float64)[:, extended_axes(reference.shape)]
     reference, prediction = (label_map(labels).reshape(shape) for labels in (reference, prediction))
     measured: dict[int, SurfaceDistances] = {}
     for layer in disjoint(structures):
         maps, wanted = relabelled(reference, prediction, {k: labels_of(structures[k]) for k in layer})
-        found = [surfaces(labels, axes, wanted, step, surface, backend=backend, device=device) for labels in maps]
+        found = [surfaces(labels, number, wanted, step, surface, backend=backend, device=device) for labels in maps]
         for k, ours, theirs in zip(layer, *found, strict=True):
             measured[k] = SurfaceDistances(
-                nearest(ours.points, theirs.points, step, backend=backend, device=device),
-                nearest(theirs.points, ours.points, step, backend=backend, device=device),
+                nearest(ours.points, theirs.points, step, backend=backend, device=device, axes=oblique),
+                nearest(theirs.points, ours.points, step, backend=backend, device=device, axes=oblique),
                 ours.areas,
                 theirs.areas,
             )

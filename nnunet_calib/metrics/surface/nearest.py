@@ -13,7 +13,13 @@ _VOXELS_PER_QUERY = 25  # of a distance transform that cost about as much as one
 
 
 def nearest(
-    source: np.ndarray, target: np.ndarray, spacing: np.ndarray, *, backend: str = "numpy", device: str = "cpu"
+    source: np.ndarray,
+    target: np.ndarray,
+    spacing: np.ndarray,
+    *,
+    backend: str = "numpy",
+    device: str = "cpu",
+    axes: np.ndarray | None = None,
 ) -> np.ndarray:
     """Measure how far every point is from the nearest point of the other set.
 
@@ -23,12 +29,15 @@ def nearest(
         spacing: float64 (3,), mm per axis.
         backend: ``numpy``, ``numba`` or ``torch``; the same result.
         device: of torch.
+        axes: float64 (3, 3), steps of the axes in mm, one a column, where they are not at right angles.
 
     Returns:
         float64 (n,), mm; infinite where ``target`` is empty.
     """
     if not source.size or not target.size:
         return np.full(source.shape[1], np.inf)
+    if axes is not None:
+        return cKDTree((axes @ target).T).query((axes @ source).T)[0]
     if backend == "numba":
         squared = _nearest_compiled(source, target, spacing)
         return np.sqrt(squared, out=squared)

@@ -6,7 +6,7 @@ import SimpleITK as sitk
 
 from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.images import place_as_read
+from nnunet_calib.data.images import Place, place_as_read
 from nnunet_calib.fewshot.volume.files import (
     IGNORED,
     STRUCTURE,
@@ -215,8 +215,8 @@ def test_the_placeholder_of_a_2d_image_is_no_millimetre():
     image = np.zeros((1, 1, 8, 8), dtype=np.float32)
     flat = {"sitk_stuff": {"origin": (0.0, 0.0), "direction": (1.0, 0.0, 0.0, 1.0)}, "spacing": (499.5, 0.5, 0.5)}
     assert unit_of(image, place_as_read(flat)) == "mm2"
-    assert voxel_size((499.5, 0.5, 0.5), "mm2") == 0.25
+    assert voxel_size(place_as_read(flat), "mm2") == 0.25
     assert unit_of(image, place_as_read({"spacing": (999, 1, 1)})) == "pixels"
     solid = {"sitk_stuff": {"origin": (0.0,) * 3, "direction": tuple(np.eye(3).ravel())}, "spacing": (1.0,) * 3}
     assert unit_of(image, place_as_read(solid)) == "mm3"
-    assert voxel_size((2.0, 0.5, 0.5), "mm3") == 0.5
+    assert voxel_size(Place((2.0, 0.5, 0.5), {}), "mm3") == 0.5
