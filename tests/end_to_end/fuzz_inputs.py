@@ -1,8 +1,8 @@
-"""Mutated inputs of an evaluation, and a process of its own that evaluates them: see ``test_fuzz.py``.
+"""Mutated inputs of all kinds, and a process of its own that uses them: see ``test_fuzz.py``.
 
-    python fuzz_inputs.py FOLDER
+    python fuzz_inputs.py FOLDER COUNT
 
-Writes one line of JSON an input: its name and either the error it ended in or None for a result.
+Writes one line of JSON an input: its name, which holds its seed, and either the error it ended in or None for a result.
 """
 
 import contextlib
@@ -17,13 +17,16 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
+import SimpleITK as sitk
+import tifffile
 
 SEED = 20261120
-COUNT = 300
 MEMORY = 1 << 30  # bytes of address space, beyond what it takes to import the libraries
 
 Edit = Callable[[bytes, random.Random], bytes]
@@ -260,62 +263,227 @@ def _plugin_chunk(content: bytes, header: dict) -> bytes:
     return struct.pack("<8sQII", content[:8], 24 + len(chunks), len(text), zlib.crc32(text)) + chunks + text
 
 
-def mutations(originals: dict[str, bytes], labels: np.ndarray, p: np.ndarray, trap: Path):
-    """Name, file to replace and its new content; ``COUNT`` of them, the same every time."""
-    rng = random.Random(SEED)
-    of_file = {
-        "predicted/case.npz": special_npz(p, trap),
-        "predicted/case.nii.gz": special_labels(labels),
-        "labelsTs/case.nii.gz": special_labels(labels)[:6],
-        "predicted/dataset.json": special_json(json.loads(originals["predicted/dataset.json"])),
-        "predicted/plans.json": [(f"text {t[:9]!r}", t) for t in (b"[" * 99_999, b"", b"[]", b'{"label_manager": {}}')],
-        "predicted/case.nncp": special_compact(originals["predicted/case.nncp"]),
-        "predicted/case_probabilities.nii.gz": [
+@dataclass(frozen=True)
+class Input:
+    """One mutated file.
+
+    Attributes:
+        name: with the seed of the edit.
+        file: that it takes the place of, relative to the folder of the fuzz.
+        content: of it.
+        kind: key of ``USES``.
+        vouched: the file has a checksum of its voxels and was edited as a file: other voxels must be noticed.
+    """
+
+    name: str
+    file: str
+    content: bytes
+    kind: str
+    vouched: bool = False
+
+
+FORMATS: dict[str, bool] = {"packed.mha": True, "plain.mha": False, "packed.nrrd": True, "plain.nrrd": False,
+                            "plain.gipl": False, "packed.tif": True, "plain.tif": False}  # fmt: skip
+"""Of label maps and images besides ``.nii.gz``, and whether they have a checksum of the voxels."""
+
+
+def ending_of(kind: str) -> str:
+    return ".nii.gz" if kind == "nifti" else Path(kind).suffix
+
+
+def write(path: Path, array: np.ndarray, packed: bool) -> None:
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, array, compression="zlib" if packed else None, photometric="minisblack")
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(path), packed)
+
+
+def prepare(root: Path) -> None:
+    """A folder of references and predictions, and an image, of every format, beside the one of NIfTI."""
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(root / "nifti" / "predicted" / "case.nii.gz")))
+    image = np.random.default_rng(SEED).normal(size=labels.shape).astype(np.float32)
+    for kind, packed in ({"nifti": True} | FORMATS).items():
+        folder, ending = root / kind, ending_of(kind)
+        for name in ("labelsTs", "predicted", "images"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        write(folder / "images" / f"case_0000{ending}", image, packed)
+        if kind != "nifti":
+            for name in ("labelsTs", "predicted"):
+                write(folder / name / f"case{ending}", labels, packed)
+            content = json.loads((root / "nifti" / "predicted" / "dataset.json").read_text())
+            (folder / "predicted" / "dataset.json").write_text(json.dumps(content | {"file_ending": ending}))
+
+
+def special_plans() -> list[tuple[str, bytes]]:
+    return [(f"text {text[:9]!r}", text) for text in (b"[" * 99_999, b"", b"[]", b'{"label_manager": {}}')]
+
+
+def special_calibrators(content: dict) -> list[tuple[str, bytes]]:
+    values = (None, True, -1, 0, 3.5, 1e9, 10**9, 10**30, float("nan"), "3", [], {}, [[]], [1], [1e300] * 3)
+    edited = [(f"{name} {value!r:.12}", content | {name: value}) for name in content for value in values]
+    return [(name, json.dumps(entry).encode()) for name, entry in edited]
+
+
+def special_tasks(content: bytes) -> list[tuple[str, bytes]]:
+    """Task files whose JSON says something else."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    (key,) = header["__metadata__"]
+    task = json.loads(header["__metadata__"][key])
+
+    def of(**change) -> bytes:
+        changed = header | {"__metadata__": {key: json.dumps(task | change)}}
+        text = json.dumps(changed).encode()
+        return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+    settings = [{"chunks": 12.5}, {"chunks": 10**9}, {"head": "os.system"}, {"extent": "../x"}, {"margin": -5}]
+    return [
+        *((f"name {name!r:.20}", of(name=name)) for name in ("../x", "/tmp/x", "a/b", "", "..", ".", "x" * 5000, 5)),
+        *((f"orientation {value!r:.20}", of(orientation=value)) for value in ("XYZ", "LP", None, "LLL")),
+        *((f"inside {value!r:.20}", of(inside=value)) for value in ([-1], [1e9], "1", [None])),
+        *((f"limit {value!r:.20}", of(presence_limit=value)) for value in (float("nan"), "1", None, 1e999)),
+        *((f"settings {change}", of(settings=task["settings"] | change)) for change in settings),
+        *((f"{name} gone", of(**{name: None})) for name in task),
+        ("huge tensor", content[:8] + content[8:].replace(b'"shape":[', b'"shape":[99999999', 1)),
+        ("header of 2^60", struct.pack("<Q", 1 << 60) + content[8:]),
+    ]
+
+
+def inputs(root: Path, count: int) -> list[Input]:
+    """``count`` of them, the same every time; what was made by hand first, then edits, each with a seed of its own."""
+    originals = {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*.*") if file.is_file()}
+    labels = np.asarray(
+        nibabel.Nifti1Image.from_bytes(gzip.decompress(originals["nifti/predicted/case.nii.gz"])).dataobj
+    )
+    p = np.load(root / "nifti" / "predicted" / "case.npz")["probabilities"]
+    by_hand = {
+        "nifti/predicted/case.npz": special_npz(p, root / "trap"),
+        "nifti/predicted/case.nii.gz": special_labels(labels),
+        "nifti/labelsTs/case.nii.gz": special_labels(labels)[:6],
+        "nifti/predicted/dataset.json": special_json(json.loads(originals["nifti/predicted/dataset.json"])),
+        "nifti/predicted/plans.json": special_plans(),
+        "nifti/predicted/case.nncp": special_compact(originals["nifti/predicted/case.nncp"]),
+        "nifti/predicted/case_probabilities.nii.gz": [
             ("NaN", nifti_of(np.full((12, 14, 6, 3), np.nan, dtype=np.float32))),
             ("int", nifti_of(np.ones((12, 14, 6, 3), dtype=np.int16))),
             ("3D", nifti_of(np.ones((12, 14, 6), dtype=np.float32))),
         ],
-    }
-    made = [(f"{file}: {name}", file, content) for file, entries in of_file.items() for name, content in entries]
-    gzipped = [nifti_field] * 4 + [inside_gzip(edit) for edit in BYTES] + BYTES
-    edits = {file: gzipped if file.endswith(".gz") else BYTES for file in of_file}
-    while len(made) < COUNT:
-        file = rng.choice(list(of_file))
-        edit = rng.choice(edits[file])
-        made.append((f"{file}: mutation {len(made)}", file, edit(originals[file], rng)))
-    return made
+        "calibrator.json": special_calibrators(json.loads(originals["calibrator.json"])),
+        "ball.fewshot": special_tasks(originals["ball.fewshot"]),
+    }  # fmt: skip
+    kinds = dict.fromkeys(by_hand, "evaluation") | {"calibrator.json": "calibrator", "ball.fewshot": "task"}
+    made = [
+        Input(f"{file}: {name}", file, content, kinds[file])
+        for file, entries in by_hand.items()
+        for name, content in entries
+    ]
+    checked = {"nifti/images/case_0000.nii.gz", "nifti/predicted/case.nii.gz", "nifti/labelsTs/case.nii.gz"}
+    kinds["nifti/images/case_0000.nii.gz"] = "image"
+    for kind, packed in FORMATS.items():
+        ending = ending_of(kind)
+        of_kind = {f"{kind}/{name}/case{ending}": "evaluation" for name in ("labelsTs", "predicted")}
+        kinds |= of_kind | {f"{kind}/images/case_0000{ending}": "image"}
+        checked |= {file for file in kinds if file.startswith(f"{kind}/") and packed}
+    order = random.Random(SEED).sample(list(kinds), len(kinds))
+    for number in range(len(made), count):
+        file, seed = order[number % len(order)], f"{SEED}-{number}"
+        rng = random.Random(seed)
+        inside = [nifti_field] * 4 + [inside_gzip(edit) for edit in BYTES] if file.endswith(".gz") else []
+        edit = rng.choice([*inside, *BYTES, *BYTES] if "images" in file else [*inside, *BYTES])
+        content = edit(originals[file], rng)
+        whole_stream = edit in BYTES
+        made.append(Input(f"{file}: seed {seed}", file, content, kinds[file], whole_stream and file in checked))
+    return made[:count]
 
 
-def evaluations(root: Path) -> Iterator[tuple[str, str | None]]:
-    """Evaluate the folder once for every mutation: its name and the error, if any; unexpected ones with their type."""
-    from nnunet_calib.data.errors import InputError, UsageError
+def evaluate(root: Path, file: str) -> None:
     from nnunet_calib.evaluation import evaluate_folder
 
-    originals = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
-    labels = np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(originals["predicted/case.nii.gz"])).dataobj)
-    p = np.load(root / "predicted" / "case.npz")["probabilities"]
-    probabilities = [name for name in originals if "probabilities" in name or name.endswith((".npz", ".nncp"))]
-    for name, file, content in mutations(originals, labels, p, root / "trap"):
-        print(name, file=sys.stderr, flush=True)  # the last one is to blame if the interpreter crashes
+    folder = root / file.partition("/")[0]
+    failed: list[str] = []
+    evaluate_folder(folder / "labelsTs", folder / "predicted", root / "scores", processes=1, on_failure=failed.append)
+    assert len(failed) < 2, failed
+    if failed:
+        raise Failed(failed[0])
+
+
+def read_an_image(root: Path, file: str) -> None:
+    from nnunet_calib.data.images import place_of, read_image
+
+    image, properties = read_image([root / file], reader_of(file))
+    place_of(root / file, properties)
+    assert np.isfinite(image).all() or file.endswith((".gipl", ".mha", ".nrrd", ".tif", ".gz"))
+
+
+def load_a_calibrator(root: Path, file: str) -> None:
+    from nnunet_calib.posthoc import load_calibrator
+
+    calibrator = load_calibrator(root / file)
+    p = calibrator.apply(np.zeros((calibrator.channels, 5)))
+    assert np.isfinite(p).all(), "a calibrator that gives numbers that are none"
+
+
+def load_a_task(root: Path, file: str) -> None:
+    from nnunet_calib.fewshot.task.file import Task
+
+    task = Task.load(root / file)
+    assert (root / "out" / task.name).resolve().parent == (root / "out").resolve(), "a task that leaves its folder"
+
+
+USES = {"evaluation": evaluate, "image": read_an_image, "calibrator": load_a_calibrator, "task": load_a_task}
+
+
+class Failed(Exception):
+    """A case that was reported and left out."""
+
+
+def reader_of(file: str) -> Any:
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+    return Tiff3DIO if file.endswith(".tif") else SimpleITKIO
+
+
+def voxels_of(path: Path) -> np.ndarray:
+    """What nnU-Net's reader makes of a file, damaged or not."""
+    return reader_of(path.name)().read_images([str(path)])[0]
+
+
+def outcomes(root: Path, count: int) -> Iterator[tuple[str, str | None]]:
+    """Use every input once: its name and the error, if any; unexpected ones with their type."""
+    from nnunet_calib.data.errors import InputError, UsageError
+
+    before = {file: (root / file).read_bytes() for file in sorted(_files(root))}
+    probabilities = [
+        f for f in before if f.startswith("nifti/predicted/") and ("probabilities" in f or f[-4:] in (".npz", "nncp"))
+    ]
+    true = {file: voxels_of(root / file) for file in before if "/case" in file and file not in probabilities}
+    for one in inputs(root, count):
+        print(one.name, file=sys.stderr, flush=True)  # the last one is to blame if the interpreter crashes
         for other in probabilities:  # the mutated one must be the one that is read
             (root / other).unlink(missing_ok=True)
-        if file not in probabilities:
-            (root / "predicted" / "case.npz").write_bytes(originals["predicted/case.npz"])
-        (root / file).write_bytes(content)
+        if one.file not in probabilities:
+            (root / "nifti/predicted/case.npz").write_bytes(before["nifti/predicted/case.npz"])
+        (root / one.file).write_bytes(one.content)
         shutil.rmtree(root / "scores", ignore_errors=True)
-        failed: list[str] = []
+        there, error = _files(root), None
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                evaluate_folder(
-                    root / "labelsTs", root / "predicted", root / "scores", processes=1, on_failure=failed.append
-                )
-        except (InputError, UsageError) as error:
-            failed.append(str(error))
-        except Exception as error:
-            failed.append(f"{type(error).__name__}: {error}")
-        (root / file).write_bytes(originals[file])
-        assert len(failed) < 2, failed
-        yield name, failed[0] if failed else None
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                USES[one.kind](root, one.file)
+        except (Failed, InputError, UsageError) as failure:
+            error = str(failure)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        if error is None and one.vouched and not np.array_equal(voxels_of(root / one.file), true[one.file]):
+            error = "TrustedError: other voxels were taken for whole"
+        if more := {file for file in _files(root) - there if not file.startswith("scores/")}:
+            error = f"WrittenError: {more}"
+        (root / one.file).write_bytes(before[one.file])
+        yield one.name, error
+
+
+def _files(root: Path) -> set[str]:
+    return {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
 
 
 if __name__ == "__main__":
@@ -323,9 +491,13 @@ if __name__ == "__main__":
 
     import nnunetv2.utilities.label_handling.label_handling  # noqa: F401
 
-    import nnunet_calib.evaluation  # noqa: F401
+    import nnunet_calib.evaluation
+    import nnunet_calib.fewshot.task.file
+    import nnunet_calib.posthoc  # noqa: F401
 
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    prepare(Path(sys.argv[1]))
     imported = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (imported + MEMORY,) * 2)
-    for case, outcome in evaluations(Path(sys.argv[1])):
+    for case, outcome in outcomes(Path(sys.argv[1]), int(sys.argv[2])):
         print(json.dumps([case, outcome]), flush=True)
