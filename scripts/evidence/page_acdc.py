@@ -57,13 +57,14 @@ def ours(rows: Rows = ROWS) -> list[str]:
     return [label for label in rows.labels if label != STOCK]
 
 
-def alone(method: str = NONE) -> list[str]:
-    """Every trainer with a calibrator minus stock with the same one: mean, interval, and every training."""
+def alone(method: str = NONE, base: str | None = None) -> list[str]:
+    """Every trainer with a calibrator minus stock with ``base``, or the same: mean, interval, every training."""
     lines = head("minus stock", "pairs")
+    base = method if base is None else base
     for label in ours():
         name, cells = called(label, method), []
         for column in COLUMNS:
-            effect = ROWS.effect(name, called(STOCK, method), column)
+            effect = ROWS.effect(name, called(STOCK, base), column)
             each = ", ".join(f"{value:+.{digits(column)}f}" for value in effect.each)
             cells.append(with_interval(effect, column) + (f"; each {each}" if len(effect.each) > 1 else ""))
         lines.append(f"| {written(label)} | {len(ROWS.numbers_of(label))} | {' | '.join(cells)} |")
@@ -72,6 +73,10 @@ def alone(method: str = NONE) -> list[str]:
 
 def by_isotonic() -> list[str]:
     return alone("isotonic")
+
+
+def against_temperature() -> list[str]:
+    return alone(NONE, "temperature")
 
 
 def by_temperature() -> list[str]:
@@ -116,7 +121,14 @@ def styled_figure() -> None:
 
 PAGE = Page(
     RESULTS / "acdc.md",
-    {"free step": free_step, "alone": alone, "isotonic": by_isotonic, "temperature": by_temperature, "chance": chance},
+    {
+        "free step": free_step,
+        "chance": chance,
+        "alone": alone,
+        "against temperature": against_temperature,
+        "isotonic": by_isotonic,
+        "temperature": by_temperature,
+    },
     ROWS.number,
     settings=frozenset({"1.5625", "2.5"}),
     rows=(ROWS,),

@@ -16,17 +16,15 @@ import numpy as np
 import torch
 from bench import Bench
 from fiducio import ArgmaxPreservingMatrixScaling, OrderPreservingMatrixScaling
+from penalties import FIT, drawn
 from protocol import Protocol
-from scores import opened, score_predictions, write_lines
+from scores import score_predictions, write_lines
 from tables import MEASURES, RESULTS, measures
 
-from nnunet_calib.data.images import read_labels
 from nnunet_calib.posthoc import CALIBRATORS
 from nnunet_calib.posthoc.folders.crossfit import NONE
-from nnunet_calib.posthoc.folders.sampling import class_index, open_probabilities
-from nnunet_calib.posthoc.maps.calibrator import Calibrator, log_probabilities
+from nnunet_calib.posthoc.maps.calibrator import Calibrator
 
-VOXELS = 4000  # of each case
 METHODS = ("temperature", "cmsop", "cmsap")
 THEIRS = {"cmsop": OrderPreservingMatrixScaling, "cmsap": ArgmaxPreservingMatrixScaling}
 OPTIMIZERS = ("adam", "lbfgs")  # the first is fiducio's default
@@ -65,19 +63,6 @@ def _rows(z: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(z.T, dtype=np.float32))
 
 
-def drawn(predictions: Path, references: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By case, log probabilities (C, n) and classes (n,) of voxels drawn at random."""
-    dataset, cases, reader = opened(predictions, references)
-    rng, found = np.random.default_rng(0), {}
-    for files in cases:
-        reference = read_labels(files.reference, reader, dataset.labels).labels
-        stored = open_probabilities(files, dataset, read_labels(files.prediction, reader, dataset.labels))
-        index = rng.choice(reference.size, VOXELS, replace=False)
-        z = log_probabilities(stored.whole().reshape(len(dataset.channels), -1)[:, index])
-        found[files.name] = (z, class_index(reference.reshape(-1)[index], dataset))
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", type=Path)
@@ -96,7 +81,7 @@ def main() -> int:
         for method in THEIRS
         for optimizer in OPTIMIZERS
     }
-    voxels = drawn(predictions, references)
+    voxels = drawn(predictions, references, FIT)
     lines, raw = [], 0.0
     for (of, method), make in {("", NONE): None, **makers}.items():
         calibrators, seconds = {}, []
