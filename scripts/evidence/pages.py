@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scores import read_lines
 from tables import RESULTS, Rows
 
 from nnunet_calib.data.files import write_whole
@@ -98,6 +99,14 @@ class Page:
                     yield f"{self.file.name}: no row gives the {number} of {line.strip()[:80]!r}"
 
 
+def of_peers(what: str) -> float:
+    """``NLL volume of fiducio adam/cmsop``, from the rows of ``peers.py``."""
+    column, _, name = what.partition(" of ")
+    of, method = name.split("/")
+    lines = read_lines(RESULTS / "calibrators_acdc.csv")
+    return next(float(line[column]) for line in lines if (line["of"], line["method"]) == (of, method))
+
+
 def all_pages() -> list[Page]:
     """Every page that is written from rows."""
     import page_acdc
@@ -105,7 +114,8 @@ def all_pages() -> list[Page]:
     import page_shift
 
     losses = Page(RESULTS.parent / "losses.md", {}, page_acdc.ROWS.number, all_marked=False)
-    return [page_free_step.PAGE, page_acdc.PAGE, page_shift.PAGE, losses]
+    calibrate = Page(RESULTS.parent / "calibrate.md", {}, of_peers, all_marked=False)
+    return [page_free_step.PAGE, page_acdc.PAGE, page_shift.PAGE, losses, calibrate]
 
 
 def main() -> int:
