@@ -1,16 +1,27 @@
-"""What only a GPU can show of the losses and metrics: the same numbers as on the processor, time and memory of a step.
+"""What only a GPU can show, in one command of some minutes: the same numbers as on the processor, time and memory.
 
-    python scripts/check_gpu.py -o gpu.json [--side 128]
+    python scripts/check_gpu.py -o gpu.json [--dataset 4] [--only PATTERN ...]
+    python scripts/check_gpu.py -o cpu.json --device cpu --small          # shows that the script works
+
+    loss ...        every loss, labels and regions: value and gradient are the processor's, to 1e-5 of the largest
+                    number in float32, to 1e-3 in float16
+    distances, calibration     the torch backends and numpy agree to 1e-6
+    loss step ...   seconds and MiB of a loss at 2 x 14 x 128^3, beside torch's cross-entropy
+    train ...       every trainer two epochs under mixed precision and compile, stopped after the first and continued:
+                    losses are finite, the epoch and the loss' state are restored
+    predict, evaluate          a trained network's predictions and their record are the processor's, as far as
+                    `gpu_host` says
+    step ...        seconds and MiB of every trainer's whole step at 2 x 14 x 128^3, and over the stock loss'
+    train on 2 GPUs ...        two epochs of ``nnUNetv2_train -num_gpus 2``, where there are two
 
 Every check is written to the JSON file as soon as it is done; the same command again goes on with those that are
-missing or failed. Without a GPU all runs on the processor, to show that the script works: time and memory are then
-"not measured". Tolerances, relative to the largest number: losses and their gradients 1e-5 in float32, 1e-3 in
-float16; distances and calibration sums 1e-6. Exit code 1 when a check failed.
-
-Step time and memory of whole trainers: scripts/benchmark_trainers.py. Trainings are not started here.
+missing or failed. Trainings are of the demo's phantom, or with ``--dataset`` of a data set that nnU-Net has
+preprocessed (Hippocampus: 4). What they write lies beside the JSON file. On a processor time and memory are "not
+measured", half precision is left out, and nothing is compiled. Exit code 1 when a check failed.
 """
 
 import argparse
+import fnmatch
 import json
 import os
 import platform
@@ -23,15 +34,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gpu_host import Host
 from torch import Tensor
 
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.metrics import calibration_statistics, structure_distances
+from nnunet_calib.training.trainers import TRAINERS
 
 CASES = [*((key, {}) for key in LOSSES), ("meep", {"variant": "kl"}), ("ace", {"soft": True})]
 FORMS = ("labels", "regions")
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
 METRICS_TOLERANCE = 1e-6
+PREDICTS = "NACLTrainer"
+POOLED = ("MEEPTrainer", "DCATrainer", "CRaCTrainer")
+"""Trainers whose losses sum up over processes."""
 CLASSES = 14
 STEPS = 5
 NOT_MEASURED = "not measured"
@@ -147,44 +163,73 @@ def calibration_agrees(device: str, side: int) -> dict:
     return {"error": error, "passed": error <= METRICS_TOLERANCE}
 
 
-def checks(device: str, side: int) -> dict[str, Callable[[], dict]]:
-    """All checks by name."""
-    small = min(side, 32)
+def checks(host: Host, side: int) -> dict[str, Callable[[], dict]]:
+    """All checks by name, in their order: predictions need a trained network."""
+    device, small = host.device, min(side, 32)
     named: dict[str, Callable[[], dict]] = {}
-    for key, options in CASES:
-        label = "-".join([key, *(f"{name}={value}" for name, value in options.items())])
+    labels = {"-".join([key, *(f"{name}={value}" for name, value in options.items())]): (key, options)
+              for key, options in CASES}  # fmt: skip
+    for label, (key, options) in labels.items():
         for form in FORMS:
             for dtype in TOLERANCE if device == "cuda" else ("float32",):
                 named[f"loss {label} {form} {dtype}"] = partial(loss_agrees, device, small, key, options, form, dtype)
-        named[f"step {label}"] = partial(loss_costs, device, side, key, options)
     named["distances"] = partial(distances_agree, device, small)
     named["calibration"] = partial(calibration_agrees, device, small)
+    for label, (key, options) in labels.items():
+        named[f"loss step {label}"] = partial(loss_costs, device, side, key, options)
+    for name in TRAINERS:
+        named[f"train {name}"] = partial(host.train, name)
+    named["predict"] = partial(host.predict, PREDICTS)
+    named["evaluate"] = host.evaluate
+    for name in TRAINERS:
+        named[f"step {name}"] = partial(host.step, name, side, CLASSES, STEPS)
+    for name in POOLED:
+        named[f"train on 2 GPUs {name}"] = partial(host.train_on_two, name)
     return named
+
+
+def over_stock(results: dict[str, dict]) -> None:
+    """Write beside the figures of a trainer's step how many times the stock loss' they are."""
+    stock = results.get("step StockTrainer", {})
+    for name, result in results.items():
+        for key in ("seconds", "mib"):
+            if name.startswith("step ") and all(isinstance(each.get(key), float) for each in (result, stock)):
+                result[f"{key}_over_stock"] = result[key] / stock[key]
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", dest="file", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--side", type=int, help="of the patch whose step is timed; 128, without a GPU 8")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument("--small", action="store_true", help="patches and networks for a processor")
+    parser.add_argument("--dataset", metavar="ID", help="number of a preprocessed data set to train on")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="checks of these names (*, ?)")
     args = parser.parse_args(words)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side = args.side or (128 if device == "cuda" else 8)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu --small shows that the script works")
+    side = 8 if args.small else 128
     made_on = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"no GPU: {NOT_MEASURED}",
         "machine": platform.machine(),
         "torch": torch.__version__,
         "patch": [2, CLASSES, side, side, side],
+        "dataset": args.dataset or "phantom",
     }
     kept = json.loads(args.file.read_text(encoding="utf-8")) if args.file.exists() else {}
     results = kept.get("checks", {}) if kept.get("made_on") == made_on else {}
-    for name, check in checks(device, side).items():
-        if results.get(name, {}).get("passed"):
+    host = Host(args.file.resolve().with_suffix(".work"), device, args.dataset, args.small)
+    for name, check in checks(host, side).items():
+        if results.get(name, {}).get("passed") or not any(fnmatch.fnmatch(name, pattern) for pattern in args.only):
             continue
+        began = time.perf_counter()
         try:
-            results[name] = check()
-        except Exception as error:  # one that fails must not hide the others
-            results[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"[:300]}
+            result = check()
+        except (Exception, SystemExit) as error:  # one that fails must not hide the others
+            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        results[name] = result | {"took": round(time.perf_counter() - began, 1)}
         print(name, results[name], flush=True)
+        over_stock(results)
         part = args.file.with_suffix(".part")
         part.write_text(json.dumps({"made_on": made_on, "checks": results}, indent=1), encoding="utf-8")
         os.replace(part, args.file)

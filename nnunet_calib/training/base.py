@@ -1,7 +1,8 @@
 """All that is known of nnU-Net's trainer, in one class; the trainers are in `nnunet_calib.training.trainers`."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from os.path import isfile, join
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,13 +86,31 @@ class CalibrationTrainer(nnUNetTrainer):
         # Again: a class before this one among the bases sets its own schedule after our constructor.
         self._settle_schedule()
         self.print_to_log_file(f"nnunet-calib settings: {self.plans_manager.plans[RESOLVED_KEY]}", add_timestamp=False)
-        super().initialize()
-        if self.LOSS is not None and not isinstance(self._objective(), Objective):
-            raise RefusedSettings(
-                f"{type(self).__name__}: another class among its bases builds the loss and {self.LOSS} is not in it; "
-                f"name our trainer first: class {type(self).__name__}({_ours(type(self)).__name__}, OTHER)"
-            )
+        with self._nothing_left_if_refused():
+            super().initialize()
+            if self.LOSS is not None and not isinstance(self._objective(), Objective):
+                raise RefusedSettings(
+                    f"{type(self).__name__}: another class among its bases builds the loss and {self.LOSS} is not in "
+                    f"it; name our trainer first: class {type(self).__name__}({_ours(type(self)).__name__}, OTHER)"
+                )
         self.logger.update_config({"nnunet_calib": self.plans_manager.plans[RESOLVED_KEY]})
+
+    @contextmanager
+    def _nothing_left_if_refused(self) -> Iterator[None]:
+        """Remove the log of a training that is refused before it began, and the folders made for it, if empty.
+
+        nnU-Net's constructor makes them, and what other classes do is known only after it.
+        """
+        try:
+            yield
+        except RefusedSettings:
+            if self.local_rank == 0:
+                Path(self.log_file).unlink(missing_ok=True)
+                fold, model = Path(self.output_folder), Path(self.output_folder_base)
+                with suppress(OSError):  # one that is not empty ends it
+                    for folder in (fold, model, model.parent):
+                        folder.rmdir()
+            raise
 
     def _settle_schedule(self) -> None:
         """Set what the user set; all else is nnU-Net's or of another class among the bases, and recorded as it is."""
@@ -152,9 +171,10 @@ class CalibrationTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         """Start from another trainer's network where ``finetune_from`` asks for it, unless a checkpoint was loaded."""
         if self.settings["finetune_from"] is not None and not self._loaded_checkpoint:
-            if self.was_initialized:  # by -pretrained_weights, which nothing else tells
-                raise RefusedSettings("-pretrained_weights and finetune_from are two starts; use one of them")
-            source = self._finetune_source()
+            with self._nothing_left_if_refused():
+                if self.was_initialized:  # by -pretrained_weights, which nothing else tells
+                    raise RefusedSettings("-pretrained_weights and finetune_from are two starts; use one of them")
+                source = self._finetune_source()
             self.initialize()
             load_weights(_plain(self.network), source)
             self.print_to_log_file(f"nnunet-calib: fine-tuning from {source}")

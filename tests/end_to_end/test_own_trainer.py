@@ -97,7 +97,7 @@ def test_combined_trainers_train_validate_and_record_what_they_had(host):
     script.write_text(COMMAND)
     words = [f"{configuration},{name}" for name, (configuration, _) in TRAINED.items()]
     environment = host.installed.environment | host.folders | {"nnUNet_extTrainer": str(folder)}
-    done = call([str(host.installed.python), str(script), DATASET[7:10], *words], environment, timeout=1500)
+    done = call([str(host.installed.python), str(script), DATASET[7:10], *words], environment, timeout=3000)
     assert done.returncode == 0, last_words(done)
     for name, (configuration, rate) in TRAINED.items():
         fold = host.model(DATASET, configuration, name) / "fold_0"

@@ -81,6 +81,7 @@ def test_a_loss_without_dice_is_refused_at_the_start_where_dice_is_wanted(other)
     mine = type("Mine", (NACLTrainer, other), {})
     with pytest.raises(RefusedSettings, match="has no Dice part; set dice_weight to 0, or leave that class out"):
         build("NACLTrainer", trainer=mine, axes=2)
+    assert list(Path(os.environ["nnUNet_results"]).glob("*")) == [], "a training that is refused leaves nothing behind"
     trainer = build("NACLTrainer", {"dice_weight": 0}, trainer=mine, axes=2)
     assert torch.as_tensor(trainer.train_step(batch(trainer, "labels"))["loss"]).isfinite()
 
@@ -98,6 +99,16 @@ def test_a_loss_that_is_not_ours_is_refused_with_the_order_that_works():
     mine = type("Mine", (nnUNetTrainerCELoss, NACLTrainer), {})
     with pytest.raises(RefusedSettings, match=r"name our trainer first: class Mine\(NACLTrainer, OTHER\)"):
         build("NACLTrainer", trainer=mine, axes=2)
+    assert list(Path(os.environ["nnUNet_results"]).glob("*")) == []
+
+
+def test_a_refused_training_leaves_the_folders_of_others_as_they_were():
+    construct("MbLSTrainer", axes=2)
+    results = Path(os.environ["nnUNet_results"])
+    kept = sorted(results.rglob("*"))
+    with pytest.raises(RefusedSettings, match="no checkpoint_final"):
+        construct("NACLTrainer", {"finetune_from": "nnUNetTrainer"}, axes=2).on_train_start()
+    assert sorted(results.rglob("*")) == kept != []
 
 
 def test_a_network_without_full_resolution_is_refused_at_the_first_step():
