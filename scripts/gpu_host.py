@@ -105,7 +105,7 @@ class Host:
     def step(self, name: str, side: int, classes: int, steps: int) -> dict:
         """Seconds and peak MiB of a whole step of a trainer in random patches of ``side``, batch 2."""
         with self.folders() as (folder, plans):
-            plans = copy.deepcopy(plans)
+            plans = _plans_of(name, plans)
             features = [4, 8] if self.small else [32, 64, 128, 256, 320, 320]
             plans["configurations"][CONFIGURATION] |= network(features, [side] * 3)
             labels = {"background": 0} | {f"organ {number}": number for number in range(1, classes)}
@@ -266,10 +266,16 @@ class Host:
         return self.work / f"predictions_{device}"
 
     def _trainer(self, name: str, folder: Path, plans: dict[str, Any]) -> CalibrationTrainer:
-        plans = {"continue_training": False} | copy.deepcopy(plans)
-        if TRAINERS[name].LOSS is None:
-            del plans["configurations"][CONFIGURATION]["nnunet_calib"]["calibrate_from"]
+        plans = {"continue_training": False} | _plans_of(name, plans)
         return TRAINERS[name](plans, CONFIGURATION, 0, read_json(folder / "dataset.json"), torch.device(self.device))
+
+
+def _plans_of(trainer: str, plans: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the settings that the trainer knows."""
+    plans = copy.deepcopy(plans)
+    if TRAINERS[trainer].LOSS is None:
+        del plans["configurations"][CONFIGURATION]["nnunet_calib"]["calibrate_from"]
+    return plans
 
 
 def _write(file: Path, array: np.ndarray) -> None:
