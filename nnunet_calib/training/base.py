@@ -340,7 +340,7 @@ class CalibrationTrainer(nnUNetTrainer):
         return self._share(per_epoch - 1) == 1 and (self.current_epoch == 0 or self._share(-1) < 1)
 
     def _warn_of_late_learning(self) -> None:
-        """Say so if a structure is still being learned when the objective takes over: it can be lost then.
+        """Say so if a structure is still being learned when the objective begins: it can be lost then.
 
         Measured by nnU-Net's own Dice of its validation patches, the last tenth of the epochs so far against the tenth
         before.

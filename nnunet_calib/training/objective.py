@@ -12,7 +12,7 @@ class Objective(nn.Module):
 
     Args:
         stock: nnU-Net's loss, with its Dice as ``dc``.
-        calibration: the loss that takes over.
+        calibration: the loss that the objective adds.
         dice_weight: of nnU-Net's Dice in the objective.
         ignore_label: of the label map; None without one. For regions any value says that the last channel of the target
             marks what to ignore.

@@ -32,7 +32,7 @@ def backend(*modules: str) -> list[str]:
     return ["--no-build-isolation"] if all(find_spec(module) for module in modules) else []
 
 
-def call(words: list[str], environment: dict[str, str], timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def call(words: list[str], environment: dict[str, str], timeout: int = 900) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
