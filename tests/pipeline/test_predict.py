@@ -20,7 +20,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.evaluation import evaluate_folder
-from nnunet_calib.pipeline.predictor import one_thread_each
+from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
+from nnunet_calib.prediction.model import TrainedModel
 
 from ..fewshot.hosts import landmarks, phantom, write_image, write_model
 
@@ -207,6 +208,34 @@ def test_threads_of_the_export_have_one_thread_of_torch_and_the_network_all():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(own)
+
+
+def test_a_case_too_large_for_the_device_is_predicted_on_the_cpu(tmp_path, monkeypatch, capsys):
+    """Without CUDA: the device's part is a fake that has no memory for the first of two cases."""
+    predictor = Predictor(TrainedModel(write_model(tmp_path)), "cpu")
+    expected = predictor.predict(image := torch.randn(1, 20, 20, 20))
+    on_cpu = nnUNetPredictor.predict_sliding_window_return_logits
+    tries = []
+
+    def device_without_memory(self, data):
+        tries.append(self.device.type)
+        if self.device.type == "cuda" and len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert self.device.type == "cpu" or len(tries) == 3
+        device, self.device = self.device, torch.device("cpu")
+        try:
+            return on_cpu(self, data)
+        finally:
+            self.device = device
+
+    monkeypatch.setattr(nnUNetPredictor, "predict_sliding_window_return_logits", device_without_memory)
+    predictor.device = torch.device("cuda")
+    threads = torch.get_num_threads()
+    assert torch.equal(predictor.predict(image), expected)
+    assert "out of memory on cuda; this case is predicted on the CPU" in capsys.readouterr().err
+    assert (predictor.device.type, torch.get_num_threads()) == ("cuda", threads)
+    assert torch.equal(predictor.predict(image), expected)
+    assert tries == ["cuda", "cpu", "cuda"]
 
 
 @pytest.mark.slow
