@@ -38,7 +38,7 @@ def tables(found: list[dict]) -> str:
         errors = (of[seed, name]["ece"] for seed in seeds)
         lines.append(f"| {name} | {' | '.join(f'{error:.3f}' for error in errors)} |")
     stock = NAMES[STOCK]
-    for run, short in ((CALIBRATED, "temperature"), (FINETUNED, "MEEP")):
+    for run, short in (*CALIBRATED.items(), (FINETUNED, "MEEP")):
         ratios = (of[seed, NAMES[run]]["ece"] / of[seed, stock]["ece"] for seed in seeds)
         lines.append(f"| {short} / stock | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     dice = (f"{of[seed, stock]['dice']:.3f}, {of[seed, NAMES[FINETUNED]]['dice']:.3f}" for seed in seeds)

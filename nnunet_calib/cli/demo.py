@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.description = (
         "Make a small 3D data set with ambiguous borders and run nnU-Net's own commands on it: plan, preprocess,\n"
-        "train, predict. Then calibrate the stock network with one temperature, fine-tune it with MEEP, evaluate,\n"
-        "compare, and write report.html. Takes about five minutes on two processor cores. Everything stays in one\n"
-        "folder; the same command goes on where it was stopped."
+        "train, predict. Then calibrate the stock network, fine-tune it with MEEP, evaluate, compare, and write\n"
+        "report.html. Takes about five minutes on two processor cores. Everything stays in one folder; the same\n"
+        "command goes on where it was stopped."
     )
     parser.epilog = "example:\n  nnunet-calib demo -o /tmp/demo"
     parser.add_argument(
@@ -128,7 +128,7 @@ def _report(road) -> None:
         ("data set", road.raw),
         ("readers", road.readers),
         ("predictions", road.predictions),
-        ("calibrator", road.calibrator),
+        ("calibrators", road.calibrators),
         ("scores", road.evaluation / "*" / "summary.json"),
         ("comparison", road.comparison),
         *((("few-shot", road.new),) if road.fewshot else ()),

@@ -26,19 +26,21 @@ from nnunet_calib.data.plans import read_plans
 from nnunet_calib.demo import phantom
 from nnunet_calib.demo.commands import find_command, run_command
 from nnunet_calib.evaluation import evaluate_folder
-from nnunet_calib.posthoc.folders.apply import open_calibration
+from nnunet_calib.posthoc.folders.apply import apply_folder
 from nnunet_calib.posthoc.folders.fit import fit_folder
-from nnunet_calib.posthoc.maps.calibrator import FILE_NAME
 from nnunet_calib.report.comparison import compare
 from nnunet_calib.report.runs import parse_runs
 from nnunet_calib.report.tables import write_tables
 
-STOCK, CALIBRATED, FINETUNED, READERS = "stock", "stock_temperature", "meep", "readers"
-"""The runs: folders of ``evaluation``, and of ``predictions`` for those that a network of its own predicts."""
+STOCK, FINETUNED, READERS = "stock", "meep", "readers"
+CALIBRATED = {"stock_temperature": "temperature", "stock_isotonic": "isotonic"}
+"""The stock network's probabilities after a calibrator, and the method of ``calibrate fit``."""
 
-NAMES = {
+
+NAMES = {  # the runs: folders of ``evaluation`` and, but for the readers, of ``predictions``
     STOCK: "stock nnU-Net (Dice+CE)",
-    CALIBRATED: "stock + temperature",
+    "stock_temperature": "stock + temperature",
+    "stock_isotonic": "stock + isotonic",
     FINETUNED: "MEEP, fine-tuned from stock",
     READERS: "the readers themselves",
 }
@@ -163,7 +165,7 @@ class Road:
         self.readers = self.folder / "readers"
         self.predictions = self.folder / "predictions"
         self.evaluation = self.folder / "evaluation"
-        self.calibrator = self.folder / "calibrator"
+        self.calibrators = self.folder / "calibrators"
         self.comparison = self.folder / "comparison"
         self.report = self.folder / "report.html"
         self.new = self.folder / "fewshot"
@@ -180,12 +182,20 @@ class Road:
     def steps(self) -> list[Step]:
         """All steps in their order."""
         plans = self.preprocessed / "nnUNetPlans.json"
+        trained = self.predictions, self.calibrators, self.evaluation
         preprocess = Step(
             "plan and preprocess",
             done=lambda: _has_configuration(plans),
             work=self._plan_and_preprocess,
             ticks=phantom.TRAINING_CASES,
-            voids=(self.preprocessed, self.results, self.predictions, self.calibrator, self.evaluation, *self._results),
+            voids=(
+                self.preprocessed,
+                self.results,
+                self.predictions,
+                self.calibrators,
+                self.evaluation,
+                *self._results,
+            ),
         )
         data = Step(
             "make the data set",
@@ -199,7 +209,7 @@ class Road:
             preprocess,
             *map(self._training, TRAININGS),
             *map(self._prediction, TRAININGS),
-            self._calibration(),
+            *map(self._calibration, CALIBRATED),
             *map(self._scoring, NAMES),
             self._reporting(),
             *(self._new_structure() if self.fewshot else ()),
@@ -224,7 +234,7 @@ class Road:
             *(["nnunet-calib", "configure", "-d", "999", *words] for words in self._configurations()),
             *map(self._train_command, TRAININGS),
             *map(self._predict_command, TRAININGS),
-            self._fit_command(),
+            *(command for run in CALIBRATED for command in self._calibrate_commands(run)),
             *map(self._evaluate_command, NAMES),
             ["nnunet-calib", "compare", *self._compared(), "-o", str(self.comparison)],
             [
@@ -289,7 +299,11 @@ class Road:
         own = (self._fold(run), self.predictions / run, self.evaluation / run, *self._results)
         if run != STOCK:
             return own
-        return (*own, self.calibrator, self.evaluation / CALIBRATED, *self._made_from_new_volumes())
+        calibrated = (path for run in CALIBRATED for path in self._made_by_calibration(run))
+        return (*own, *calibrated, *self._made_from_new_volumes())
+
+    def _made_by_calibration(self, run: str) -> tuple[Path, Path, Path]:
+        return self.calibrators / CALIBRATED[run], self.predictions / run, self.evaluation / run
 
     @property
     def _results(self) -> tuple[Path, ...]:
@@ -302,7 +316,8 @@ class Road:
             references = list((self.raw / "labelsTs").glob("[!.]*.nii.gz"))
             return bool(references) and all(_whole(output / reference.name) for reference in references)
 
-        scores = (self.evaluation / run, *((self.evaluation / CALIBRATED,) if run == STOCK else ()))
+        calibrated = (path for calibrated in CALIBRATED for path in self._made_by_calibration(calibrated)[1:])
+        scores = (self.evaluation / run, *(calibrated if run == STOCK else ()))
         return Step(
             f"predict with {run}",
             done=done,
@@ -313,47 +328,37 @@ class Road:
             voids=(output, *scores, *self._results),
         )
 
-    def _calibration(self) -> Step:
-        """One temperature, from the cases of the stock network's validation fold."""
+    def _calibration(self, run: str) -> Step:
+        """A calibrator from the cases of the stock network's validation fold, and the test cases with it."""
+        calibrator, predictions, scores = self._made_by_calibration(run)
 
         def work(tick: Tick) -> None:
-            with self._logged("calibrate"):
-                fit_folder(
-                    self._fold(STOCK) / "validation",
-                    self.calibrator,
-                    self.raw / "labelsTr",
-                    methods=["temperature"],
-                    region=REGION,
-                )
+            with self._logged(f"calibrate_{CALIBRATED[run]}"):
+                labels = self.raw / "labelsTr"
+                fit_folder(self._fold(STOCK) / "validation", calibrator, labels, methods=[CALIBRATED[run]])
+                apply_folder(calibrator, self.predictions / STOCK, predictions)
 
+        references = list((self.raw / "labelsTs").glob("*.nii.gz"))
         return Step(
-            "fit the temperature",
-            done=(self.calibrator / FILE_NAME).is_file,
+            f"fit {CALIBRATED[run]}, apply it",
+            done=lambda: bool(references) and all(_whole(predictions / reference.name) for reference in references),
             work=work,
             ticks=1,
-            voids=(self.calibrator, self.evaluation / CALIBRATED, *self._results),
+            voids=(calibrator, predictions, scores, *self._results),
         )
 
     def _scored(self, run: str) -> Path:
         """The predictions that a run of the table scores."""
-        return self.readers / "labelsTs" if run == READERS else self.predictions / (STOCK if run == CALIBRATED else run)
+        return self.readers / "labelsTs" if run == READERS else self.predictions / run
 
     def _scoring(self, run: str) -> Step:
         output = self.evaluation / run
 
         def work(tick: Tick) -> None:
-            predictions, dataset = self._scored(run), self.raw / "dataset.json"
             with self._logged(f"evaluate_{run}"):
-                calibration = open_calibration(self.calibrator, predictions, dataset) if run == CALIBRATED else None
-                evaluate_folder(
-                    self.raw / "labelsTs",
-                    predictions,
-                    output,
-                    dataset,
-                    processes=1,
-                    calibration=calibration,
-                    stop_at_failure=True,
-                )
+                dataset = self.raw / "dataset.json"
+                references, predictions = self.raw / "labelsTs", self._scored(run)
+                evaluate_folder(references, predictions, output, dataset, processes=1, stop_at_failure=True)
 
         return Step(
             f"evaluate {run}",
@@ -469,25 +474,17 @@ class Road:
         workers = ["-npp", "1", "-nps", "1", "-device", self.device]
         return ["nnUNetv2_predict", *folders, *model, "--save_probabilities", *workers]
 
-    def _fit_command(self) -> list[str]:
-        words = [str(self._fold(STOCK) / "validation"), "--reference", str(self.raw / "labelsTr")]
+    def _calibrate_commands(self, run: str) -> list[list[str]]:
+        calibrator, predictions, _ = map(str, self._made_by_calibration(run))
+        fit = [str(self._fold(STOCK) / "validation"), "--reference", str(self.raw / "labelsTr")]
         return [
-            "nnunet-calib",
-            "calibrate",
-            "fit",
-            *words,
-            "--method",
-            "temperature",
-            "--region",
-            REGION,
-            "-o",
-            str(self.calibrator),
+            ["nnunet-calib", "calibrate", "fit", *fit, "--method", CALIBRATED[run], "-o", calibrator],
+            ["nnunet-calib", "calibrate", "apply", calibrator, "-i", str(self.predictions / STOCK), "-o", predictions],
         ]
 
     def _evaluate_command(self, run: str) -> list[str]:
         folders = [str(self.raw / "labelsTs"), str(self._scored(run)), "-o", str(self.evaluation / run)]
-        calibrator = ["--calibrator", str(self.calibrator)] if run == CALIBRATED else []
-        return ["nnunet-calib", "evaluate", *folders, "-djfile", str(self.raw / "dataset.json"), *calibrator]
+        return ["nnunet-calib", "evaluate", *folders, "-djfile", str(self.raw / "dataset.json")]
 
 
 def _words(settings: Mapping[str, object]) -> list[str]:

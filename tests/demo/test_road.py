@@ -31,9 +31,11 @@ def test_the_steps_in_order(road):
         "train meep",
         "predict with stock",
         "predict with meep",
-        "fit the temperature",
+        "fit temperature, apply it",
+        "fit isotonic, apply it",
         "evaluate stock",
         "evaluate stock_temperature",
+        "evaluate stock_isotonic",
         "evaluate meep",
         "evaluate readers",
         "compare and report",
@@ -59,7 +61,10 @@ def test_the_script_holds_every_command_and_our_folders(road):
 
 def test_our_own_commands_in_the_script_are_ones_that_the_parsers_take(road):
     own = [command[1:] for command in road.commands() if command[0] == "nnunet-calib"]
-    assert [words[0] for words in own] == ["configure"] * 2 + ["calibrate"] + ["evaluate"] * 4 + ["compare", "report"]
+    assert [words[0] for words in own] == ["configure"] * 2 + ["calibrate"] * 4 + ["evaluate"] * 5 + [
+        "compare",
+        "report",
+    ]
     for words in own:
         assert _parser(words[0]).parse_args(words).verb == words[0]
 
