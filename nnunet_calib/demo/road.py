@@ -182,7 +182,6 @@ class Road:
     def steps(self) -> list[Step]:
         """All steps in their order."""
         plans = self.preprocessed / "nnUNetPlans.json"
-        trained = self.predictions, self.calibrators, self.evaluation
         preprocess = Step(
             "plan and preprocess",
             done=lambda: _has_configuration(plans),
