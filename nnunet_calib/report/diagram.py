@@ -33,6 +33,8 @@ STYLE: Any = {
     "pdf.fonttype": 42,
 }
 _GAP = "#b2182b"
+FAINT = 0.005
+"""Share of the voxels below which a bin is drawn faintly."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -60,6 +62,8 @@ def reliability_diagram(
     methods: Mapping[str, Reliability], problems: Sequence[str], names: Mapping[str, str], region: str, aggregation: str
 ) -> Figure:
     """A row per problem, a column per method: accuracy against confidence, with the share of voxels below.
+
+    Bins with less than ``FAINT`` of the voxels are drawn faintly: a few voxels make a spike as high as half of them.
 
     The line is the accuracy of a bin: of all voxels together (``pooled``), or its mean over the cases with a voxel in
     it (``mean``), with a band from the first to the third quartile of the cases. Red: confidence above accuracy.
@@ -101,19 +105,23 @@ def reliability_diagram(
 
 def _draw_reliability(axes: Axes, bins: Bins, aggregation: str) -> None:
     confidence, accuracy, low, high = reliability_curve(bins, aggregation)
+    n = bins.n.sum(axis=0)
+    solid = (n >= FAINT * n.sum())[n > 0]
     axes.plot([0, 1], [0, 1], color="0.55", linewidth=0.8, linestyle="--")
     if aggregation == "mean":
-        axes.fill_between(confidence, low, high, color=COLOURS[0], alpha=0.22, linewidth=0)
+        axes.fill_between(confidence, low, high, where=solid, color=COLOURS[0], alpha=0.22, linewidth=0)
     axes.fill_between(
         confidence,
         accuracy,
         confidence,
-        where=accuracy <= confidence,
+        where=(accuracy <= confidence) & solid,
         color=_GAP,
         alpha=0.3,
         linewidth=0,
         interpolate=True,
     )
+    axes.plot(confidence, accuracy, color=COLOURS[0], marker="o", markersize=3, linewidth=1.2, alpha=0.25)
+    accuracy = np.where(solid, accuracy, np.nan)
     axes.plot(confidence, accuracy, color=COLOURS[0], marker="o", markersize=3, linewidth=1.2)
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
 

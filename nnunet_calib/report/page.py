@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from nnunet_calib.report.tables import answer, interval, needed, number, p_value
 PICTURED = 8
 """Cases shown with slices unless said otherwise: the worst."""
 
-FOREST = ("Dice", "NSD", "HD95", "ECE", "NLL")
+FOREST = ("Dice", "NSD", "HD95", "ECE", "CECE", "NLL")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
             lines.append(
                 {
                     "name": name,
-                    "folder": str(run.folder),
+                    "folder": _from_their_root(run.folder, comparison),
                     "cases": len(run.records),
                     "failed": len(run.failed),
                     "missed": missed,
@@ -147,8 +148,20 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
     return lines
 
 
+def _from_their_root(folder: Path, comparison: Comparison) -> str:
+    """A run's folder below what all runs share: the page is sent to others, who have other folders."""
+    every = [run.folder.resolve() for trainings in comparison.methods.values() for run in trainings]
+    shared = Path(os.path.commonpath(every))
+    return str(folder.resolve().relative_to(shared if len(set(every)) > 1 else shared.parent))
+
+
 def _where_overconfident(comparison: Comparison, reliabilities: Mapping[str, Mapping[str, Reliability]]) -> list[str]:
-    """A sentence per method on the bin in which confidence and accuracy are furthest apart, weighted by its voxels."""
+    """A sentence per method: how much of its error is overconfidence, at which confidence, and of which class.
+
+    Of the voxels of all cases together. The two parts are those of the ECE: bins in which confidence is above accuracy,
+    and the others. Added with their signs they would hide each other.
+    """
+    structures = next(iter(comparison.methods.values()))[0].structures
     said = []
     for name, regions in reliabilities.items():
         if comparison.region not in regions:
@@ -159,19 +172,28 @@ def _where_overconfident(comparison: Comparison, reliabilities: Mapping[str, Map
         gap = total.confidence - total.correct
         worst, share = int(np.abs(gap).argmax()), np.abs(gap).max() / max(np.abs(gap).sum(), 1e-12)
         mean, right = (part[worst] / max(total.n[worst], 1) for part in (total.confidence, total.correct))
-        kind = "over" if gap.sum() > 0 else "under"
+        over, under = (part.sum() / max(total.n.sum(), 1) for part in (gap.clip(min=0), (-gap).clip(min=0)))
         said.append(
-            f"{name}: {kind}confident by {abs(gap.sum()) / max(total.n.sum(), 1):.1%} on average; {share:.0%} of its "
-            f"error at a confidence of {mean:.0%}, where {right:.0%} are right."
+            f"{name}: calibration error {over + under:.3f}, of which {over:.3f} is overconfidence and {under:.3f} "
+            f"underconfidence; {share:.0%} of it at a confidence of {mean:.0%}, where {right:.0%} are right"
+            + _worst_class(of, structures)
         )
     return said
 
 
+def _worst_class(problems: Mapping[str, Bins], structures: Mapping[str, str]) -> str:
+    errors = {
+        structures[key]: diagram.calibration_error(of, "pooled") for key, of in problems.items() if key in structures
+    }
+    if len(errors) < 2:
+        return "."
+    worst = max(errors, key=lambda name: errors[name])
+    return f". By structure it is largest for {worst} ({errors[worst]:.3f})."
+
+
 def _forest(comparison: Comparison) -> Drawn | None:
     endpoints = [e for name in FOREST for e in comparison.primary if e.metric == name]
-    endpoints += [e for e in comparison.primary if e not in endpoints and e.metric not in ("CECE",)][
-        : 6 - len(endpoints)
-    ]
+    endpoints += [e for e in comparison.primary if e not in endpoints][: len(FOREST) - len(endpoints)]
     endpoints = [e for e in endpoints if e.differences]
     if not endpoints:
         return None
@@ -220,7 +242,7 @@ def _diagram(
         _svg(figure),
         f"{', '.join(names[key] for key in present)} in the region {region.replace('_', ' ')}",
         "Accuracy against confidence, mean over cases with the quartiles of the cases as a band; red: more "
-        "confident than right. Below: the share of voxels in each bin.",
+        "confident than right; faint: bins with less than 0.5 % of the voxels. Below: the share of voxels in each bin.",
         (
             "method",
             "of",

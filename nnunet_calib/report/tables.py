@@ -122,7 +122,7 @@ def answer(comparison: Comparison) -> str:
         said = f"No method has a better {what} than {comparison.baseline} ({own})"
         if second is not None:
             said += f"; the next, {second.method}, differs by {_effect(second)}"
-        return f"{said}; {len(comparison.units)} {_units(comparison)}."
+        return f"{said}; {len(comparison.units)} {_units(comparison)}.{_shown_worse(comparison)}"
     direction = "higher" if endpoint.higher_is_better else "lower"
     shown = difference.shown and _excludes_zero(difference.paired.t_interval)
     verb = "has a" if shown else "seems to have a"
@@ -138,7 +138,18 @@ def answer(comparison: Comparison) -> str:
             said += ". Its Dice is the same"
         elif other is not None:
             said += f". Its Dice differs by {_effect(other)}, {_p(other)}"
-    return f"{said}. {len(comparison.units)} {_units(comparison)}."
+    return f"{said}. {len(comparison.units)} {_units(comparison)}.{_shown_worse(comparison)}"
+
+
+def _shown_worse(comparison: Comparison) -> str:
+    """What was shown to be worse than the baseline: a gain in one metric must not hide a loss in another."""
+    worse: dict[str, list[str]] = {}
+    for endpoint in comparison.primary:
+        for d in endpoint.differences:
+            if d.baseline == comparison.baseline and d.shown and (d.paired.mean > 0) != endpoint.higher_is_better:
+                worse.setdefault(d.method, []).append(f"{endpoint.metric} {signed(d.paired.mean)}")
+    told = "; ".join(f"{method} ({', '.join(metrics)})" for method, metrics in worse.items())
+    return f" Shown to be worse than {comparison.baseline}: {told}." if told else ""
 
 
 def _from_baseline(endpoint: Endpoint, method: str, comparison: Comparison) -> Difference | None:

@@ -46,6 +46,15 @@ def test_the_answer_names_the_method_its_interval_and_dice(two):
     assert said.endswith("60 cases.")
 
 
+def test_a_gain_in_one_metric_does_not_hide_a_loss_in_another(tmp_path):
+    dice, ece = simulated(1, 60)
+    write_run(tmp_path / "stock", dice, ece)
+    write_run(tmp_path / "ours", dice - 0.02, ece - 0.01)
+    said = answer(compared([str(tmp_path / "stock"), str(tmp_path / "ours")]))
+    assert said.startswith("ours has a lower ECE")
+    assert "Shown to be worse than stock: ours (Dice -0.02" in said
+
+
 def test_what_is_not_shown_is_not_claimed(tmp_path):
     dice, ece = simulated(1, 60)
     write_run(tmp_path / "a", dice, ece)
