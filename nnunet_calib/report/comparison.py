@@ -357,8 +357,8 @@ def _warnings(comparison: Comparison) -> list[str]:
             found.append(f"{name}: case {case} failed ({next(r.failed[case] for r in trainings if case in r.failed)}).")
     if n < SMALL:
         found.append(
-            f"{n} {unit}s: below {SMALL}, BCa intervals and intervals of skewed metrics are too short, and tests find "
-            "large differences only."
+            f"{n} {unit}s: below {SMALL}, BCa intervals and those of skewed metrics may be too narrow, and only "
+            "large differences can be found."
         )
     tests = sum(len(endpoint.differences) for endpoint in primary)
     if tests and smallest_p(n) * tests > LEVEL:
