@@ -185,7 +185,7 @@ def _finite(summary: dict[str, Any]) -> Iterator[str]:
         return
     yield ""
     yield "a missed or invented structure makes a mean distance infinite; without those cases, and as median of all:"
-    yield _row("", [*_DISTANCE_COLUMNS, "cases", "med. HD95"])
+    yield _row("", [*_DISTANCE_COLUMNS, "cases", "med HD95"])
     for label in infinite:
         both, median = summary["mean_in_both"][label], summary["median"][label]
         name = f"{label} {summary['structures'][label]['name']}"
@@ -206,7 +206,7 @@ def _notes(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _row(name: str, cells: Iterable[str]) -> str:
-    return f"{name[:23]:<24}" + "".join(f"{cell:>9}" for cell in cells)
+    return f"{name[:23]:<24}" + "".join(f" {cell:>8}" for cell in cells)
 
 
 def _number(value: float) -> str:

@@ -104,3 +104,12 @@ def test_after_a_miss_the_mean_of_the_other_cases_stands_beside_the_infinite_one
     with (folders.output / "cases.csv").open() as stream:
         found = {line["case"]: (line["found_in"], float(line["HD95"])) for line in csv.DictReader(stream)}
     assert found == {"near": ("both", 2), "far": ("both", 4), "missed": ("reference", math.inf)}
+
+
+def test_columns_of_long_numbers_do_not_touch(folders, capsys):
+    (folders.prediction / "case_0.nii.gz").unlink()
+    reference, _ = ambiguous(5, (6, 14, 12))
+    folders.add("far", reference, np.zeros_like(reference), spacing=(1000.0, 1000.0, 1000.0))
+    main([*folders.words, "--chill"])
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if "med HD95" in line]
+    assert "cases med HD95" in header
