@@ -60,9 +60,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the answer and the table; write the files."""
+    comparison = compare_selected(args, all_pairs=args.all_pairs)
     from nnunet_calib.report.tables import answer, short_table, write_tables
 
-    comparison = compare_selected(args, all_pairs=args.all_pairs)
     print(answer(comparison) + "\n")
     print("\n".join(short_table(comparison)))
     for note in (*comparison.warnings, *comparison.notes):
@@ -75,11 +75,12 @@ def run(args: argparse.Namespace) -> int:
 
 def compare_selected(args: argparse.Namespace, all_pairs: bool = False):
     """The comparison that ``add_selection``'s arguments ask for."""
-    from nnunet_calib.report.comparison import compare
     from nnunet_calib.report.groups import read_groups
     from nnunet_calib.report.runs import common_cases, methods_of, parse_runs
 
     runs = parse_runs(args.runs)
+    from nnunet_calib.report.comparison import compare  # with scipy.stats, which takes a second
+
     groups = None
     if args.group is not None:
         groups = read_groups(args.group, common_cases(methods_of(runs), args.common)[0])

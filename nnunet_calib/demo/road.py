@@ -28,9 +28,6 @@ from nnunet_calib.demo.commands import find_command, run_command
 from nnunet_calib.evaluation import evaluate_folder
 from nnunet_calib.posthoc.folders.apply import apply_folder
 from nnunet_calib.posthoc.folders.fit import fit_folder
-from nnunet_calib.report.comparison import compare
-from nnunet_calib.report.runs import parse_runs
-from nnunet_calib.report.tables import write_tables
 
 STOCK, FINETUNED, READERS = "stock", "meep", "readers"
 CALIBRATED = {"stock_temperature": "temperature", "stock_isotonic": "isotonic"}
@@ -373,7 +370,11 @@ class Road:
 
     def _reporting(self) -> Step:
         def work(tick: Tick) -> None:
-            from nnunet_calib.report.page import write_report  # with matplotlib, which takes a second
+            # with matplotlib and scipy.stats, which take a second
+            from nnunet_calib.report.comparison import compare
+            from nnunet_calib.report.page import write_report
+            from nnunet_calib.report.runs import parse_runs
+            from nnunet_calib.report.tables import write_tables
 
             compared = compare(parse_runs(self._compared()))
             write_tables(compared, self.comparison, "CalibDemo")
