@@ -39,6 +39,11 @@ def run(supports, output, trials, **options):
     return evaluate_folder(supports.model, supports.root / "images", supports.root / "labels", output, **given)
 
 
+def timeless(rows) -> str:
+    """All of the rows that is the same when it is computed again."""
+    return repr([{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows])
+
+
 def test_features_from_disk_are_the_predictors(supports, tmp_path):
     model = BaseModel(supports.model)
     volume = read_volume(model, "case_0", [supports.root / "images" / "case_0_0000.nii.gz"])
@@ -234,7 +239,7 @@ def test_pairs_made_from_something_else_are_computed_again_and_leave_the_table(s
     rolled = evaluate_folder(supports.model, supports.root / "images", tmp_path / "labels", tmp_path, **given)
     assert [row["pairs"] for row in rolled] == [row["pairs"] for row in first]
     assert rolled[0]["Dice"] != first[0]["Dice"]
-    assert repr(run(supports, tmp_path, trials, voxels=2000)) == repr(first)
+    assert timeless(run(supports, tmp_path, trials, voxels=2000)) == timeless(first)
     other = run(supports, tmp_path, grid(["prototype"], [1], ["aligned"], [1], ["P2"]), voxels=2000, mirroring=False)
     assert [row["chunks"] for row in other] == [1], "what was predicted with mirroring is in no table without"
     assert json.loads((tmp_path / "summary.json").read_text())["about"]["pairs_left_out"] == 6
