@@ -12,6 +12,7 @@ line for every pair; ``--csv`` writes ``docs/results/fewshot_registration.csv``.
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import json
@@ -22,7 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,15 @@ class Case:
     labels: np.ndarray
     spacing: tuple[float, float, float]
 
-    @cached_property
+    @functools.cached_property
     def anatomy(self) -> Anatomy:
         return Anatomy(self.image, np.zeros(self.image.shape, np.uint8), self.spacing)
 
-    @cached_property
+    @functools.cached_property
     def scan(self) -> Scan:
         return Scan(self.spacing, ((2, 1), (1, 1), (0, 1)), np.zeros(self.image.shape, np.uint8))
 
-    @cached_property
+    @functools.cached_property
     def features(self) -> torch.Tensor:
         """Float32 (V, 10): the image; of three scales its Gaussian mean, gradient magnitude and Laplacian."""
         parts = [self.image]
@@ -83,6 +83,7 @@ class Case:
             ]
         return torch.from_numpy(np.stack([part.ravel() for part in parts], axis=1).astype(np.float32))
 
+    @functools.cache  # noqa: B019 (a case lives as long as the script)
     def labelled(self, value: int) -> Labelled:
         distance = signed_distance(self.labels == value, self.spacing, CAP_MM)
         return Labelled(self.anatomy, distance.astype(np.float16))
