@@ -65,7 +65,7 @@ class Case:
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:
-        return Anatomy(self.image, np.zeros(self.image.shape, np.uint8), self.spacing)
+        return Anatomy.of_arrays(self.image, np.zeros(self.image.shape, np.uint8), self.spacing)
 
     @functools.cached_property
     def scan(self) -> Scan:

@@ -43,8 +43,10 @@ MOST_VOXELS = 500_000
 LIMIT_S = 120.0
 """Seconds that a pair may take by default."""
 
-_VERSION = 1  # of what a registration computes; older files of a cache are not looked at
+_VERSION = 2  # of what a registration computes; older files of a cache are not looked at
 _BRIGHTEST = 60_000.0  # that float16 can hold
+_PLATEAU = 0.01  # share of voxels of exactly 0 that are no chance
+_DARK = 0.5  # percentile of the rest
 _BINS = 32
 _FEWEST = 8  # voxels along an axis of a coarse level
 _THIN = 4  # an axis of fewer voxels is not registered along
@@ -56,7 +58,7 @@ _OVERLAP = 0.25  # of the smaller volume, without which a start is none
 _TRIED = 2  # of the starts, as far as the coarsest level
 _DEMONS_LEVELS = (4.0, 2.0, 1.0)
 _DEMONS_STEPS = (40, 40, 20)
-_SMOOTHING = 1.5  # standard deviation of the Gaussian that the field is smoothed with, voxels of the level
+_SMOOTHING = 1.2  # standard deviation of the Gaussian that the field is smoothed with, voxels of the level
 _BLOCK = 5  # steps between looks at the clock
 
 
@@ -94,13 +96,18 @@ class Anatomy:
     @classmethod
     def of(cls, volume: Volume, scan: Scan) -> Anatomy:
         """From a preprocessed case and what the base model sees in it."""
-        shape = coarser(volume.shape, volume.spacing)
-        size = [step * voxels for step, voxels in zip(volume.spacing, volume.shape, strict=True)]
+        return cls.of_arrays(volume.image[0], scan.base, volume.spacing)
+
+    @classmethod
+    def of_arrays(cls, image: np.ndarray, base: np.ndarray, spacing: Sequence[float]) -> Anatomy:
+        """From an image float (*S) and the base model's labels integer (*S)."""
+        shape = coarser(image.shape, spacing)
+        size = [step * voxels for step, voxels in zip(spacing, image.shape, strict=True)]
         first, second, third = (mm / voxels for mm, voxels in zip(size, shape, strict=True))
-        base = scan.base if scan.base.dtype in (np.uint8, np.uint16) else scan.base.astype(np.uint16)
+        base = base if base.dtype in (np.uint8, np.uint16) else base.astype(np.uint16)
         # as a task file keeps it, so that a support is the same volume when it is read from there
-        image = on_grid(volume.image[0], shape).clip(-_BRIGHTEST, _BRIGHTEST).astype(np.float16)
-        return cls(image.astype(np.float32), nearest_on_grid(base, shape), (first, second, third))
+        small = on_grid(_outlined(image), shape).clip(-_BRIGHTEST, _BRIGHTEST).astype(np.float16)
+        return cls(small.astype(np.float32), nearest_on_grid(base, shape), (first, second, third))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -293,6 +300,17 @@ def nearest_on_grid(labels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         for old, new in zip(labels.shape, shape, strict=True)
     ]
     return labels[np.ix_(*index)]
+
+
+def _outlined(image: np.ndarray) -> np.ndarray:
+    """With what nnU-Net masks out as dark as the darkest.
+
+    It sets that to 0, which is the mean of the rest: a skull-stripped brain would have no outline.
+    """
+    outside = image == 0
+    if outside.all() or np.count_nonzero(outside) < _PLATEAU * image.size:
+        return image
+    return np.where(outside, np.percentile(image[~outside], _DARK), image)
 
 
 def signed_distance(mask: np.ndarray, spacing: Sequence[float], cap: float) -> np.ndarray:
