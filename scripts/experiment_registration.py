@@ -44,7 +44,6 @@ from nnunet_calib.fewshot.volume.sampling import sample_support
 from nnunet_calib.fewshot.volume.scan import Scan
 from nnunet_calib.fewshot.volume.support import Support
 
-KS = {"brain": (1, 3, 5), "chaos": (1, 3, 5)}
 ARMS = {
     "registration": "labels carried by registration, their vote",
     "head": "the default head on ten intensity features",
@@ -143,14 +142,14 @@ def found(
     return novel, 0.0 if carried is None else carried.seconds
 
 
-def evaluate(study: Study, data: Path, work: Path, arms: Sequence[str], sets: int | None) -> None:
+def evaluate(study: Study, data: Path, work: Path, arms: Sequence[str], ks: Sequence[int], sets: int | None) -> None:
     """A line for every pair of supports and query that has none yet."""
     file = work / f"{study.name}.jsonl"
     done = {line_key(line) for line in read_lines(file)}
     values = json.loads((data / study.source / "dataset.json").read_text())["labels"]
     cases = read_cases(study, data)
     registrar = Registrar(work / "registrations")
-    for k, arm, name in itertools.product(KS[study.name], arms, study.novel):
+    for k, arm, name in itertools.product(ks, arms, study.novel):
         value = values[name]
         fitted: tuple[Any, Any] = (None, None)
         for episode in real_episodes(list(cases), list(cases), k, None if arm == "registration" else sets):
@@ -203,7 +202,7 @@ def table(work: Path) -> str:
     machine = f"{os.cpu_count()} CPU cores of {platform.machine()}, SimpleITK {SimpleITK.Version_VersionString()}"
     for study in STUDIES:
         lines = read_lines(work / f"{study.name}.jsonl")
-        for k, arm in itertools.product(KS[study.name], ARMS):
+        for k, arm in itertools.product(sorted({line["k"] for line in lines}), ARMS):
             own = [line for line in lines if (line["k"], line["arm"]) == (k, arm)]
             groups = [(name, [line for line in own if line["structure"] == name]) for name in study.novel]
             if own and all(members for _, members in groups):
@@ -236,8 +235,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", dest="work", type=Path, required=True)
-    parser.add_argument("--only", choices=list(KS))
+    parser.add_argument("--only", choices=[study.name for study in STUDIES])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("-k", type=int, nargs="+", default=[1, 3, 5], help="supports (default: 1 3 5)")
     parser.add_argument("--sets", type=int, help="of k supports for the heads; default: as many as supports")
     parser.add_argument("--csv", action="store_true", help=f"write docs/results/{TABLE} from what is in WORK")
     args = parser.parse_args()
@@ -248,7 +248,7 @@ def main() -> int:
     torch.set_num_threads(1)
     for study in STUDIES:
         if args.only in (None, study.name):
-            evaluate(study, args.data, args.work, args.arms, args.sets)
+            evaluate(study, args.data, args.work, args.arms, args.k, args.sets)
     return 0
 
 

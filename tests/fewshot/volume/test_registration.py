@@ -201,3 +201,11 @@ def test_grids_share_their_outer_faces():
     ramp = np.broadcast_to(np.arange(12, dtype=np.float32) + 0.5, (4, 4, 12))
     assert on_grid(ramp, (4, 4, 6))[0, 0, 1:-1] == pytest.approx([3, 5, 7, 9], abs=1e-4)
     assert nearest_on_grid(np.arange(12).reshape(1, 1, 12), (1, 1, 4)).ravel().tolist() == [1, 4, 7, 10]
+
+
+def test_what_was_masked_out_is_as_dark_as_the_darkest():
+    image = np.random.default_rng(0).normal(0, 1, (12, 12, 12)).astype(np.float32)
+    image[:4] = 0  # nnU-Net's z-scores within a mask: 0 is the mean of the rest
+    seen = Anatomy.of_arrays(image, np.zeros(image.shape, np.uint8), (1.0, 1.0, 1.0)).image
+    assert seen[:4].max() < -2
+    assert seen[4:] == pytest.approx(image[4:], abs=2e-3)
