@@ -66,6 +66,14 @@ def voxels(header: nibabel.Nifti1Header) -> int:
     return math.prod(max(1, int(length)) for length in header["dim"][1 : 1 + axes])
 
 
+def type_of(header: nibabel.Nifti1Header) -> np.dtype | None:
+    """Of a value; None of a type that there is not, which the reader will refuse."""
+    try:
+        return header.get_data_dtype()
+    except (KeyError, nibabel.spatialimages.HeaderDataError):
+        return None
+
+
 def first_voxel(header: nibabel.Nifti1Header) -> int:
     """Where the voxels begin in a file of header and voxels, in bytes."""
     return int(header["vox_offset"]) or header.single_vox_offset
@@ -153,7 +161,5 @@ def _swapped(number: int) -> int:
 
 
 def _itemsize(header: nibabel.Nifti1Header) -> int:
-    try:
-        return header.get_data_dtype().itemsize
-    except nibabel.spatialimages.HeaderDataError:  # a type that the reader will refuse
-        return max(1, np.abs(int(header["bitpix"])) // 8)
+    dtype = type_of(header)
+    return max(1, abs(int(header["bitpix"])) // 8) if dtype is None else dtype.itemsize

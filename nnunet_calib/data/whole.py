@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import nibabel
 import numpy as np
 
 from nnunet_calib.data import nifti
@@ -233,9 +232,8 @@ def _nifti(path: Path) -> Stored | None:
     header = nifti.read_header(path)
     if header is None:
         raise _damaged(path, "it does not begin as a NIfTI file")
-    try:
-        dtype = header.get_data_dtype()
-    except nibabel.spatialimages.HeaderDataError:  # of a type that the reader will refuse
+    dtype = nifti.type_of(header)
+    if dtype is None:
         return None
     if dtype.kind == "c":
         raise InputError(f"{path}: holds complex numbers, of which readers drop a half")

@@ -242,3 +242,20 @@ def test_a_place_whose_axes_are_reordered_lies_where_it_lay():
     there, here = affine @ [3, 2, 1, 1], turned.affine @ [*voxel[[2, 0, 1]][::-1], 1]
     assert here == pytest.approx(there)
     assert turned.oblique == pytest.approx(place.oblique[:, [2, 0, 1]])
+
+
+def test_a_type_that_there_is_not_is_refused_where_the_file_is_read(tmp_path, capsys):
+    """nibabel raises a KeyError."""
+    folders = Folders(tmp_path)
+    folders.add_ambiguous("x")
+    (folders.prediction / "x.npz").unlink()
+    path = folders.prediction / "x_probabilities.nii"
+    nibabel.save(nibabel.Nifti1Image(np.full((12, 14, 6, 3), 1 / 3, np.float32), np.eye(4)), path)
+    content = bytearray(path.read_bytes())
+    content[70:72] = (4096).to_bytes(2, "little")
+    path.write_bytes(content)
+    assert main(folders.words) == 1
+    (failed,) = folders.summary()["failed"]
+    assert "x_probabilities.nii: " in failed["error"]
+    assert "Error:" not in capsys.readouterr().err
+    assert main(["convert", str(folders.prediction), "-o", str(tmp_path / "c"), "--to", "compact"]) == 1

@@ -11,7 +11,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from nibabel.spatialimages import HeaderDataError
 
 from nnunet_calib.data import nifti
 from nnunet_calib.data.errors import InputError, UsageError
@@ -163,9 +162,10 @@ def _is_label_map(path: Path) -> bool:
     """Whether it is a NIfTI file of one volume of integers: the label map of a case called ``x_probabilities``."""
     try:
         header = nifti.read_header(path) if path.name.endswith(nifti.ENDINGS) else None
-        return header is not None and header.get_data_dtype().kind in "iu" and not nifti.has_channels(path)
-    except (InputError, HeaderDataError):  # it says so where it is read
+    except InputError:  # it says so where it is read
         return False
+    dtype = None if header is None else nifti.type_of(header)
+    return dtype is not None and dtype.kind in "iu" and not nifti.has_channels(path)
 
 
 def _is_done(conversion: Conversion, shape: tuple[int, ...], dtype: np.dtype) -> bool:
