@@ -130,7 +130,7 @@ PAGE = Page(
         "temperature": by_temperature,
     },
     ROWS.number,
-    settings=frozenset({"1.5625", "2.5", "0.0392", "0.0411"}),
+    settings=frozenset({"0.6", "1.5625", "2.5", "0.0392", "0.0411"}),
     rows=(ROWS,),
     figure=styled_figure,
 )
