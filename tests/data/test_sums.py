@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from nnunet_calib import metrics
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_npz
 
@@ -46,3 +47,11 @@ def test_who_stops_at_the_last_channel_is_told_too(tmp_path):
         next(channels)
     with pytest.raises(InputError, match=r"add up to 0\.9"):
         next(channels)
+
+
+def test_arrays_are_held_against_1_too():
+    reference = P.argmax(axis=0)
+    assert metrics.calibration_scores(P, reference)["n"] == reference.size
+    with pytest.raises(ValueError, match=r"add up to 0\.9 to 0\.9"):
+        metrics.calibration_scores(P * 0.9, reference)
+    assert metrics.calibration_scores(P * 0.9, reference, multilabel=True)["n"] == reference.size

@@ -48,6 +48,8 @@ from nnunet_calib.metrics.overlap import Structure
 THRESHOLD = 1e-3
 """Probabilities up to it are left out of TCECE, unless said otherwise."""
 
+_SUM_TOLERANCE = 5e-3  # of the sum over classes; rounding to float16 of many classes takes less
+
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
@@ -179,10 +181,17 @@ def calibration_scores(
         As ``scores``; classes are named by ``str`` of the label or tuple.
 
     Raises:
-        ValueError: as ``calibration_statistics``.
+        ValueError: as ``calibration_statistics``; or exclusive classes whose probabilities do not add up to 1.
     """
     classes = range(len(probabilities)) if classes is None else classes
     masks = {"it": np.ones(reference.shape, dtype=bool) if mask is None else mask}
+    if not multilabel and (sums := np.sum(probabilities, axis=0, dtype=np.float32)[masks["it"]]).size:
+        lowest, highest = float(sums.min()), float(sums.max())
+        if max(abs(lowest - 1), abs(highest - 1)) > _SUM_TOLERANCE:
+            raise ValueError(
+                f"the probabilities of a voxel add up to {lowest:.4g} to {highest:.4g}, not to 1, as those of classes "
+                "that exclude each other do; sigmoids are multilabel"
+            )
     options: dict[str, Any] = {"bins": bins, "multilabel": multilabel, "threshold": threshold}
     statistics, _ = calibration_statistics(probabilities, reference, classes, masks, **options)
     return scores(statistics["it"], [str(structure) for structure in classes])
