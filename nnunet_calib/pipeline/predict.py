@@ -28,6 +28,7 @@ from nnunet_calib.data.cases import CaseFiles, find_images
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_named, read_json, write_whole
+from nnunet_calib.data.images import remedy
 from nnunet_calib.data.whole import check_whole
 from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
@@ -246,9 +247,18 @@ class _Work:
             check_whole(Path(file))  # SimpleITK fills up what is missing with zeros
         case.identity = self._made_from(case)  # before the files are read: a change meanwhile is a change since
         configuration, manager = self.model.configuration_manager, self.model.label_manager
-        data, labels, properties = configuration.preprocessor_class(verbose=False).run_case(
-            case.files, case.previous, self.model.plans_manager, configuration, self.dataset.content
-        )
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        try:
+            data, labels, properties = preprocessor.run_case(
+                case.files, case.previous, self.model.plans_manager, configuration, self.dataset.content
+            )
+        except (
+            Exception
+        ) as error:  # of nnU-Net's reader, that of the training: another could change what the network sees
+            for file in case.files:
+                if advice := remedy(Path(file), str(error)):
+                    raise InputError(f"{file}: {self.reader.__name__} of the model does not take it{advice}") from error
+            raise
         if case.previous is not None:
             data = np.vstack((data, convert_labelmap_to_one_hot(labels[0], manager.foreground_labels, data.dtype)))
         return torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format), properties

@@ -164,6 +164,21 @@ def test_one_bad_image_is_reported_and_the_others_are_predicted(tmp_path, capsys
     assert {path.name for path in (tmp_path / "ours").glob("*.nii.gz")} == {"case_0.nii.gz", "case_2.nii.gz"}
 
 
+def test_an_image_that_the_models_reader_does_not_take_is_told_with_the_remedy(tmp_path, capsys):
+    model = write_model(tmp_path)
+    images = write_images(tmp_path / "images", count=2)
+    good = nibabel.load(images / "case_0_0000.nii.gz")
+    sheared = good.affine.copy()
+    sheared[0, 1] += 0.3
+    image = nibabel.Nifti1Image(np.asarray(good.dataobj), sheared)
+    image.set_qform(None, code=0)
+    nibabel.save(image, images / "case_1_0000.nii.gz")
+    assert predict(model, images, tmp_path / "ours") == 1
+    err = capsys.readouterr().err
+    assert "case_1_0000.nii.gz: SimpleITKIO of the model does not take it; its axes are not at right angles" in err
+    assert {path.name for path in (tmp_path / "ours").glob("*.nii.gz")} == {"case_0.nii.gz"}
+
+
 def test_the_same_command_keeps_what_holds(tmp_path, capsys):
     model = write_model(tmp_path)
     images, ours = write_images(tmp_path / "images"), tmp_path / "ours"
