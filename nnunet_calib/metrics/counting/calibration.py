@@ -185,7 +185,7 @@ def calibration_scores(
     """
     classes = range(len(probabilities)) if classes is None else classes
     masks = {"it": np.ones(reference.shape, dtype=bool) if mask is None else mask}
-    if not multilabel and (sums := np.sum(probabilities, axis=0, dtype=np.float32)[masks["it"]]).size:
+    if not multilabel and (sums := np.asarray(np.sum(probabilities, axis=0, dtype=np.float32))[masks["it"]]).size:
         lowest, highest = float(sums.min()), float(sums.max())
         if max(abs(lowest - 1), abs(highest - 1)) > _SUM_TOLERANCE:
             raise ValueError(
