@@ -138,7 +138,7 @@ def test_other_yardsticks_are_refused(tmp_path, changes, complaint):
 
 def test_scores_made_in_memory_are_compared_with_those_of_files(tmp_path):
     dice, ece = simulated(1, 3)
-    write_run(tmp_path / "a", dice, ece, protocol={"probabilities": "in memory"})
+    write_run(tmp_path / "a", dice, ece, protocol={"bins": 15, "probabilities": "in memory"})
     write_run(tmp_path / "b", dice, ece)
     assert len(compared([str(tmp_path / "a"), str(tmp_path / "b")]).cases) == 3
 

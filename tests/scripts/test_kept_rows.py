@@ -132,7 +132,7 @@ def test_a_pair_is_compared_with_the_stock_network_whose_first_part_it_shares(ex
 
 
 def test_all_trainers_of_a_pair_go_on_from_one_checkpoint_of_stock(experiment, tmp_path):
-    """The checkpoint that nnU-Net deletes at the end is kept, and says nothing of the trainer that wrote it."""
+    """The checkpoint that nnU-Net deletes at the end is kept, and says that the other trainer's settings hold."""
     bench = experiment.Bench(tmp_path / "Dataset004_Toy", tmp_path / "work", "cpu", 1)
     rows = {row.name: row for row in experiment.runs()}
     stock, ours = rows["StockTrainer__pair"], rows["MEEPTrainer__pair"]
@@ -147,9 +147,10 @@ def test_all_trainers_of_a_pair_go_on_from_one_checkpoint_of_stock(experiment, t
     )
     bench.call("train", [sys.executable, "-c", writes, str(fold)], link_from=fold)
     assert not (fold / "checkpoint_latest.pth").exists()
-    bench.take_first_part(ours.start, bench.model(ours) / "fold_0")
+    bench.take_first_part(ours, bench.model(ours) / "fold_0")
     taken = torch.load(bench.model(ours) / "fold_0" / "checkpoint_latest.pth", weights_only=True)
-    assert taken == {"current_epoch": 6, "init_args": {"plans": {}}}
+    settings = {"trainer": "MEEPTrainer", **ours.settings}
+    assert taken == {"current_epoch": 6, "init_args": {"plans": {"nnunet_calib_resolved": settings}}}
 
 
 def test_without_values_by_case_there_is_no_interval(experiment, tables, finished, tmp_path):

@@ -481,7 +481,7 @@ def test_requests_without_meaning_are_refused(supports, tmp_path):
         apply(supports, images, tmp_path / "out", [tmp_path / "nothing.fewshot"])
     with pytest.raises(UsageError, match="the model has a class 'a' already"):
         supports.fit(tmp_path, name="a")
-    with pytest.raises(UsageError, match="--inside 7: the model's labels are 0, 1, 2"):
+    with pytest.raises(UsageError, match=r"--inside 7: the model's labels are 1 \(a\), 2 \(b\)"):
         supports.fit(tmp_path, inside=[7])
     other = Task.load(supports.task)
     replace(other, name="other", orientation="RAS").save(tmp_path / "other.fewshot")
