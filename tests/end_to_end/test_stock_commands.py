@@ -78,7 +78,7 @@ def test_the_package_under_test_is_the_installed_one(host):
 
 def test_an_unknown_setting_is_refused_in_one_line_and_leaves_no_folder(host):
     line = refused(host.train(REGIONS, "wrong", "0", "MbLSTrainer", succeeds=False))
-    assert line.startswith("nnunet-calib: unknown setting 'marign'; allowed: calibrate_from, ")
+    assert line.startswith("nnunet-calib: unknown setting 'marign'; did you mean margin? allowed: calibrate_from, ")
     assert not host.model(REGIONS, "wrong", "MbLSTrainer").exists()
 
 
