@@ -110,23 +110,17 @@ def _pair(text: str) -> tuple[str, Any]:
 def _trainers_that_start(names: list[str], settings: dict[str, Any], kernel_size: list[int]) -> list[str]:
     """Those that take the settings as a training does, which builds the loss; if none does, why the first does not."""
     from nnunet_calib.training.catalogue import listed_trainers
-    from nnunet_calib.training.settings import RefusedSettings, resolve_settings
+    from nnunet_calib.training.settings import accepting, resolve_settings
 
-    accepting, refusals = [], []
-    for name in names:
-        try:
-            if (listed := listed_trainers().get(name)) is not None:
-                resolve_settings(settings, listed.loss, listed.fixed, kernel_size)
-            else:  # a user's own, made of one of ours
-                from nnunet_calib.training.base import find_trainer
+    def check(name: str) -> None:
+        if (listed := listed_trainers().get(name)) is not None:
+            resolve_settings(settings, listed.loss, listed.fixed, kernel_size)
+        else:  # a user's own, made of one of ours
+            from nnunet_calib.training.base import find_trainer
 
-                find_trainer(name).check_settings(settings, kernel_size)
-            accepting.append(name)
-        except RefusedSettings as refusal:
-            refusals.append(refusal)
-    if not accepting:
-        raise refusals[0]
-    return accepting
+            find_trainer(name).check_settings(settings, kernel_size)
+
+    return accepting(names, check)
 
 
 def _trained(dataset: str, plans_name: str, configuration: str) -> Path | None:

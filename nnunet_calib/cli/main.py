@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = _parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
+    # What torch announces to those who write for it, as its parts are imported, says nothing to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     try:
         return _module(args.verb).run(args)
     except (InputError, UsageError) as error:

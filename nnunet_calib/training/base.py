@@ -21,6 +21,7 @@ from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
 from nnunet_calib.data.quiet import quiet
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.pipeline.validation import scored_validation, summarise_validation, validation_means
+from nnunet_calib.training.catalogue import no_trainer
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.curves import append, draw
 from nnunet_calib.training.objective import Objective
@@ -411,10 +412,10 @@ def find_trainer(name: str) -> type[CalibrationTrainer]:
         with quiet():  # where nnU-Net tells its search
             found = recursive_find_trainer_class_by_name(name)
     except Exception as error:  # modules of others are imported in the search
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"no trainer {name!r}: nnU-Net finds none ({reason[:200]}); see nnunet-calib trainers"
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if name in reason:  # nnU-Net's own words, a path and a page long, for one that is not there
+            raise UsageError(no_trainer(name)) from error
+        raise UsageError(f"no trainer {name!r} could be looked for: {reason}; see nnunet-calib trainers") from error
     if not issubclass(found, CalibrationTrainer):
         raise UsageError(f"{name} is no trainer of nnunet-calib and takes no settings; derive it from one of ours")
     return found

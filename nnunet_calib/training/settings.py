@@ -1,7 +1,7 @@
 """Settings of a training: the key ``nnunet_calib`` of a plans configuration, checked and completed."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from nnunet_calib import losses
@@ -137,16 +137,27 @@ def check_of_any(given: Mapping[str, Any], kernel_size: int | list[int] = 3) -> 
         raise RefusedSettings(
             "no trainer has all of these settings: " + "; ".join(f"{name} is of {_named(name)}" for name in some)
         )
-    accepting, refusals = [], []
-    for name in candidates:
+    return accepting(
+        candidates, lambda name: check_settings(given, trainers[name].loss, trainers[name].fixed, kernel_size)
+    )
+
+
+def accepting(names: Iterable[str], check: Callable[[str], object]) -> list[str]:
+    """The trainers whose settings ``check`` does not refuse.
+
+    Raises:
+        RefusedSettings: it refuses those of every trainer; what it says of the first.
+    """
+    found, refusals = [], []
+    for name in names:
         try:
-            check_settings(given, trainers[name].loss, trainers[name].fixed, kernel_size)
-            accepting.append(name)
+            check(name)
+            found.append(name)
         except RefusedSettings as refusal:
             refusals.append(refusal)
-    if not accepting:
+    if not found:
         raise refusals[0]
-    return accepting
+    return found
 
 
 def trainers_with(setting: str) -> list[str]:

@@ -29,7 +29,7 @@ def fitted(method, multilabel):
     return CALIBRATORS[method](multilabel=multilabel).fit(z, np.arange(3)[:, None] == y if multilabel else y)
 
 
-def tried(path, content):
+def assert_read_or_refused(path, content):
     """None if refused; else the calibrator has been used on its channels."""
     path.write_text(json.dumps(content))
     start = time.perf_counter()
@@ -56,11 +56,14 @@ def tried(path, content):
 @pytest.mark.parametrize("method", CALIBRATORS)
 def test_every_entry_replaced(tmp_path, method, multilabel):
     content = fitted(method, multilabel).state()
-    assert tried(tmp_path / "c.json", content) is not None
+    assert assert_read_or_refused(tmp_path / "c.json", content) is not None
     for name in content:
-        assert name == "notes" or tried(tmp_path / "c.json", {k: v for k, v in content.items() if k != name}) is None
+        assert (
+            name == "notes"
+            or assert_read_or_refused(tmp_path / "c.json", {k: v for k, v in content.items() if k != name}) is None
+        )
         for wrong in WRONG:
-            tried(tmp_path / "c.json", content | {name: wrong})
+            assert_read_or_refused(tmp_path / "c.json", content | {name: wrong})
 
 
 @pytest.mark.parametrize("method", CALIBRATORS)
@@ -68,9 +71,9 @@ def test_more_channels_than_parameters_or_than_there_can_be(tmp_path, method):
     """``channels: 1e9`` once got the process killed: memory was set aside for it."""
     content = fitted(method, False).state()
     for channels in (1e9, 10**9, 2**16 + 1, 0, -3, True):
-        assert tried(tmp_path / "c.json", content | {"channels": channels}) is None
+        assert assert_read_or_refused(tmp_path / "c.json", content | {"channels": channels}) is None
     if method not in ("temperature", "ensemble"):  # theirs fit any number of classes
-        assert tried(tmp_path / "c.json", content | {"channels": 4}) is None
+        assert assert_read_or_refused(tmp_path / "c.json", content | {"channels": 4}) is None
 
 
 def mutated(value, chooser):
@@ -94,7 +97,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, method):
     for multilabel in (False, True):
         content = fitted(method, multilabel).state()
         for _ in range(40):
-            tried(tmp_path / "c.json", mutated(content, chooser))
+            assert_read_or_refused(tmp_path / "c.json", mutated(content, chooser))
 
 
 @pytest.mark.parametrize(
