@@ -24,7 +24,9 @@ FOLDS = 5
 
 
 def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: str) -> Calibrator:
-    """Fit a calibrator to a region of several cases, each of which weighs what it has voxels.
+    """Fit a calibrator to a region of several cases, each of which counts the same however many voxels it has.
+
+    So what is minimised is what ``cross_fit`` and ``evaluate`` report: the mean over cases of a case's mean NLL.
 
     Raises:
         ValueError: the region has no voxel in any of them.
@@ -35,14 +37,20 @@ def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: s
         return calibrator.fit(
             np.concatenate([log_probabilities(part.probabilities, multilabel=multilabel) for part in patches], axis=1),
             np.concatenate([part.target for part in patches], axis=1 if multilabel else 0),
-            np.concatenate([part.regions[region] for part in patches]),
+            weights=np.concatenate([_of_equal_cases(part.regions[region]) for part in patches]),
         )
     inside = [(sample, sample.regions[region]) for sample in samples]
     return calibrator.fit(
         np.concatenate([log_probabilities(s.probabilities[:, i], multilabel=multilabel) for s, i in inside], axis=1),
         np.concatenate([s.target[..., i] for s, i in inside], axis=-1),
-        weights=np.concatenate([s.weights[i] for s, i in inside]),
+        weights=np.concatenate([_of_equal_cases(s.weights[i]) for s, i in inside]),
     )
+
+
+def _of_equal_cases(weights: np.ndarray) -> np.ndarray:
+    """A case's weights with the sum 1; a case without a voxel of the region stays without."""
+    total = weights.sum()
+    return weights / total if total else weights.astype(np.float64)
 
 
 def cross_fit(
@@ -87,7 +95,7 @@ def cross_fit(
                 else:
                     p = apply_around(calibrator, samples[i]) if calibrator.margin else calibrator.apply(z)
                 for r, part in enumerate(REGIONS):
-                    found[name][r, i] = _estimates(p, samples[i], samples[i].regions[part], multilabel)
+                    found[name][r, i] = estimates(p, samples[i], part, multilabel)
     return {
         name: {
             part: _summary(values[r], {other: found[other][r, :, 0] for other in found if other != name})
@@ -122,8 +130,9 @@ def choose(table: Mapping[str, Mapping[str, Mapping[str, Any]]], region: str) ->
     return chosen, reason
 
 
-def _estimates(p: np.ndarray, sample: CaseSample, inside: np.ndarray, multilabel: bool) -> list[float]:
-    """``SCORES`` of a part of a sample; NaN without voxels."""
+def estimates(p: np.ndarray, sample: CaseSample, region: str, multilabel: bool) -> list[float]:
+    """``SCORES`` of a region of a sample whose probabilities are (C, n); NaN without voxels."""
+    inside = sample.regions[region]
     if not inside.any():
         return [np.nan] * len(SCORES)
     p, w, y = p[:, inside], sample.weights[inside], sample.target[..., inside]
