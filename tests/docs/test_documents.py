@@ -1,5 +1,6 @@
 """What the documents say can be done: every command is one that the parsers take, every link leads to a file."""
 
+import argparse
 import re
 import shlex
 from importlib.metadata import entry_points
@@ -86,3 +87,30 @@ def test_every_page_of_results_is_in_the_index():
     index = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     pages = {file.name for file in (ROOT / "docs" / "results").glob("*.md")}
     assert {page for page in pages if f"results/{page}" not in index} == set()
+
+
+PAGE = {"configure": "train", "convert": "evaluate", "diagram": "compare", "doctor": "install", "export": "faq"} | {
+    "report": "compare",
+    "trainers": "train",
+    "trainers-path": "faq",
+    "validate": "predict",
+}  # of the verbs that have none of their own name
+
+
+def options(parser: argparse.ArgumentParser) -> list[list[str]]:
+    """The spellings of every option, those of sub-commands too."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for sub in action.choices.values() for option in options(sub)]
+        elif action.option_strings:
+            found.append(action.option_strings)
+    return found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_is_on_the_page_of_its_verb(verb):
+    (verbs,) = (action for action in _parser(verb)._actions if isinstance(action, argparse._SubParsersAction))
+    page = (ROOT / "docs" / f"{PAGE.get(verb, verb)}.md").read_text(encoding="utf-8")
+    named = {"-h", "--debug", *re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", page)}  # --debug is every verb's: the FAQ
+    assert [option for option in options(verbs.choices[verb]) if not named.intersection(option)] == []
