@@ -1,7 +1,7 @@
 """Time and memory of the losses, forward and backward, side by side with their peers and with textbook versions.
 
     pip install "nnunet-calib[bench]"
-    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--rounds 1] [--table docs/benchmarks.md]
+    python scripts/benchmark_losses.py -o WORK [--only PATTERN ...] [--rounds 1] [--keep]
 
 Every tool runs in a process of its own with one CPU thread (``--threads``), so that peaks of memory are its own: the
 extra MiB are those beyond logits and target, the logits' gradient included. A process runs the tool on a small image,
@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import write_csvs
 from torch import Tensor
 from torch.nn import functional
 
@@ -386,7 +387,9 @@ def tables(runs: dict[str, list[dict]], shapes: list[str]) -> str:
                 text += [f"{form}, {shape.replace('x', ' x ')}: not measured.", ""]
                 continue
             text += [f"### {form}, {shape.replace('x', ' x ')}", "", "| loss |"]
-            text[-1] += "".join(f" {device.upper()} s | x yardstick | extra MiB | x yardstick |" for device in devices)
+            text[-1] += "".join(
+                f" {device.upper()} s | time x yardstick | extra MiB | memory x yardstick |" for device in devices
+            )
             text += ["|---" * (1 + 4 * len(devices)) + "|"]
             missing = []
             for tool in tools:
@@ -414,9 +417,6 @@ def tables(runs: dict[str, list[dict]], shapes: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
-MARKS = ("<!-- tables of scripts/benchmark_losses.py -->", "<!-- end of tables -->")
-
-
 def machine(threads: int) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "monai", "nnunetv2"))
@@ -435,7 +435,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=10, help="GB a textbook version may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--patience", type=float, default=10, help="a tool that needs more seconds a step runs once")
-    parser.add_argument("--table", type=Path, help="write the tables of all finished runs between the marks of a file")
+    parser.add_argument("--keep", action="store_true", help="write the tables of all finished runs into docs/results")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
@@ -457,10 +457,8 @@ def main() -> int:
     runs = measure(chosen, args)
     text = tables(runs, shapes)
     print(text)
-    if args.table:
-        before, _, rest = args.table.read_text().partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        args.table.write_text(f"{before}{MARKS[0]}\n{machine(args.threads)}\n\n{text}\n{MARKS[1]}{after}")
+    if args.keep:
+        write_csvs("benchmark_losses", ("steps", "peers"), text, measured=machine(args.threads))
     return 0
 
 

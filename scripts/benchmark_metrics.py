@@ -1,7 +1,7 @@
 """Time and memory of the evaluation, side by side with its peers, on volumes the script makes.
 
     pip install "nnunet-calib[bench]"
-    python scripts/benchmark_metrics.py -o WORK [--only PATTERN] [--rounds 5] [--table docs/benchmarks.md]
+    python scripts/benchmark_metrics.py -o WORK [--only PATTERN] [--rounds 5] [--keep]
 
 Three parts: surface distances (HD, HD95, ASSD, NSD at 2 mm and Dice of every structure), calibration (ECE, CECE, Brier
 and NLL of the arrays in memory), and whole cases from disk. Every tool runs in a process of its own with one thread
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept import write_csvs
 from tools_metrics import CALIBRATION, CASES, DISTANCES
 from volumes_metrics import VOLUMES, make_case, make_volumes
 
@@ -167,16 +168,13 @@ def tables(runs: dict[str, list[dict]]) -> str:
     return "\n".join(text)
 
 
-MARKS = ("<!-- tables of scripts/benchmark_metrics.py -->", "<!-- end of tables -->")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", dest="work", type=Path, required=True, help="folder for volumes and runs (9 GB)")
     parser.add_argument("--only", default="*", help="tasks part|volume|tool to run, a shell pattern")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=15, help="a tool that needs more seconds runs once")
-    parser.add_argument("--table", type=Path, help="write the tables of all finished runs between the marks of a file")
+    parser.add_argument("--keep", action="store_true", help="write the tables of all finished runs into docs/results")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task == "make":
@@ -193,13 +191,12 @@ def main() -> int:
     runs = measure(names, args.work, args.rounds, args.patience)
     text = tables(runs)
     print(text)
-    if args.table:
+    if args.keep:
         packages = ("numpy", "scipy", "torch", "monai", "panoptica", "netcal", "torchmetrics", "medpy", "numba")
-        head = f"{date.today()}; {os.cpu_count()} cores of {platform.machine()}, no GPU; " + ", ".join(
+        measured = f"{date.today()}; {os.cpu_count()} cores of {platform.machine()}, no GPU; " + ", ".join(
             f"{package} {version(package)}" for package in packages
         )
-        before, _, rest = args.table.read_text().partition(MARKS[0])
-        args.table.write_text(f"{before}{MARKS[0]}\n{head}\n\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        write_csvs("benchmark_metrics", ("distances", "calibration", "case"), text, measured=measured)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Step time and memory of every trainer, side by side, on random batches of a real configuration.
 
-    python scripts/benchmark_trainers.py -d 4 -c 3d_fullres [--trainers MbLSTrainer ...] [--steps 20] [-o FILE]
+    python scripts/benchmark_trainers.py -d 4 -c 3d_fullres [--trainers MbLSTrainer ...] [--steps 20] [--keep]
 
 Needs the data set's plans (``nnUNetv2_plan_and_preprocess``), no preprocessed images. On CUDA nnU-Net's mixed
 precision and compile are in force, as in a training. Every step's loss must be finite. Rounds go over all trainers in
@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
+from kept import write_csvs
 
 from nnunet_calib.data.plans import preprocessed_folder, read_plans
 from nnunet_calib.training.base import CalibrationTrainer
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("-o", type=Path)
+    parser.add_argument("--keep", action="store_true", help="write the table into docs/results")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = preprocessed_folder(args.d)
@@ -115,9 +115,8 @@ def main() -> int:
         if device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
     )
+    measured = f"{date.today()}, {where}, torch {torch.__version__}, {folder.name} {args.c}"
     lines = [
-        f"{date.today()}, {where}, torch {torch.__version__}, {folder.name} {args.c}",
-        "",
         "| trainer | s/step | ratio | GPU MiB |",
         "|---|---|---|---|",
     ]
@@ -126,9 +125,9 @@ def main() -> int:
         peak = f"{memory[name]:.0f}" if device.type == "cuda" else "not measured"
         lines.append(f"| {name} | {statistics.median(seconds[name]):.4f} | {ratio:.2f} | {peak} |")
     text = "\n".join(lines) + "\n"
-    print(text)
-    if args.o:
-        args.o.write_text(text)
+    print(f"{measured}\n\n{text}")
+    if args.keep:
+        write_csvs("benchmark_trainers", ("steps",), text, measured=measured)
     return 0
 
 

@@ -1,6 +1,6 @@
 """An ESTIMATE of what a step of each loss costs on a GPU, without one: kernels, bytes moved and peak of memory.
 
-    python scripts/estimate_gpu.py [--shape 2x14x128x128x128] [--table docs/benchmarks.md]
+    python scripts/estimate_gpu.py [--shape 2x14x128x128x128] [--keep]
 
 The step, forward and backward in float16 under autocast, runs on PyTorch's fake tensors (`fake_cuda`): every operation
 counts as one kernel that reads its arguments and writes its results; the peak is that of the tensors alive at the same
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from fake_cuda import CUDA, Cost, fake_cuda, gradients
+from kept import FOLDER, write_csvs
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor
@@ -24,7 +25,6 @@ from torch.nn.functional import cross_entropy
 
 from nnunet_calib.losses import LOSSES
 
-MARKS = ("<!-- table of scripts/estimate_gpu.py -->", "<!-- end of the estimate -->")
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((key, {}) for key in LOSSES),
     ("meep", {"variant": "kl"}),
@@ -61,12 +61,15 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="2x14x128x128x128")
     parser.add_argument("--only", nargs="+", help="losses of these names")
-    parser.add_argument("--table", type=Path, help="write the table between the marks of a file")
+    parser.add_argument(
+        "--keep", type=Path, nargs="?", const=FOLDER, help="write it as CSV, into docs/results or a folder"
+    )
     args = parser.parse_args(words)
     shape = tuple(int(side) for side in args.shape.split("x"))
+    measured = (
+        f"ESTIMATE, {date.today()}, {' x '.join(map(str, shape))} in float16, torch {torch.__version__.split('+')[0]}"
+    )
     lines = [
-        f"ESTIMATE, {date.today()}, {' x '.join(map(str, shape))} in float16, torch {torch.__version__.split('+')[0]}",
-        "",
         "| loss | kernels | GiB read and written | peak MiB | x cross_entropy |",
         "|---|---|---|---|---|",
     ]
@@ -81,13 +84,9 @@ def main(words: list[str] | None = None) -> int:
             f"{cost.peak / yardstick:.2f} |"
         )
     text = "\n".join(lines) + "\n"
-    print(text)
-    if args.table:
-        before, mark, rest = args.table.read_text(encoding="utf-8").partition(MARKS[0])
-        if not mark:
-            parser.error(f"{args.table} has no line {MARKS[0]}")
-        after = rest.partition(MARKS[1])[2]
-        args.table.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}", encoding="utf-8")
+    print(f"{measured}\n\n{text}")
+    if args.keep:
+        write_csvs("estimate_gpu", ("kernels",), text, args.keep, measured)
     return 0
 
 

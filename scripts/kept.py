@@ -75,22 +75,23 @@ def write_between(document: Path, marks: tuple[str, str], text: str) -> None:
     write_whole(document, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
 
 
-def write_csvs(stem: str, names: tuple[str, ...], text: str, folder: Path = FOLDER) -> None:
+def write_csvs(stem: str, names: tuple[str, ...], text: str, folder: Path = FOLDER, measured: str = "") -> None:
     """Write the Markdown tables of a text as ``<stem>_<name>.csv``, one file for all tables with the same head.
 
-    The bold line above a table, if any, is the value of its first column, ``table``.
+    The heading or bold line above a table, if any, is the value of its first column, ``table``.
 
     Args:
         stem: of the file names.
         names: of the different heads, in the order in which they come.
         text: with the tables.
         folder: for the files.
+        measured: when and where; the last column, if it is given.
     """
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     above, head = "", None
     for line in text.splitlines():
         if not line.startswith("|"):
-            above, head = (line.strip("*. ") if line.startswith("**") else above), None
+            above, head = (line.strip("*#. ") if line.startswith(("**", "#")) else above), None
             continue
         cells = [re.sub(r"[*`]", "", cell).strip() for cell in line.strip("|").split("|")]
         if head is None:
@@ -104,6 +105,7 @@ def write_csvs(stem: str, names: tuple[str, ...], text: str, folder: Path = FOLD
         stream = io.StringIO()
         several = any(row[0] for row in rows)
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow((["table"] if several else []) + list(columns))
-        writer.writerows(row if several else row[1:] for row in rows)
+        last = [measured] if measured else []
+        writer.writerow((["table"] if several else []) + list(columns) + ["measured" for _ in last])
+        writer.writerows((row if several else row[1:]) + last for row in rows)
         write_whole(folder / f"{stem}_{name}.csv", stream.getvalue())
