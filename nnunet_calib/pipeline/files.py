@@ -92,11 +92,17 @@ def _regrouped(parts: Iterable[Part], grid: Grid) -> Iterator[np.ndarray]:
     """Slabs (C, n, y, x) of one thickness but for the last, from parts of any."""
     size, (depth, *plane) = grid.channels * int(np.prod(grid.shape[1:])), grid.shape
     thickness = min(depth, max(1, _SLAB // size))
-    memory = np.empty((grid.channels, thickness, *plane), dtype=np.float32)
+    memory = np.empty((0,), dtype=np.float32)
     filled = 0
     for part in parts:
         values = part.probabilities
         while values.shape[1]:
+            if not filled and values.shape[1] >= thickness:
+                yield values[:, :thickness]
+                values = values[:, thickness:]
+                continue
+            if not memory.size:  # most cases come in slabs of this thickness
+                memory = np.empty((grid.channels, thickness, *plane), dtype=np.float32)
             taken = min(thickness - filled, values.shape[1])
             memory[:, filled : filled + taken] = values[:, :taken]
             values, filled = values[:, taken:], filled + taken

@@ -1,27 +1,22 @@
 """The validation at the end of a training, and of a model that is already trained, with all of ``evaluate``'s numbers.
 
-nnU-Net's trainer hands every validation case's logits to a pool of processes, which call
-``export_prediction_from_logits``. While ``scored_validation`` is open that name, in the trainer's module and nowhere
-else, is ``export_and_score``: it writes the same files and scores the case from the logits in memory.
+``scored_export`` says how a trainer's own validation is scored, by ``score_exported``; ``validate_model`` does the same
+for a model that is already trained.
 """
 
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_calib.data.cases import CaseFiles
@@ -35,7 +30,6 @@ from nnunet_calib.pipeline.case import Prediction, Wanted
 from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
 from nnunet_calib.prediction.model import TrainedModel
 
-_SEAM = "export_prediction_from_logits"
 _FOLDER = "validation"
 
 
@@ -49,66 +43,27 @@ class _Host:
     folds: tuple[str, ...] = ()
 
 
-@contextlib.contextmanager
-def scored_validation() -> Iterator[None]:
-    """While open, nnU-Net's validation scores every case from its logits.
-
-    Where this nnU-Net hands its logits on in another way, it validates as it always does, and nothing is scored: a
-    training of days must not fail at its end.
-    """
-    module: Any = sys.modules[nnUNetTrainer.__module__]
-    stock = getattr(module, _SEAM, None)
-    if stock is None:
-        _warn(f"nnunetv2 {version('nnunetv2')} has no {_SEAM} in its trainer; its validation cannot be scored")
-        yield
-        return
-    setattr(module, _SEAM, export_and_score)
-    try:
-        yield
-    finally:
-        setattr(module, _SEAM, stock)
-
-
-def export_and_score(
-    logits: Any,
-    properties: dict[str, Any],
-    configuration_manager: Any,
-    plans_manager: Any,
-    dataset_json: dict[str, Any],
-    output_truncated: str,
-    save_probabilities: bool = False,
-    num_threads_torch: int = 1,
+def score_exported(
+    file: str, logits: Tensor, labels: np.ndarray, properties: dict[str, Any], plans_manager: Any, configuration: Any
 ) -> None:
-    """nnU-Net's ``export_prediction_from_logits`` of a validation case, which also scores it.
+    """Write the record of a validation case whose label map nnU-Net has just written, and its sample of voxels.
 
-    A case that cannot be scored is exported by nnU-Net itself and is missing in the scores.
+    Args:
+        file: the label map, in the folder ``validation`` of a fold.
+        logits: (C, *S) as nnU-Net's predictor gives them.
+        labels: as written, axes in the order of the file.
+        properties: what nnU-Net's preprocessor says of the case.
+        plans_manager: nnU-Net's.
+        configuration: nnU-Net's configuration manager.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(num_threads_torch)
-    given = logits
-    try:
-        logits = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-        host = _Host(plans_manager, configuration_manager, plans_manager.get_label_manager(dataset_json))
-        folder, name = Path(output_truncated).parent, Path(output_truncated).name
-        model = folder.parent.parent
-        dataset = read_dataset(model / "dataset.json", model / "plans.json")
-        work = _Validation(folder, dataset, plans_manager, _references(plans_manager.dataset_name))
-        prediction = Prediction(name, logits, (), properties, host)
-        work.finish(prediction, Wanted("npz" if save_probabilities else "none"))
-    except Exception as error:  # whatever it is, the validation of a training must reach its end
-        _warn(f"case {Path(output_truncated).name} is exported by nnU-Net and not scored: {error}")
-        export_prediction_from_logits(
-            given,
-            properties,
-            configuration_manager,
-            plans_manager,
-            dataset_json,
-            output_truncated,
-            save_probabilities,
-            num_threads_torch=num_threads_torch,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    folder = Path(file).parent
+    model = folder.parent.parent
+    dataset = read_dataset(model / "dataset.json", model / "plans.json")
+    name = Path(file).name.removesuffix(dataset.file_ending)
+    host = _Host(plans_manager, configuration, plans_manager.get_label_manager(dataset.content))
+    work = _Validation(folder, dataset, plans_manager, _references(plans_manager.dataset_name))
+    prediction = Prediction(name, logits, (), properties, host)
+    work.score(prediction, labels.transpose(prediction.grid.from_image))
 
 
 def summarise_validation(
@@ -250,6 +205,10 @@ class _Validation:
     def finish(self, prediction: Prediction, wanted: Wanted) -> None:
         """Write a case's files and its record."""
         labels, _ = prediction.write(self.folder, self.dataset, self.reader, wanted)
+        self.score(prediction, labels)
+
+    def score(self, prediction: Prediction, labels: np.ndarray) -> None:
+        """Write the record of a case whose files are written; ``labels`` have the axes of the plans."""
         (self.folder / RECORDS).mkdir(exist_ok=True)
 
         def score(pair: CaseFiles) -> Any:
@@ -289,10 +248,6 @@ def _splits(preprocessed: Path) -> list[dict[str, list[str]]]:
         return [{"val": [str(name) for name in split["val"]]} for split in splits]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not nnU-Net's splits") from error
-
-
-def _warn(line: str) -> None:
-    print(f"WARNING nnunet-calib: {line}", file=sys.stderr, flush=True)
 
 
 def _never(_: CaseFiles) -> Any:

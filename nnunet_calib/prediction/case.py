@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from nnunet_calib.prediction.grid import Grid
 from nnunet_calib.prediction.interpolation import compiled_loops, interpolate
 
 _VALUES = 1 << 22  # of a part: some planes of a small image, one of a large one
+_TOGETHER = 1 << 17  # values whose softmax stays in the cache
 
 
 @dataclass(frozen=True)
@@ -88,35 +89,37 @@ class PredictedCase:
         Raises:
             InputError: logits that are not finite.
         """
-        grid = self.grid
-        before, after = grid.box[0].start, grid.box[0].stop
-        thickness = self._thickness
-        whole_planes = grid.box_shape[1:] == grid.shape[1:]
-
-        @cache
-        def memory() -> np.ndarray:
-            """Of parts that nothing or not all of is predicted in."""
-            return np.empty((grid.channels, thickness, *grid.shape[1:]), dtype=np.float32)
+        grid, inside = self.grid, (slice(None), slice(None), *self.grid.box[1:])
+        before, after, thickness = grid.box[0].start, grid.box[0].stop, self._thickness
+        memory = torch.empty((grid.channels, thickness, *grid.shape[1:]), dtype=torch.float32)
 
         def outside(start: int, stop: int) -> Iterator[Part]:
+            self._fill_outside(memory)
             for z in range(start, stop, thickness):
-                part = memory()[:, : min(thickness, stop - z)]
-                self._fill_outside(part)
-                yield Part(slice(z, z + part.shape[1]), part)
+                part = memory[:, : min(thickness, stop - z)]
+                yield Part(slice(z, z + part.shape[1]), part.numpy())
 
         yield from outside(0, before)
-        for planes, values in self._box_parts():
-            part = self._labels.apply_inference_nonlin(values).cpu().numpy()
-            if not whole_planes:
-                inside, part = part, memory()[:, : part.shape[1]]
-                self._fill_outside(part)
-                part[(slice(None), slice(None)) + grid.box[1:]] = inside
-                del inside
-            yield Part(slice(before + planes.start, before + planes.stop), part)
-            del part
+        on_cpu = self._on_grid[0].device.type == "cpu"
+        self._fill_outside(memory)
+        for planes, values in self._box_parts(memory[inside] if on_cpu else None):
+            part = memory[:, : values.shape[1]]
+            if not on_cpu:
+                part[inside] = self._labels.apply_inference_nonlin(values).cpu()
+            else:  # in place: with all classes a plane is large
+                self._make_probabilities(values)
+            yield Part(slice(before + planes.start, before + planes.stop), part.numpy())
         yield from outside(after, grid.shape[0])
 
-    def _fill_outside(self, part: np.ndarray) -> None:
+    def _make_probabilities(self, values: Tensor) -> None:
+        """Logits (C, n, Y, X) to probabilities, some rows after the others."""
+        rows = max(1, _TOGETHER // (values.shape[0] * values.shape[3]))
+        for plane in range(values.shape[1]):
+            for row in range(0, values.shape[2], rows):
+                some = values[:, plane, row : row + rows]
+                some[...] = self._labels.apply_inference_nonlin(some)
+
+    def _fill_outside(self, part: Tensor) -> None:
         part[...] = 0
         if not self._labels.has_regions:
             part[0] = 1
@@ -126,12 +129,13 @@ class PredictedCase:
         """Planes of a part."""
         return max(1, _VALUES // (self.grid.channels * int(np.prod(self.grid.shape[1:]))))
 
-    def _box_parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Planes of the box, and their logits float32 (C, n, Y, X) rounded as export rounds them."""
+    def _box_parts(self, memory: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Planes of the box, and their logits float32 (C, n, Y, X) rounded as export rounds them; in ``memory``."""
         logits, axes = self._on_grid
         shape = self.grid.box_shape
         thickness = min(self._thickness, shape[0])
-        memory = torch.empty((len(logits), thickness, *shape[1:]), dtype=torch.float32, device=logits.device)
+        if memory is None:
+            memory = torch.empty((len(logits), thickness, *shape[1:]), dtype=torch.float32, device=logits.device)
         for start in range(0, shape[0], thickness):
             stop = min(start + thickness, shape[0])
             values = memory[:, : stop - start]

@@ -8,8 +8,8 @@ weights. The weights are scipy's to the last bit; tests hold them against it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,19 +110,39 @@ class Grid:
         current = list(configuration.spacing)
         if len(current) != len(cropped):
             current = [new_spacing[0], *current]
+        return replace(
+            cls.resampled(logits_shape, cropped, current, new_spacing, configuration),
+            shape=tuple(int(n) for n in properties["shape_before_cropping"]),
+            box=tuple(slice(int(low), int(high)) for low, high in properties["bbox_used_for_cropping"]),
+            to_image=tuple(plans.transpose_backward),
+            from_image=tuple(plans.transpose_forward),
+        )
+
+    @classmethod
+    def resampled(
+        cls,
+        logits_shape: tuple[int, ...],
+        shape: Sequence[int],
+        current_spacing: Sequence[float],
+        new_spacing: Sequence[float],
+        configuration: ConfigurationManager,
+    ) -> Grid:
+        """The grid of the image that the plans' resampling function makes, all of it covered by the logits.
+
+        Args:
+            logits_shape: (C, *S) of the network's output.
+            shape: of the image.
+            current_spacing: mm, of the logits.
+            new_spacing: mm, of the image.
+            configuration: of the model.
+        """
+        size, current, new = tuple(int(n) for n in shape), list(current_spacing), list(new_spacing)
         axes = None
         if (arguments := _default_arguments(configuration)) is not None:
-            axes = _axes(logits_shape[1:], cropped, current, new_spacing, arguments)
-        return cls(
-            tuple(int(n) for n in properties["shape_before_cropping"]),
-            tuple(slice(int(low), int(high)) for low, high in properties["bbox_used_for_cropping"]),
-            axes,
-            current,
-            new_spacing,
-            tuple(plans.transpose_backward),
-            tuple(plans.transpose_forward),
-            int(logits_shape[0]),
-        )
+            axes = _axes(logits_shape[1:], size, current, new, arguments)
+        as_it_is = tuple(range(len(size)))
+        box = tuple(slice(0, n) for n in size)
+        return cls(size, box, axes, current, new, as_it_is, as_it_is, int(logits_shape[0]))
 
     @property
     def box_shape(self) -> tuple[int, ...]:

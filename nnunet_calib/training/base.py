@@ -20,7 +20,8 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.plans import SETTINGS_KEY, lineage, resolve_configuration
 from nnunet_calib.data.quiet import quiet
 from nnunet_calib.losses import LOSSES
-from nnunet_calib.pipeline.validation import scored_validation, summarise_validation, validation_means
+from nnunet_calib.pipeline.scored_export import scored_export
+from nnunet_calib.pipeline.validation import score_exported, summarise_validation, validation_means
 from nnunet_calib.training.catalogue import no_trainer
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.curves import append, draw
@@ -266,7 +267,7 @@ class CalibrationTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, whose ``summary.json`` has all of ``evaluate``'s numbers, from logits in memory."""
-        with scored_validation():
+        with scored_export(self, score_exported):
             super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:  # all ranks have written their cases: nnU-Net waits for them
             try:

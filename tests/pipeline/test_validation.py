@@ -3,15 +3,18 @@
 import functools
 import inspect
 import json
+import pickle
 import shutil
-import sys
+from importlib.metadata import version
+from types import SimpleNamespace
 
+import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.export_prediction import export_prediction_from_logits, resample_and_save
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -19,6 +22,7 @@ from nnunet_calib.cli.main import main
 from nnunet_calib.data.cases import pair_cases
 from nnunet_calib.evaluation import evaluate_folder
 from nnunet_calib.pipeline import validation
+from nnunet_calib.pipeline.scored_export import scored_export
 from nnunet_calib.posthoc.folders.samples import read_sample
 from nnunet_calib.posthoc.folders.sampling import VOXELS, sample_case
 from nnunet_calib.posthoc.maps.calibrator import FILE_NAME
@@ -133,19 +137,39 @@ def test_a_sample_of_something_else_is_not_used(trained, tmp_path, capsys, chang
 
 
 def test_the_seam_of_nnunets_validation_is_there():
-    """Fails with an nnU-Net that hands its logits on in another way; ``scored_validation`` is to be adapted then."""
-    module = sys.modules[nnUNetTrainer.__module__]
-    assert module.export_prediction_from_logits is export_prediction_from_logits
-    source = inspect.getsource(nnUNetTrainer.perform_actual_validation)
-    assert "export_prediction_from_logits, (" in source
-    with validation.scored_validation():
-        assert module.export_prediction_from_logits is validation.export_and_score
-    assert module.export_prediction_from_logits is export_prediction_from_logits
-    ours, theirs = (
-        list(inspect.signature(function).parameters)
-        for function in (validation.export_and_score, export_prediction_from_logits)
-    )
-    assert len(ours) == len(theirs)
+    """Fails with an nnU-Net that hands its logits on in another way; ``scored_export`` is to be adapted then."""
+    source = " ".join(inspect.getsource(nnUNetTrainer.perform_actual_validation).split())
+    handed = "export_prediction_from_logits, ( (prediction, properties, self.configuration_manager, self.plans_manager,"
+    assert handed in source, f"nnunetv2 {version('nnunetv2')} hands something else to its export"
+
+
+def handed_to_the_pool(model):
+    """Managers of a trainer that validates, as a process of its export pool gets them: configuration, plans."""
+    trainer = SimpleNamespace(plans_manager=model.plans_manager, configuration_manager=model.configuration_manager)
+    with scored_export(trainer, validation.score_exported):
+        handed = pickle.dumps((trainer.configuration_manager, trainer.plans_manager))
+    assert trainer.plans_manager is model.plans_manager
+    assert trainer.configuration_manager is model.configuration_manager
+    return lambda: pickle.loads(handed)
+
+
+def test_a_trainer_whose_validation_fails_has_its_managers_back(trained):
+    folder, _ = trained()
+    model = TrainedModel(folder)
+    plans, configuration = model.plans_manager, model.configuration_manager
+    one, other = (SimpleNamespace(plans_manager=plans, configuration_manager=configuration) for _ in range(2))
+
+    def fail() -> None:
+        with scored_export(one, validation.score_exported):
+            assert one.plans_manager is not plans
+            assert one.plans_manager.dataset_name == plans.dataset_name
+            assert other.plans_manager is plans
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert one.plans_manager is plans
+    assert one.configuration_manager is configuration
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -153,7 +177,7 @@ def test_what_the_trainers_pool_is_handed_is_written_and_scored(trained, tmp_pat
     folder, reference = trained()
     model = TrainedModel(folder)
     managers = (model.configuration_manager, model.plans_manager, model.dataset.content)
-    data = reference.parent / "toy"
+    scoring, data = handed_to_the_pool(model), reference.parent / "toy"
     made, stock = folder / "fold_0" / "validation", tmp_path / "stock"
     made.mkdir()
     stock.mkdir()
@@ -161,7 +185,8 @@ def test_what_the_trainers_pool_is_handed_is_written_and_scored(trained, tmp_pat
         image, _, _, properties = nnUNetDatasetBlosc2(str(data), list(CASES)).load_case(case)
         rng = np.random.default_rng(0)
         logits = torch.from_numpy((rng.normal(size=(3, *image.shape[1:])) * 3).astype(np.float16))
-        validation.export_and_score(logits, properties, *managers, str(made / case), probabilities)
+        ours = (*scoring(), model.dataset.content, str(made / case), probabilities)
+        export_prediction_from_logits(logits, properties, *ours)
         export_prediction_from_logits(logits, properties, *managers, str(stock / case), True)
         assert (made / f"{case}.nii.gz").read_bytes() == (stock / f"{case}.nii.gz").read_bytes()
         assert (made / f"{case}.npz").exists() == probabilities
@@ -182,6 +207,7 @@ def test_a_case_that_cannot_be_scored_is_exported_by_nnunet_and_named(trained, t
     folder, reference = trained()
     model = TrainedModel(folder)
     managers = (model.configuration_manager, model.plans_manager, model.dataset.content)
+    scoring = handed_to_the_pool(model)
     made, stock = folder / "fold_0" / "validation", tmp_path / "stock"
     made.mkdir()
     stock.mkdir()
@@ -193,10 +219,10 @@ def test_a_case_that_cannot_be_scored_is_exported_by_nnunet_and_named(trained, t
     for case in CASES:
         image, _, _, properties = nnUNetDatasetBlosc2(str(reference.parent / "toy"), list(CASES)).load_case(case)
         logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, *image.shape[1:])).astype(np.float16))
-        validation.export_and_score(logits, properties, *managers, str(made / case))
+        export_prediction_from_logits(logits, properties, *scoring(), model.dataset.content, str(made / case))
         export_prediction_from_logits(logits, properties, *managers, str(stock / case))
         assert (made / f"{case}.nii.gz").read_bytes() == (stock / f"{case}.nii.gz").read_bytes()
-    assert f"case {bad} is exported by nnU-Net and not scored" in capsys.readouterr().err
+    assert f"{bad}.nii.gz is written and not scored" in capsys.readouterr().err
     said: list[str] = []
     found = validation.summarise_validation(folder / "fold_0", CASES, model.plans_manager, said.append)
     assert [failed["case"] for failed in found["failed"]] == [bad]
@@ -204,9 +230,33 @@ def test_a_case_that_cannot_be_scored_is_exported_by_nnunet_and_named(trained, t
     assert len(found["metric_per_case"]) == len(CASES) - 1
 
 
-def test_another_nnunet_validates_as_it_does(monkeypatch, capsys):
-    module = sys.modules[nnUNetTrainer.__module__]
-    monkeypatch.delattr(module, "export_prediction_from_logits")
-    with validation.scored_validation():
-        assert not hasattr(module, "export_prediction_from_logits")
-    assert "cannot be scored" in capsys.readouterr().err
+def test_logits_that_nobody_can_use_are_exported_by_nnunet(trained, tmp_path, capsys):
+    """What ``predict`` refuses, the validation of a training writes as nnU-Net does."""
+    folder, reference = trained()
+    model = TrainedModel(folder)
+    managers = (model.configuration_manager, model.plans_manager, model.dataset.content)
+    made, stock = folder / "fold_0" / "validation", tmp_path / "stock"
+    made.mkdir()
+    stock.mkdir()
+    image, _, _, properties = nnUNetDatasetBlosc2(str(reference.parent / "toy"), list(CASES)).load_case(CASES[0])
+    logits = torch.zeros((3, *image.shape[1:]), dtype=torch.float16)
+    logits[2, 3] = float("nan")
+    ours = handed_to_the_pool(model)()
+    export_prediction_from_logits(logits, properties, *ours, model.dataset.content, str(made / CASES[0]))
+    export_prediction_from_logits(logits, properties, *managers, str(stock / CASES[0]))
+    assert (made / f"{CASES[0]}.nii.gz").read_bytes() == (stock / f"{CASES[0]}.nii.gz").read_bytes()
+    assert "not scored" in capsys.readouterr().err
+
+
+def test_the_next_stage_of_a_cascade_gets_the_labels_of_nnunet(trained, tmp_path):
+    folder, _ = trained((1, 2, 0))
+    model = TrainedModel(folder)
+    configuration, plans = handed_to_the_pool(model)()
+    logits = torch.from_numpy((np.random.default_rng(0).normal(size=(3, 9, 11, 8)) * 3).astype(np.float16))
+    about = {"spacing": list(SPACING), "shape_after_cropping_and_before_resampling": (12, 14, 13)}
+    for name, managers in (("ours", (plans, configuration)), ("stock", (model.plans_manager, configuration._inner))):
+        resample_and_save(logits, [17, 20, 13], str(tmp_path / name), *managers, about, model.dataset.content)
+    ours, stock = (blosc2.open(str(tmp_path / f"{name}.b2nd"))[:] for name in ("ours", "stock"))
+    assert ours.dtype == stock.dtype
+    assert np.array_equal(ours, stock)
+    assert len(np.unique(ours)) == 3
