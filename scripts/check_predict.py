@@ -5,9 +5,9 @@
 
 Data sets are planned by nnU-Net (``--no_pp``); networks are the plans', of four features in the first stage, with
 random weights: their labels are as ragged as can be, which is the hardest for an export that leaves out what it need
-not compute. ACDC is a trained network, whose folder ``--acdc`` names. The CT of 117 classes is made. Compared are the
-label maps, voxel by voxel, and the probabilities in ``.npz``. With ``--time`` both commands write labels alone, in
-turn.
+not compute. Those of regions, of the ignore label and of the cascade are trained for some steps on the data's own
+images. ACDC is a trained network, whose folder ``--acdc`` names. The CT of 117 classes is made. Compared are the label
+maps, voxel by voxel, and the probabilities in ``.npz``. With ``--time`` both commands write labels alone, in turn.
 """
 
 import argparse
@@ -28,13 +28,20 @@ import SimpleITK as sitk
 import torch
 from kept import write_between
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import (
+    convert_labelmap_to_one_hot,
+    determine_num_input_channels,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy import ndimage
+from torch import nn
 
 from nnunet_calib.data.dataset import read_dataset
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.software import installed_versions
 
 FEATURES = 4
+STEPS, CROP, LOWER = 40, 64, 1.6  # of a training, voxels of its crops, coarser in a cascade's first stage
 MARKS = ("<!-- tables of scripts/check_predict.py -->", "<!-- end of tables of scripts/check_predict.py -->")
 
 
@@ -48,6 +55,12 @@ class Setup:
         configuration: of its plans.
         folds: how many networks.
         images: how many are compared.
+        steps: of training.
+        regions: its labels become these: names and labels.
+        scribbles: it is trained on these, and what they do not reach is ignored.
+        transpose: axes of the file in the order in which the network sees them.
+        around: voxels of empty background put around each image.
+        previous: name of the setup that is the first stage of a cascade.
     """
 
     name: str
@@ -55,6 +68,17 @@ class Setup:
     configuration: str
     folds: int = 1
     images: int = 4
+    steps: int = 0
+    regions: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    scribbles: bool = False
+    transpose: tuple[int, int, int] = (0, 1, 2)
+    around: int = 0
+    previous: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """A name for files."""
+        return self.name.replace(" ", "_").replace(",", "")
 
 
 SETUPS = (
@@ -65,6 +89,18 @@ SETUPS = (
     Setup("Brain, 13 classes", 35, "3d_fullres"),
     Setup("ACDC, 2d, trained", 27, "2d", images=8),
     Setup("CT, 117 classes", 117, "3d_fullres", images=1),
+    Setup(
+        *("Brain, regions, background around, transposed", 35, "3d_fullres"),
+        images=2,
+        steps=STEPS,
+        regions=(("brain", tuple(range(1, 13))), ("nuclei", (5, 7, 8, 9)), ("temporal", (10, 11))),
+        transpose=(2, 0, 1),
+        around=12,
+    ),
+    Setup("Hippocampus, regions", 4, "3d_fullres", steps=STEPS, images=8, regions=(("whole", (1, 2)), ("back", (2,)))),
+    Setup("ACDC, 2d, ignore label (scribbles)", 27, "2d", steps=STEPS, images=8, scribbles=True),
+    Setup("CHAOS, first stage", 20, "3d_lowres", steps=STEPS, images=2),
+    Setup("CHAOS, second stage", 20, "3d_cascade_fullres", steps=STEPS, images=2, previous="CHAOS, first stage"),
 )
 SHOWN = ("cases", "voxels", "labels", "different")
 CLASSES, SHAPE, SPACING = 117, (40, 160, 160), (3.0, 1.0, 1.0)
@@ -94,7 +130,12 @@ def main() -> None:
         images = take_images(setup, args, args.volumes if args.time else setup.images)
         if args.make:
             continue
-        found = timed(model, images, args) if args.time else compared(model, images, args)
+        more = []
+        if setup.previous is not None:
+            first = next(one for one in SETUPS if one.name == setup.previous)
+            more = ["-prev_stage_predictions", str(args.work / "predicted" / "first")]
+            run("stock", make_model(first, args), images, Path(more[1]), args)
+        found = timed(model, images, args, more) if args.time else compared(model, images, args, more)
         versions = ", ".join(map(" ".join, installed_versions(("nnunetv2", "torch", "numpy", "numba")).items()))
         found |= {
             "date": date.today().isoformat(),
@@ -117,9 +158,9 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 def make_model(setup: Setup, args: argparse.Namespace) -> Path:
     """The folder of a trained model."""
-    if setup.number == 27:
+    if setup.number == 27 and not setup.scribbles:
         return args.acdc
-    folder = args.work / "results" / setup.name.replace(" ", "_").replace(",", "") / "model"
+    folder = args.work / "results" / setup.folder / "model"
     if (folder / "plans.json").exists():
         return folder
     (args.work / "planned").mkdir(parents=True, exist_ok=True)
@@ -132,20 +173,24 @@ def make_model(setup: Setup, args: argparse.Namespace) -> Path:
             command = ["nnUNetv2_plan_and_preprocess", "-d", str(setup.number), "--no_pp", "-npfp", "1"]
             subprocess.run(command, env=environment(args), check=True, stdout=subprocess.DEVNULL)
         plans, dataset = (json.loads(one.read_text()) for one in (file, file.parent / "dataset.json"))
-    configuration = plans["configurations"][setup.configuration]
-    network = configuration["architecture"]
-    network["arch_kwargs"]["features_per_stage"] = [
-        min(FEATURES << stage, 32) for stage in range(network["arch_kwargs"]["n_stages"])
-    ]
-    heads = len(dataset["labels"])
+    change(setup, plans, dataset)
+    managers = PlansManager(plans), PlansManager(plans).get_configuration(setup.configuration)
+    network = managers[1].configuration["architecture"]
+    channels = determine_num_input_channels(*managers, dataset)
+    heads = managers[0].get_label_manager(dataset).num_segmentation_heads
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for fold in range(setup.folds):
         torch.manual_seed(fold)
         built = get_network_from_plans(
-            network["network_class_name"], network["arch_kwargs"], network["_kw_requires_import"], 1, heads
+            *(network["network_class_name"], network["arch_kwargs"], network["_kw_requires_import"], channels, heads),
+            deep_supervision=False,
         )
-        for parameter in built.decoder.seg_layers.parameters():
-            parameter.data *= 6  # logits of a trained network's size
+        if setup.steps:
+            fit(built, setup, *managers, dataset, args)
+        else:
+            for parameter in built.decoder.seg_layers.parameters():
+                parameter.data *= 6  # logits of a trained network's size
         (folder / f"fold_{fold}").mkdir()
         arguments = {"plans": plans, "configuration": setup.configuration, "fold": fold, "dataset_json": dataset}
         checkpoint = {
@@ -158,6 +203,79 @@ def make_model(setup: Setup, args: argparse.Namespace) -> Path:
     (folder / "dataset.json").write_text(json.dumps(dataset))
     (folder / "plans.json").write_text(json.dumps(plans))
     return folder
+
+
+def change(setup: Setup, plans: dict, dataset: dict) -> None:
+    """Make the plans those of a small network, and plans and labels what the setup says."""
+    configurations = plans["configurations"]
+    for configuration in configurations.values():
+        architecture = configuration["architecture"]["arch_kwargs"]
+        architecture["features_per_stage"] = [min(FEATURES << stage, 32) for stage in range(architecture["n_stages"])]
+    if setup.configuration not in configurations:  # nnU-Net plans a cascade for larger images
+        whole = configurations["3d_fullres"]
+        spacing = [step * LOWER for step in whole["spacing"]]
+        configurations["3d_lowres"] = whole | {"spacing": spacing, "next_stage": "3d_cascade_fullres"}
+        second = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+        configurations["3d_cascade_fullres"] = second
+    plans["transpose_forward"] = list(setup.transpose)
+    plans["transpose_backward"] = [setup.transpose.index(axis) for axis in range(3)]
+    if setup.regions:
+        dataset["labels"] = {"background": 0} | {name: list(labels) for name, labels in setup.regions}
+        dataset["regions_class_order"] = [labels[0] for _, labels in setup.regions]
+    if setup.scribbles:
+        dataset["labels"]["ignore"] = max(dataset["labels"].values()) + 1
+
+
+def fit(
+    network: nn.Module,
+    setup: Setup,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset: dict,
+    args: argparse.Namespace,
+) -> None:
+    """Train some steps, with every class as heavy as the others, on crops of the first training images."""
+    source = next(args.data.glob(f"Dataset{setup.number:03d}_*"))
+    labels, rng = plans.get_label_manager(dataset), np.random.default_rng(0)
+    cases = []
+    for file in sorted((source / "imagesTr").iterdir())[:3]:
+        reference = source / ("scribblesTr" if setup.scribbles else "labelsTr") / file.name.replace("_0000.", ".")
+        data, seg, _ = configuration.preprocessor_class(verbose=False).run_case(
+            [str(file)], str(reference), plans, configuration, dataset
+        )
+        seg = np.maximum(seg, 0)
+        if setup.previous is not None:
+            data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels.foreground_labels, data.dtype)))
+        cases.append((data, seg[0].astype(np.int64)))
+    size = [1, *configuration.patch_size] if len(configuration.patch_size) == 2 else configuration.patch_size
+    crop = [min(CROP, n) for n in size]
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    network.train()
+    for _ in range(setup.steps):
+        data, seg = cases[rng.integers(len(cases))]
+        starts = [int(rng.integers(max(1, n - m + 1))) for n, m in zip(seg.shape, crop, strict=True)]
+        box = tuple(slice(start, start + m) for start, m in zip(starts, crop, strict=True))
+        lacking = [(0, m - seg[box].shape[axis]) for axis, m in enumerate(crop)]
+        image = torch.from_numpy(np.pad(data[(slice(None), *box)], [(0, 0), *lacking])).float()[None]
+        target = torch.from_numpy(np.pad(seg[box], lacking))[None]
+        if len(configuration.patch_size) == 2:
+            image, target = image[:, :, 0], target[:, 0]
+        logits = network(image)
+        if labels.has_regions:
+            members = [torch.isin(target, torch.tensor(region)) for region in labels.foreground_regions]
+            truth = torch.stack(members, dim=1).float()
+            rare = (truth.numel() / len(members) / (truth.sum(dim=(0, 2, 3, 4)) + 1)).clamp(1, 100)
+            rare = rare.reshape(-1, *[1] * (truth.dim() - 2))
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, truth, pos_weight=rare)
+        else:
+            counts = torch.bincount(target.reshape(-1), minlength=logits.shape[1])[: logits.shape[1]]
+            ignored = -100 if labels.ignore_label is None else labels.ignore_label
+            weight = (counts.sum() / (counts + 1)).clamp(1, 100)
+            loss = nn.functional.cross_entropy(logits, target, weight, ignore_index=ignored)
+        optimizer.zero_grad()
+        loss.nan_to_num().backward()  # a crop without any scribble
+        optimizer.step()
+    network.eval()
 
 
 def made_plans() -> tuple[dict, dict]:
@@ -217,7 +335,7 @@ def made_plans() -> tuple[dict, dict]:
 
 def take_images(setup: Setup, args: argparse.Namespace, count: int) -> Path:
     """A folder of so many images."""
-    folder = args.work / "images" / f"{setup.number}_{count}"
+    folder = args.work / "images" / (f"{setup.number}_{count}" + (f"_{setup.around}" if setup.around else ""))
     if folder.exists():
         return folder
     folder.mkdir(parents=True)
@@ -231,29 +349,37 @@ def take_images(setup: Setup, args: argparse.Namespace, count: int) -> Path:
     source = next(args.data.glob(f"Dataset{setup.number:03d}_*"))
     images = [*sorted((source / "imagesTs").iterdir()), *sorted((source / "imagesTr").iterdir())]
     for image in images[:count]:
-        shutil.copy(image, folder / image.name)
+        if setup.around:
+            sides = [setup.around] * 3
+            sitk.WriteImage(sitk.ConstantPad(sitk.ReadImage(str(image)), sides, sides), str(folder / image.name))
+        else:
+            shutil.copy(image, folder / image.name)
     return folder
 
 
-def run(tool: str, model: Path, images: Path, output: Path, args: argparse.Namespace, *more: str) -> float:
-    """Seconds that a command took."""
+def run(
+    tool: str, model: Path, images: Path, output: Path, args: argparse.Namespace, *more: str
+) -> tuple[float, float]:
+    """Seconds that a command took, of the clock and of the processors."""
     shutil.rmtree(output, ignore_errors=True)
     folds = [path.name.removeprefix("fold_") for path in sorted(model.glob("fold_*"))]
     words = ["-i", str(images), "-o", str(output), "-m", str(model), "-device", "cpu", "-f", *folds, "--disable_tta"]
     name = {"ours": ["nnunet-calib", "predict"], "stock": ["nnUNetv2_predict_from_modelfolder"]}[tool]
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), os.times()
     done = subprocess.run([*name, *words, *more], env=environment(args), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(name)}: {done.stderr[-2000:]}")
-    return time.perf_counter() - begin
+    now = os.times()
+    cpu = now.children_user + now.children_system - used.children_user - used.children_system
+    return time.perf_counter() - begin, cpu
 
 
-def compared(model: Path, images: Path, args: argparse.Namespace) -> dict:
+def compared(model: Path, images: Path, args: argparse.Namespace, more: list[str]) -> dict:
     """How much the files differ."""
     ending = read_dataset(model / "dataset.json").file_ending
     folders = {tool: args.work / "predicted" / tool for tool in ("ours", "stock")}
     for tool, folder in folders.items():
-        run(tool, model, images, folder, args, "--save_probabilities")
+        run(tool, model, images, folder, args, "--save_probabilities", *more)
     different, largest, voxels, seen = 0, 0.0, 0, set()
     labels = sorted(folders["stock"].glob(f"*{ending}"))
     for theirs in labels:
@@ -266,14 +392,16 @@ def compared(model: Path, images: Path, args: argparse.Namespace) -> dict:
     return {"cases": len(labels), "voxels": voxels, "labels": len(seen), "different": different, "largest": largest}
 
 
-def timed(model: Path, images: Path, args: argparse.Namespace) -> dict:
+def timed(model: Path, images: Path, args: argparse.Namespace, more: list[str]) -> dict:
     """Median seconds of both commands, labels alone."""
-    seconds: dict[str, list[float]] = {"ours": [], "stock": []}
+    seconds: dict[str, list[tuple[float, float]]] = {tool: [] for tool in ("ours", "stock")}
     for _ in range(args.rounds):
         for tool, taken in seconds.items():
-            taken.append(run(tool, model, images, args.work / "timed", args))
-    found = {tool: statistics.median(taken) for tool, taken in seconds.items()}
-    return found | {"cases": len(list(images.iterdir())), "rounds": args.rounds}
+            taken.append(run(tool, model, images, args.work / "timed", args, *more))
+    found: dict = {"cases": len(list(images.iterdir())), "rounds": args.rounds}
+    for at, clock in enumerate(("", "_cpu")):
+        found |= {f"{tool}{clock}": statistics.median(one[at] for one in taken) for tool, taken in seconds.items()}
+    return found
 
 
 def tables(kept: dict[str, dict]) -> str:
@@ -288,12 +416,14 @@ def tables(kept: dict[str, dict]) -> str:
                 *(str(found[one]) for one in ("cases", "voxels", "labels", "different")),
             ]
             lines.append(f"| {' | '.join(cells)} | {found['largest']:.1e} |")
-    lines += ["", "| model | images | nnunet-calib predict, s | nnUNetv2_predict, s | stock / ours | rounds |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += ["", "| model | images | ours, s | stock, s | stock / ours | ours, CPU s | stock, CPU s | rounds |"]
+    lines += ["|---|" + "---|" * 7]
     for name, found in kept.items():
         if name.startswith("time "):
             cells = [name.removeprefix("time "), str(found["cases"]), f"{found['ours']:.1f}", f"{found['stock']:.1f}"]
-            lines.append(f"| {' | '.join(cells)} | {found['stock'] / found['ours']:.2f} | {found['rounds']} |")
+            cells += [f"{found['stock'] / found['ours']:.2f}"]
+            cells += [f"{found[one]:.1f}" if one in found else "" for one in ("ours_cpu", "stock_cpu")]
+            lines.append(f"| {' | '.join(cells)} | {found['rounds']} |")
     return "\n".join(lines)
 
 

@@ -35,14 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-step_size", type=float, default=0.5, help="of the sliding window, in patches (default: 0.5)")
     add("--disable_tta", action="store_true", help="no mirroring")
     add("--not_on_device", action="store_true", help="results in the computer's memory, not the device's")
-    add("-npp", type=int, default=1, help="images preprocessed at the same time (default: 1)")
-    add("-nps", type=int, default=1, help="cases exported at the same time (default: 1)")
+    for flag, work in (("-npp", "images preprocessed"), ("-nps", "cases exported")):
+        default = os.environ.get(f"nnUNet_{flag[1:]}", "1")  # a string that is no integer is refused as one given
+        said = f"{work} at the same time, in threads (default: nnUNet_{flag[1:]}, or 1)"
+        add(flag, type=int, default=default, help=said)
     add("-prev_stage_predictions", type=Path, help="label maps of the previous stage, for a cascade")
     add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="cuda (default), cpu or mps")
     add("-num_parts", type=int, default=1, help="into how many parts the cases are divided (default: 1)")
     add("-part_id", type=int, default=0, help="which part to predict, from 0")
-    add("--continue_prediction", action="store_true", help="as nnU-Net's; it is the default here")
+    add("--continue_prediction", "--c", action="store_true", help="as nnU-Net's; it is the default here")
     add("--fresh", action="store_true", help="predict every case again")
+    add("--verbose", action="store_true", help="nnU-Net's lines about preprocessing and windows")
     add("--disable_progress_bar", action="store_true", help="no bar of each case's windows")
     add("--calibrator", type=Path, metavar="FILE", help="calibrate the probabilities (of calibrate fit)")
     add("--any-model", action="store_true", help="a calibrator of another model will do")
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
             args.npp,
             args.nps,
             not args.disable_progress_bar and sys.stderr.isatty(),
+            args.verbose,
         ),
         reference=args.reference,
         previous=args.prev_stage_predictions,

@@ -56,6 +56,7 @@ class Options:
     preprocessing: int = 1
     export: int = 1
     progress: bool = False
+    verbose: bool = False
 
 
 @dataclass
@@ -116,7 +117,8 @@ def predict_folder(
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
     model.check_previous_stage(Path(previous) if previous else None)
-    work = _Work(model, output, wanted, Path(reference) if reference else None, calibrator, protocol or Protocol())
+    references = Path(reference) if reference else None
+    work = _Work(model, output, wanted, options, references, calibrator, protocol or Protocol())
     cases = work.find(images, Path(previous) if previous else None)[parts[1] :: parts[0]]
     work.prepare_folder(cases)
     kept = [] if fresh else [case.name for case in cases if work.holds(case)]
@@ -128,6 +130,7 @@ def predict_folder(
         step_size=options.step_size,
         mirroring=options.mirroring,
         progress=options.progress,
+        verbose=options.verbose,
         everything_on_device=options.everything_on_device,
         keep_members=wanted.members,
     )
@@ -185,11 +188,13 @@ class _Work:
         model: TrainedModel,
         output: Path,
         wanted: Wanted,
+        options: Options,
         reference: Path | None,
         calibrator: dict[str, str] | None,
         protocol: Protocol,
     ):
         self.model, self.output, self.wanted, self.reference = model, output, wanted, reference
+        self._verbose = options.verbose
         self.dataset: Dataset = model.dataset
         self.reader: type[BaseReaderWriter] = model.plans_manager.image_reader_writer_class
         self.protocol, self.calibrator = protocol, calibrator
@@ -197,6 +202,7 @@ class _Work:
         self.made_by: dict[str, Any] = {
             "model": model.fingerprint(),
             "wanted": about | {"members": wanted.members},
+            "windows": {"step_size": options.step_size, "mirroring": options.mirroring},
             "calibrator": calibrator,
             "software": software(),
         }
@@ -247,7 +253,7 @@ class _Work:
             check_whole(Path(file))  # SimpleITK fills up what is missing with zeros
         case.identity = self._made_from(case)  # before the files are read: a change meanwhile is a change since
         configuration, manager = self.model.configuration_manager, self.model.label_manager
-        preprocessor = configuration.preprocessor_class(verbose=False)
+        preprocessor = configuration.preprocessor_class(verbose=self._verbose)
         try:
             data, labels, properties = preprocessor.run_case(
                 case.files, case.previous, self.model.plans_manager, configuration, self.dataset.content

@@ -16,6 +16,7 @@ class ModelPredictor(nnUNetPredictor):
         step_size: of the sliding window, in patches.
         mirroring: nnU-Net's test-time augmentation.
         progress: show nnU-Net's progress bars.
+        verbose: show nnU-Net's lines about windows and devices.
         everything_on_device: keep results on the device while there is room.
     """
 
@@ -27,6 +28,7 @@ class ModelPredictor(nnUNetPredictor):
         step_size: float = 0.5,
         mirroring: bool = True,
         progress: bool = False,
+        verbose: bool = False,
         everything_on_device: bool = True,
     ):
         with quiet():  # nnU-Net tells on the CPU that this is not CUDA
@@ -35,6 +37,7 @@ class ModelPredictor(nnUNetPredictor):
                 use_mirroring=mirroring,
                 perform_everything_on_device=everything_on_device,
                 device=torch.device(device),
+                verbose=verbose,
                 allow_tqdm=progress,
             )
         self.manual_initialization(

@@ -1,23 +1,32 @@
 """``nnunet-calib predict`` against nnU-Net's own prediction and against ``evaluate`` of its files."""
 
+import argparse
 import contextlib
+import inspect
 import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.predict_from_raw_data import (
+    nnUNetPredictor,
+    predict_entry_point,
+    predict_entry_point_modelfolder,
+)
 
 from nnunet_calib.cli.main import main
+from nnunet_calib.cli.predict import add_arguments
 from nnunet_calib.data.probabilities import ProbabilityFile
 from nnunet_calib.evaluation import evaluate_folder
 from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
@@ -191,8 +200,34 @@ def test_the_same_command_keeps_what_holds(tmp_path, capsys):
     (ours / "case_0.nii.gz").write_bytes(b"damaged")
     assert predict(model, images, ours) == 0
     assert "1 predicted, 1 kept" in capsys.readouterr().out
-    assert predict(model, images, ours, "--confidence") == 0
-    assert "2 predicted;" in capsys.readouterr().out
+    for words in (["--confidence"], ["--confidence", "--disable_tta"], ["--confidence", "-step_size", "0.75"]):
+        assert predict(model, images, ours, *words) == 0
+        assert "2 predicted;" in capsys.readouterr().out
+        assert predict(model, images, ours, *words, "--c", "-npp", "2") == 0
+        assert "0 predicted, 2 kept" in capsys.readouterr().out
+
+
+def test_it_takes_the_flags_of_nnunet():
+    """Fails with an nnU-Net that has a flag more: it is to be taken, or refused with the reason."""
+    theirs: dict[str, str] = {}
+    for entry in (predict_entry_point, predict_entry_point_modelfolder):
+        for call in re.findall(r"add_argument\((.*?)\bhelp=", inspect.getsource(entry), re.DOTALL):
+            kind = re.search(r"type=(\w+)|store_true", call)
+            theirs |= dict.fromkeys(re.findall(r"'(--?\w+)'", call), kind.group(1) or "flag")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    ours = {word: action for action in parser._actions for word in action.option_strings}
+    assert len(theirs) > 20
+    assert set(theirs) <= set(ours), f"nnunetv2 {version('nnunetv2')}"
+    assert {word for word, kind in theirs.items() if (ours[word].nargs == 0) != (kind == "flag")} == set()
+
+
+def test_threads_have_the_defaults_that_nnunet_takes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("nnUNet_npp", "4")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["-i", "images", "-o", "predictions"])
+    assert (args.npp, args.nps) == (4, 1)
 
 
 @pytest.mark.parametrize(
