@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nnunet_calib.data.files import read_json, write_whole
-from nnunet_calib.demo.road import CALIBRATED, FINETUNED, NAMES, STOCK, Road
+from nnunet_calib.demo.workflow import CALIBRATED, FINETUNED, NAMES, STOCK, Workflow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, ROWS = ROOT / "docs" / "demo.md", ROOT / "docs" / "results" / "demo.csv"
@@ -21,7 +21,7 @@ FIELDS = ("seed", "name", "dice", "hd95", "ece", "cece", "nll")
 def rows(folder: Path) -> list[dict]:
     """The rows of a finished demo, with its seed."""
     seed = read_json(folder / "demo.json")["seed"]
-    return [{"seed": seed, **asdict(row)} for row in Road(folder, "cpu", seed).rows()]
+    return [{"seed": seed, **asdict(row)} for row in Workflow(folder, "cpu", seed).rows()]
 
 
 def tables(found: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""``nnunet-calib demo``: the whole road, from data to the table, on data that it makes."""
+"""``nnunet-calib demo``: the whole workflow, from data to the table, on data that it makes."""
 
 import argparse
 import shlex
@@ -43,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Walk the road, print a line a step and the table."""
+    """Run every step, print a line a step and the table."""
     checks.at_least(0, seed=args.seed)
     from tqdm import tqdm
 
-    from nnunet_calib.demo.road import Road, check_folder
+    from nnunet_calib.demo.workflow import Workflow, check_folder
 
     check_folder(args.output.resolve(), args.seed)
-    road = Road(args.output, _device(args.device), args.seed, args.fewshot)
-    steps = road.steps()
-    print(f"demo in {road.folder} on {road.device}, {len(steps)} steps")
+    workflow = Workflow(args.output, _device(args.device), args.seed, args.fewshot)
+    steps = workflow.steps()
+    print(f"demo in {workflow.folder} on {workflow.device}, {len(steps)} steps")
     start = time.monotonic()
     try:
         with _ended_like_ctrl_c():
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
                     step.run(partial(_show, bar))
                 print(f"{title:<36} {time.monotonic() - began:5.0f} s", flush=True)
     except KeyboardInterrupt:
-        raise InputError(f"interrupted; the same command goes on from here (folder {road.folder})") from None
+        raise InputError(f"interrupted; the same command goes on from here (folder {workflow.folder})") from None
     print(f"{'':<36} {time.monotonic() - start:5.0f} s in all\n")
-    _report(road)
+    _report(workflow)
     return 0
 
 
@@ -106,35 +106,35 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _report(road) -> None:
+def _report(workflow) -> None:
     from nnunet_calib.demo import phantom
-    from nnunet_calib.demo.road import NAMES, READERS, REGION
+    from nnunet_calib.demo.workflow import NAMES, READERS, REGION
 
     print(
         f"mean over {phantom.TEST_CASES} test cases; ECE, CECE and NLL in the region '{REGION}': voxels that reference"
     )
     print("or prediction call foreground\n")
     print(f"{'':<30}{'DSC':>8}{'HD95 mm':>10}{'ECE':>8}{'CECE':>8}{'NLL':>8}")
-    for row in road.rows():
+    for row in workflow.rows():
         print(f"{row.name:<30}{row.dice:>8.3f}{row.hd95:>10.2f}{row.ece:>8.3f}{row.cece:>8.3f}{row.nll:>8.3f}")
     print(f"\n'{NAMES[READERS]}' take as probability of a class the share of the {phantom.READERS} readers who drew")
     print("it. The reference is the drawing of one of them, so a calibrated network can do as well as that. One short")
     print("training shows how things work, not which loss is better; docs/results.md has the experiments that do.\n")
-    if road.fewshot:
+    if workflow.fewshot:
         print(f"few-shot: the cyst, which the stock network never saw, from {phantom.SUPPORTS} annotated volumes:")
-        print(f"DSC {road.new_structure_dice():.3f} in {phantom.QUERIES} others\n")
-    print(f"open {road.report}\n")
+        print(f"DSC {workflow.new.dice():.3f} in {phantom.QUERIES} others\n")
+    print(f"open {workflow.report}\n")
     for what, where in (
-        ("data set", road.raw),
-        ("readers", road.readers),
-        ("predictions", road.predictions),
-        ("calibrators", road.calibrators),
-        ("scores", road.evaluation / "*" / "summary.json"),
-        ("comparison", road.comparison),
-        *((("few-shot", road.new),) if road.fewshot else ()),
-        ("commands", road.script()),
+        ("data set", workflow.raw),
+        ("readers", workflow.readers),
+        ("predictions", workflow.predictions),
+        ("calibrators", workflow.calibrators),
+        ("scores", workflow.evaluation / "*" / "summary.json"),
+        ("comparison", workflow.comparison),
+        *((("few-shot", workflow.new.folder),) if workflow.fewshot else ()),
+        ("commands", workflow.script()),
     ):
         print(f"{what:<12} {where}")
     print("\nthe commands, with nnU-Net's three folder variables as in the script:")
-    for command in road.commands():
+    for command in workflow.commands():
         print(f"  {shlex.join(command)}")

@@ -1,4 +1,4 @@
-"""``nnunet-calib calibrate``: the road through its three steps, exit codes, one line for every error."""
+"""``nnunet-calib calibrate``: its three steps, exit codes, one line for every error."""
 
 import json
 

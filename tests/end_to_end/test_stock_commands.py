@@ -1,4 +1,4 @@
-"""The road through nnU-Net's own commands, with our trainers installed from the wheel.
+"""nnU-Net's own commands from first to last, with our trainers installed from the wheel.
 
 Three data sets: labels (a cascade), labels with ignore (3D, aborted and continued), regions with ignore (2D).
 """

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +24,8 @@ from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.data.plans import read_plans
 from nnunet_calib.demo import phantom
 from nnunet_calib.demo.commands import find_command, run_command
+from nnunet_calib.demo.new_structure import NewStructure
+from nnunet_calib.demo.step import Step, Tick
 from nnunet_calib.evaluation import evaluate_folder
 from nnunet_calib.posthoc.folders.apply import apply_folder
 from nnunet_calib.posthoc.folders.fit import fit_folder
@@ -50,8 +51,6 @@ SCHEDULE = {"num_epochs": 8, "num_iterations_per_epoch": 20, "num_val_iterations
 FINETUNING: dict[str, Any] = {"finetune_from": "StockTrainer", "num_epochs": 4, "initial_lr": 0.01, "dice_weight": 0.3}
 SETTINGS = {"schedule": SCHEDULE, "finetuning": FINETUNING}
 
-Tick = Callable[[int], None]
-
 
 @dataclass(frozen=True)
 class Training:
@@ -66,38 +65,6 @@ TRAININGS = {
     STOCK: Training("StockTrainer", "demo", SCHEDULE["num_epochs"]),
     FINETUNED: Training("MEEPTrainer", "demo_finetuned", FINETUNING["num_epochs"]),
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step.
-
-    Attributes:
-        title: what it does.
-        done: whether its outputs are whole.
-        work: does it; given a function to call with the number of ticks reached.
-        ticks: how many it has.
-        voids: folders and files that it makes, and those made from them.
-    """
-
-    title: str
-    done: Callable[[], bool]
-    work: Callable[[Tick], None]
-    ticks: int
-    voids: tuple[Path, ...]
-
-    def run(self, tick: Tick) -> None:
-        """Remove what an earlier, unfinished run left, then do the step.
-
-        Raises:
-            InputError: it failed.
-        """
-        for path in self.voids:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        self.work(tick)
 
 
 @dataclass(frozen=True)
@@ -137,7 +104,7 @@ def check_folder(folder: Path, seed: int) -> tuple[Path, dict[str, Any]]:
     return marker, ours
 
 
-class Road:
+class Workflow:
     """All steps of the demo in one folder.
 
     Args:
@@ -165,7 +132,7 @@ class Road:
         self.calibrators = self.folder / "calibrators"
         self.comparison = self.folder / "comparison"
         self.report = self.folder / "report.html"
-        self.new = self.folder / "fewshot"
+        self.new = NewStructure(self.folder / "fewshot", self._fold(STOCK).parent, device, seed, self._run)
         self.logs = self.folder / "logs"
         for name in ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict"):
             find_command(name)
@@ -208,7 +175,7 @@ class Road:
             *map(self._calibration, CALIBRATED),
             *map(self._scoring, NAMES),
             self._reporting(),
-            *(self._new_structure() if self.fewshot else ()),
+            *(self.new.steps() if self.fewshot else ()),
         ]
 
     def rows(self) -> Iterator[Row]:
@@ -242,7 +209,7 @@ class Road:
                 "--images",
                 str(self.raw / "imagesTs"),
             ],
-            *(self._new_structure_commands() if self.fewshot else ()),
+            *(self.new.commands() if self.fewshot else ()),
         ]
 
     def _claim(self) -> None:
@@ -296,7 +263,7 @@ class Road:
         if run != STOCK:
             return own
         calibrated = (path for run in CALIBRATED for path in self._made_by_calibration(run))
-        return (*own, *calibrated, *self._made_from_new_volumes())
+        return (*own, *calibrated, *self.new.made)
 
     def _made_by_calibration(self, run: str) -> tuple[Path, Path, Path]:
         return self.calibrators / CALIBRATED[run], self.predictions / run, self.evaluation / run
@@ -383,55 +350,6 @@ class Road:
 
         return Step("compare and report", done=self.report.is_file, work=work, ticks=1, voids=self._results)
 
-    def _new_structure(self) -> list[Step]:
-        """A structure that the stock network never saw, from three volumes; each command is a step."""
-        made = self._made_from_new_volumes()
-        dataset = self.new / "dataset.json"
-        volumes = Step(
-            "make volumes with a cyst",
-            done=dataset.is_file,
-            work=lambda tick: phantom.write_new_structure(self.new, self.seed),
-            ticks=1,
-            voids=(self.new,),
-        )
-        names = ("fewshot fit", "fewshot apply", "evaluate the cyst")
-        done = (
-            made[0].is_file,
-            lambda: len(list(made[1].glob("*.fewshot.json"))) == phantom.QUERIES,
-            (made[2] / "summary.json").is_file,
-        )
-
-        def step(k: int) -> Step:
-            command, log = self._new_structure_commands()[k], names[k].replace(" ", "_")
-
-            def work(_tick: Tick) -> None:
-                self._run(command, log, lambda: None)
-
-            return Step(names[k], done=done[k], work=work, ticks=1, voids=made[k:])
-
-        return [volumes, *map(step, range(3))]
-
-    def _made_from_new_volumes(self) -> tuple[Path, Path, Path]:
-        """The task, the segmentations and their scores."""
-        return self.new / "cyst.fewshot", self.new / "segmented", self.new / "scores"
-
-    def _new_structure_commands(self) -> list[list[str]]:
-        model, (task, segmented, scores) = str(self._fold(STOCK).parent), self._made_from_new_volumes()
-        options = ["-device", self.device, "--disable_tta"]
-        supports = ["--images", str(self.new / "imagesTr"), "--labels", str(self.new / "labelsTr")]
-        cyst = ["--label", str(phantom.NEW_LABELS["cyst"]), "--name", "cyst"]
-        queries = ["-i", str(self.new / "imagesTs"), "-o", str(segmented), "--save_probabilities"]
-        return [
-            ["nnunet-calib", "fewshot", "fit", model, *supports, *cyst, "-o", str(task), *options],
-            ["nnunet-calib", "fewshot", "apply", model, str(task), *queries, *options],
-            ["nnunet-calib", "evaluate", str(self.new / "labelsTs"), str(segmented), "-o", str(scores)],
-        ]
-
-    def new_structure_dice(self) -> float:
-        """Mean Dice of the cyst over the volumes that it was segmented in."""
-        summary = read_json(self._made_from_new_volumes()[2] / "summary.json")
-        return float(summary["mean"][str(phantom.NEW_LABELS["cyst"])]["Dice"])
-
     @contextmanager
     def _logged(self, name: str) -> Iterator[None]:
         """What is printed meanwhile goes to a log."""
@@ -463,9 +381,7 @@ class Road:
     def _train_command(self, run: str) -> list[str]:
         training = TRAININGS[run]
         words = ["nnUNetv2_train", "999", training.configuration, FOLD, "-tr", training.trainer, "-device", self.device]
-        return (
-            [*words, "--npz"] if run == STOCK else words
-        )  # the temperature is fitted to the validation's probabilities
+        return [*words, "--npz"] if run == STOCK else words  # the calibrators are fitted to its probabilities
 
     def _predict_command(self, run: str) -> list[str]:
         training = TRAININGS[run]
