@@ -71,15 +71,22 @@ class Prediction:
         members: of each fold; empty where they are not wanted.
         properties: what nnU-Net's preprocessor says of the case.
         model: that predicted it.
+        device: where probabilities are made.
     """
 
     def __init__(
-        self, name: str, logits: Tensor, members: Sequence[Tensor], properties: Mapping[str, Any], model: Model
+        self,
+        name: str,
+        logits: Tensor,
+        members: Sequence[Tensor],
+        properties: Mapping[str, Any],
+        model: Model,
+        device: str = "cpu",
     ):
         self.name, self.properties, self._model = name, properties, model
         self.grid = Grid.of(tuple(logits.shape), properties, model.plans_manager, model.configuration_manager)
         self._case, *self._members = (
-            PredictedCase(one, self.grid, model.label_manager, model.configuration_manager)
+            PredictedCase(one, self.grid, model.label_manager, model.configuration_manager, device)
             for one in (logits, *members)
         )
 

@@ -58,6 +58,11 @@ class Options:
     progress: bool = False
     verbose: bool = False
 
+    @property
+    def export_device(self) -> str:
+        """Where probabilities are made: beside the network on CUDA, which has float64, as long as that is allowed."""
+        return self.device if self.device == "cuda" and self.everything_on_device else "cpu"
+
 
 @dataclass
 class _Image:
@@ -165,7 +170,7 @@ def predict_folder(
                 del ready
             del data
             collect(options.export - 1 if options.export else 0)
-            prediction = Prediction(case.name, logits, predictor.members, properties, model)
+            prediction = Prediction(case.name, logits, predictor.members, properties, model, options.export_device)
             behind.append((case.name, export.submit(work.finish, case, prediction)))
             del logits, prediction
             predictor.members = []

@@ -6,6 +6,7 @@ Planes follow each other along the first axis of the plans (``transpose_forward`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.prediction.grid import Grid
-from nnunet_calib.prediction.interpolation import compiled_loops, interpolate
+from nnunet_calib.prediction.interpolation import compiled_loops, interpolate, interpolate_on
 
 _VALUES = 1 << 22  # of a part: some planes of a small image, one of a large one
+_CPU = torch.device("cpu")
+_REST = "the rest of this case's probabilities is made on the CPU"
 _TOGETHER = 1 << 17  # values whose softmax stays in the cache
 
 
@@ -45,14 +48,24 @@ class PredictedCase:
         grid: where they lie.
         labels: nnU-Net's label manager of the model.
         configuration: of the model; its own resampling function is used where it is not nnU-Net's default.
+        device: where probabilities are made from logits on the CPU; a graphics card that has too little memory for a
+            slab leaves the rest of the case to the CPU, which a line on stderr says. The label map alone, for which
+            little is interpolated, is made on the CPU.
 
     Attributes:
         streamed: False where the plans resample in another way than nnU-Net's default: the plans' own function is
             called then, which needs as much memory as stock export.
     """
 
-    def __init__(self, logits: Tensor, grid: Grid, labels: LabelManager, configuration: ConfigurationManager):
-        self.grid, self._labels = grid, labels
+    def __init__(
+        self,
+        logits: Tensor,
+        grid: Grid,
+        labels: LabelManager,
+        configuration: ConfigurationManager,
+        device: torch.device | str = "cpu",
+    ):
+        self.grid, self._labels, self._device = grid, labels, torch.device(device)
         self.streamed = grid.axes is not None
         self._logits = logits
         self._resample: Callable = configuration.resampling_fn_probabilities
@@ -72,7 +85,7 @@ class PredictedCase:
             if not loops.label_map(logits.numpy(), axes, inside):
                 raise _not_finite()
             return whole
-        for planes, values in self._box_parts():
+        for planes, values, _ in self._box_parts():
             if self._labels.has_regions:
                 decided = self._labels.convert_logits_to_segmentation(values)
             else:
@@ -102,12 +115,12 @@ class PredictedCase:
         yield from outside(0, before)
         on_cpu = self._on_grid[0].device.type == "cpu"
         self._fill_outside(memory)
-        for planes, values in self._box_parts(memory[inside] if on_cpu else None):
+        for planes, values, in_memory in self._box_parts(memory[inside] if on_cpu else None, self._device):
             part = memory[:, : values.shape[1]]
-            if not on_cpu:
-                part[inside] = self._labels.apply_inference_nonlin(values).cpu()
-            else:  # in place: with all classes a plane is large
+            if on_cpu and in_memory:  # in place: with all classes a plane is large
                 self._make_probabilities(values)
+            else:
+                part[inside] = self._labels.apply_inference_nonlin(values).cpu()
             yield Part(slice(before + planes.start, before + planes.stop), part.numpy())
         yield from outside(after, grid.shape[0])
 
@@ -129,7 +142,7 @@ class PredictedCase:
         """Planes of a part."""
         return max(1, _VALUES // (self.grid.channels * int(np.prod(self.grid.shape[1:]))))
 
-    def _box_parts(self, memory: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def _box_parts(self, memory: Tensor | None = None, device: torch.device = _CPU) -> Iterator[tuple[slice, Tensor]]:
         """Planes of the box, and their logits float32 (C, n, Y, X) rounded as export rounds them; in ``memory``."""
         logits, axes = self._on_grid
         shape = self.grid.box_shape
@@ -138,11 +151,19 @@ class PredictedCase:
             memory = torch.empty((len(logits), thickness, *shape[1:]), dtype=torch.float32, device=logits.device)
         for start in range(0, shape[0], thickness):
             stop = min(start + thickness, shape[0])
-            values = memory[:, : stop - start]
-            interpolate(logits, axes, start, stop, values)
+            values, in_memory = None, False
+            if device.type != logits.device.type:
+                try:
+                    values = interpolate_on(device, logits, axes, start, stop)
+                except torch.OutOfMemoryError:
+                    device = _CPU
+                    print(f"nnunet-calib: out of memory on {self._device}; {_REST}", file=sys.stderr, flush=True)
+            if values is None:  # not in the handler: its traceback would keep what is on the device
+                values, in_memory = memory[:, : stop - start], True
+                interpolate(logits, axes, start, stop, values)
             if not bool(torch.isfinite(values.sum())):
                 raise _not_finite()
-            yield slice(start, stop), values
+            yield slice(start, stop), values, in_memory
 
     @cached_property
     def _on_grid(self) -> tuple[Tensor, tuple]:

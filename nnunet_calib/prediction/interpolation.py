@@ -46,6 +46,44 @@ def interpolate(
             out[c, k - start] = _plane(logits[c], axes, k)
 
 
+def interpolate_on(device: torch.device | str, logits: Tensor, axes: tuple[Axis, ...], start: int, stop: int) -> Tensor:
+    """Planes of the image's grid, all classes of them at once, as a graphics card is fastest.
+
+    Args:
+        device: where they are made; the slices of the logits that they need are copied there.
+        logits: float (C, z, y, x), on the CPU.
+        axes: what each axis is interpolated from.
+        start: first plane.
+        stop: after the last plane.
+
+    Returns:
+        float32 (C, stop - start, Y, X) on the device, or float64 of float64 logits; the values of ``interpolate``.
+    """
+    z = axes[0]
+    pairs = [(z.first[start:stop], z.before[start:stop]), (z.second[start:stop], z.after[start:stop])]
+    pairs = [pair for pair in pairs if pair[1].any()]
+    low, high = (int(of([index for index, _ in pairs])) for of in (np.min, np.max))
+    slices = copied(logits[:, low : high + 1], device)
+    sides = [_side(axis, slices.device) for axis in axes[1:]]
+    total: Tensor | None = None
+    for index, weights in pairs:
+        place = torch.from_numpy(index - low).to(slices.device, torch.int64)
+        weight = torch.from_numpy(weights).to(slices.device)[:, None, None]
+        slab = slices.index_select(1, place).double() * weight
+        for rows, row_weights in sides[0]:
+            row = slab if rows is None else slab.index_select(2, rows) * row_weights[:, None]
+            for columns, column_weights in sides[1]:
+                term = row if columns is None else row.index_select(3, columns) * column_weights
+                total = term if total is None else total + term
+    assert total is not None
+    return rounded(total, logits.dtype)
+
+
+def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device."""
+    return tensor.to(device)
+
+
 @functools.cache
 def compiled_loops() -> ModuleType | None:
     """``loops_numba`` where numba is installed (extra ``fast``)."""

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import gaussian_filter
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.prediction import Grid, PredictedCase, case, interpolation
@@ -153,6 +155,37 @@ def test_plans_that_resample_in_another_way(backend):
     ours, labels, probabilities = both("cropped", resampling=TORCH)
     assert not ours.streamed
     check(ours, labels, probabilities)
+
+
+@pytest.mark.parametrize("name", ["fifths", "cropped", "transposed", "anisotropic, other slices"])
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_device_makes_the_same_probabilities_until_its_memory_ends(name, enough, monkeypatch, capsys):
+    """Without CUDA: what would go to the device stays, and the second slab is one too many."""
+    ours, labels, probabilities = both(name)
+    ours._device = torch.device("cuda")
+    monkeypatch.setattr(case, "_VALUES", 2500)
+    slabs = []
+
+    def copied(tensor, device):
+        slabs.append(device.type)
+        if not enough and len(slabs) == 2:
+            raise torch.OutOfMemoryError
+        return tensor.clone()
+
+    monkeypatch.setattr(interpolation, "copied", copied)
+    check(ours, labels, probabilities)
+    assert len(slabs) > 2 if enough else slabs == ["cuda"] * 2
+    assert ("out of memory on cuda; the rest" in capsys.readouterr().err) != enough
+
+
+def test_what_a_device_makes_stays_there():
+    plans, configuration, _ = host()
+    about = properties((10, 17, 16), (1.6, 0.7, 0.9))
+    axes = Grid.of((4, 8, 12, 14), about, plans, configuration).axes
+    with fake_cuda(ShapeEnv()):
+        logits = torch.zeros((4, 8, 12, 14), dtype=torch.float16)
+        made = interpolation.interpolate_on("cuda:0", logits, axes, 2, 7)
+    assert (made.device.type, made.dtype, tuple(made.shape)) == ("cuda", torch.float32, (4, 5, 17, 16))
 
 
 def test_ties_of_equal_logits_go_to_the_first_class(backend):
