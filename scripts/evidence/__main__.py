@@ -117,10 +117,10 @@ def of_both(bench: Bench, shifted: Protocol, training: Training) -> dict[str, di
         fitted[method] = load_calibrator(folder)
     checked = check_folder(bench.work / "calibrators" / training.name / "temperature", predictions)
     kept = {name: value for name, value in checked.items() if name not in ("cases", "without_probabilities")}
-    kept |= {"training": training.name, "cases_above": sum(p > kept["case_limit"] for p in checked["cases"].values())}
-    kept["temperature"] = fitted["temperature"].parameters[0]["temperature"]
+    kept |= {"cases": len(checked["cases"]), "unlike": sum(case["unlike"] for case in checked["cases"].values())}
+    kept |= {"left_out": len(checked["left_out"]), "temperature": fitted["temperature"].parameters[0]["temperature"]}
     lines = [line for line in read_lines(CHECKS) if line["training"] != training.name]
-    write_lines(CHECKS, [*lines, {"training": training.name, **kept, "left_out": len(checked["left_out"])}])
+    write_lines(CHECKS, [*lines, {"training": training.name, **kept}])
     return {case: {**fitted, **{f"{m}{NEW}": c for m, c in calibrators.items()}} for case, calibrators in own.items()}
 
 

@@ -18,7 +18,10 @@ COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE referen
 NAMES = {
     AGAIN: "stock, a second time",
     "balanced": "NACL with balanced means",
+    "crac": "CRaC",
     "mbls": "MbLS",
+    "meepkl": "MEEP, KL",
+    "softace": "soft ACE",
     "meep-dice1": "MEEP, Dice weight 1",
 }
 

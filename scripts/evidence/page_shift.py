@@ -1,13 +1,17 @@
 """``docs/results/shift.md``: networks trained on ACDC, and calibrators from there, on another hospital's scans."""
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from page_acdc import COLUMNS, ROWS, digits, free_step, head, with_interval
 from pages import Page
 from scores import called, read_lines
 from tables import RESULTS, STOCK, Rows
 
 from nnunet_calib.posthoc.folders.crossfit import NONE
+from nnunet_calib.report.diagram import COLOURS, MARKERS, STYLE, save
 
 THERE = Rows(ROWS.protocol.shifted())
+SHOWN = ("ECE foreground", "NLL foreground", "ECE reference_foreground", "NLL volume")  # in the figure
 CHECKS = RESULTS / "shift_check.csv"
 
 
@@ -42,18 +46,39 @@ def trainers() -> list[str]:
 
 def checks() -> list[str]:
     """What ``calibrate check`` says."""
-    lines = [
-        "| network | PSI | largest by chance | shifted | mean confidence there | at the fit | cases above their limit |"
-    ]
+    lines = ["| network | PSI | p | verdict | mean confidence there | at the fit | single cases unlike the fit |"]
     lines.append("|---" * 7 + "|")
     for line in read_lines(CHECKS):
-        numbers = [f"{float(line[name]):.3f}" for name in ("psi", "limit")]
+        numbers = [f"{float(line[name]):.3f}" for name in ("psi", "p")]
         means = [f"{float(line[name]):.3f}" for name in ("confidence", "fit_confidence")]
-        lines.append(
-            f"| {line['training']} | {' | '.join(numbers)} | {'yes' if line['shifted'] == 'True' else 'no'} | "
-            f"{' | '.join(means)} | {line['cases_above']} of 20 |"
-        )
+        verdict = "unlike the fit" if line["shifted"] == "True" else "like the fit"
+        single = f"{line['unlike']} of {line['cases']}"
+        lines.append(f"| {line['training']} | {' | '.join(numbers)} | {verdict} | {' | '.join(means)} | {single} |")
     return lines
+
+
+def figure() -> None:
+    """What each calibrator changes: at home, there, and there when it was fitted there."""
+    methods = ROWS.protocol.content["methods"]
+    places = ((ROWS, "", "fitted and used on ACDC"), (THERE, "", "fitted on ACDC, used on MS-CMR"))
+    places += ((THERE, "@new", "fitted and used on MS-CMR"),)
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(9, 2.6), layout="constrained")
+        panels = drawn.subplots(1, len(SHOWN))
+        for panel, measure in zip(panels, SHOWN, strict=True):
+            panel.axvline(0, color="0.55", linewidth=0.8, linestyle="--")
+            for place, (rows, fitted, name) in enumerate(places):
+                how = {"color": ("0.35", *COLOURS)[place], "marker": MARKERS[place], "linestyle": "none"}
+                effects = [rows.effect(called(STOCK, method + fitted), STOCK, measure) for method in methods]
+                heights = [y + 0.25 * (place - 1) for y in range(len(methods))]
+                for y, effect in zip(heights, effects, strict=True):
+                    panel.plot([effect.low, effect.high], [y, y], color=how["color"], linewidth=1.2)
+                panel.plot([effect.mean for effect in effects], heights, markersize=4.5, label=name, **how)
+            panel.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
+            panel.set_title(f"{measure.replace('reference_', 'reference ')}, minus raw", fontsize=9)
+            panel.tick_params(labelsize=8, labelleft=measure == SHOWN[0])
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        save(drawn, RESULTS.parent / "images" / "results_shift.svg")
 
 
 def number(what: str) -> float:
@@ -66,4 +91,5 @@ PAGE = Page(
     {"calibrated": calibrated, "changes": changes, "checks": checks},
     number,
     rows=(THERE,),
+    figure=figure,
 )
