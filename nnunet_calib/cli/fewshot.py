@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
     fit.add_argument("--images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTr")
     fit.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps, named as in labelsTr")
-    fit.add_argument("--label", metavar="V", type=int, required=True, help="value of the structure in them")
+    fit.add_argument(
+        "--label", metavar="V", type=int, nargs="+", required=True, help="value of the structure in them, or of several"
+    )
     fit.add_argument("--ignore", metavar="V", type=int, help="value of voxels that do not count")
-    fit.add_argument("--name", required=True, help="of the structure")
+    fit.add_argument(
+        "--name", nargs="+", required=True, help="of the structure, or of each: the network runs once for all of them"
+    )
     fit.add_argument(
         "--head",
         metavar="H",
@@ -138,12 +142,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply.add_argument("-npp", type=int, default=1, help="images read ahead (default: 1)")
     _add_registrations(apply)
     _add_prediction(apply, "default: those of the tasks")
+    _add_rank(steps.add_parser("rank", help="say which images to annotate next", formatter_class=raw))
     _add_evaluate(steps.add_parser("evaluate", help="measure what k volumes are worth", formatter_class=raw))
 
 
 def run(args: argparse.Namespace) -> int:
     """Do one step and print what came of it."""
-    return {"fit": _fit, "apply": _apply, "evaluate": _evaluate}[args.step](args)
+    return {"fit": _fit, "apply": _apply, "rank": _rank, "evaluate": _evaluate}[args.step](args)
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -153,7 +158,9 @@ def _fit(args: argparse.Namespace) -> int:
         raise UsageError(f"--refine works with head linear, not {args.head}")
     if args.unlabelled is not None and args.head != "adapter":
         raise UsageError(f"--unlabelled works with head adapter, not {args.head}")
-    _check_labels(args.label, args.ignore)
+    _check_structures(args.label, args.name)
+    for label in args.label:
+        _check_labels(label, args.ignore)
     checks.at_least(1, chunks=args.chunks)
     checks.at_least(0, seed=args.seed)
     checks.at_least(FEWEST_SAMPLED, voxels=args.voxels)
@@ -163,7 +170,8 @@ def _fit(args: argparse.Namespace) -> int:
         raise UsageError(f"--margin {args.margin:g}: it must be at least 0 and below 1")
     _check_limit(args.registration_limit)
     base = _check_files(args, args.images, args.labels, args.unlabelled)
-    check_asked(args.name, args.inside, base)
+    for name in args.name:
+        check_asked(name, args.inside, base)
     from nnunet_calib.fewshot.structure.fitted import Settings
     from nnunet_calib.fewshot.structure.objective import Objective
     from nnunet_calib.fewshot.task.fit import describe, fit_folder, task_file
@@ -179,13 +187,12 @@ def _fit(args: argparse.Namespace) -> int:
         objective=Objective() if args.refine else None,
         registration=Registration(args.registration, args.registration_limit),
     )
-    task = fit_folder(
+    tasks = fit_folder(
         args.model,
         args.images,
         args.labels,
         args.output,
-        name=args.name,
-        value=args.label,
+        structures=dict(zip(args.name, args.label, strict=True)),
         ignore=args.ignore,
         settings=settings,
         inside=args.inside,
@@ -195,14 +202,16 @@ def _fit(args: argparse.Namespace) -> int:
         seed=args.seed,
         **_prediction(args),
     )
-    told = describe(task)
-    for support in told["supports"]:
-        dice = told["left_out_dice"].get(support["case"])
-        by_others = "" if dice is None else f"   Dice by the others {dice:.3f}"
-        print(f"{support['case']:<32} {_size(support):>14}{by_others}")
-    for note in told["notes"]:
-        print(f"note: {note}")
-    print(f"written to {task_file(args.output, args.name)}")
+    for task in tasks:
+        told = describe(task)
+        which = f"{task.name:<20} " if len(tasks) > 1 else ""
+        for support in told["supports"]:
+            dice = told["left_out_dice"].get(support["case"])
+            by_others = "" if dice is None else f"   Dice by the others {dice:.3f}"
+            print(f"{which}{support['case']:<32} {_size(support):>14}{by_others}")
+        for note in told["notes"]:
+            print(f"note: {which}{note}")
+    print(f"written to {task_file(args.output, *args.name)}")
     return 0
 
 
@@ -237,6 +246,48 @@ def _apply(args: argparse.Namespace) -> int:
     done = len(reports) - len(broken)
     left = f", {len(broken)} could not be used" if broken else ""
     print(f"{done} {'case' if done == 1 else 'cases'}{left}; written to {args.output}")
+    return 1 if broken else 0
+
+
+def _add_rank(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Segment images as apply does, and order them by how much their segmentation is expected to be\n"
+        "wrong: those to annotate first come first, each with the reasons. OUT/prefilled has a label map of\n"
+        "each, with the values of the supports' label maps: correct it in ITK-SNAP or 3D Slicer, put it\n"
+        "beside the others and fit again."
+    )
+    parser.epilog = "example:\n  nnunet-calib fewshot rank MODEL hippocampus.fewshot -i imagesUnlabelled -o ranked"
+    parser.add_argument("model", metavar="MODEL", type=Path, help="the model that the tasks were fitted to")
+    parser.add_argument("tasks", metavar="TASK", type=Path, nargs="+", help="task files, or folders of them")
+    parser.add_argument("-i", dest="images", metavar="DIR", type=Path, required=True, help="images without label maps")
+    parser.add_argument("-o", dest="output", metavar="OUT", type=Path, required=True, help="folder for the results")
+    parser.add_argument("-npp", type=int, default=1, help="images read ahead (default: 1)")
+    _add_registrations(parser)
+    _add_prediction(parser, "default: those of the tasks")
+
+
+def _rank(args: argparse.Namespace) -> int:
+    checks.at_least(0, npp=args.npp)
+    if missing := [task for task in args.tasks if not task.exists()]:
+        raise InputError(f"{missing[0]}: there is no such task file")
+    _check_files(args, args.images)
+    from nnunet_calib.fewshot.apply.rank import PREFILLED, RANKING, rank_folder
+
+    ranked, broken = rank_folder(
+        args.model,
+        args.tasks,
+        args.images,
+        args.output,
+        readers=args.npp,
+        registrations=args.registrations,
+        **_prediction(args),
+    )
+    for error in broken:
+        print(f"nnunet-calib fewshot: {error}", file=sys.stderr)
+    for number, one in enumerate(ranked, start=1):
+        kept = "; its label map was corrected, and is kept" if one.corrected else ""
+        print(f"{number:>4}  {one.case:<32} need {one.need:.2f}  {'; '.join(one.why)}{kept}")
+    print(f"written to {args.output / RANKING}; label maps to correct in {args.output / PREFILLED}")
     return 1 if broken else 0
 
 
@@ -279,6 +330,14 @@ def _add_registrations(parser: argparse.ArgumentParser, limit: bool = False) -> 
     parser.add_argument(
         "--registrations", metavar="DIR", type=Path, help="folder where registrations are kept for the next run"
     )
+
+
+def _check_structures(labels: Sequence[int], names: Sequence[str]) -> None:
+    if len(labels) != len(names):
+        raise UsageError(f"--label has {len(labels)} values, --name {len(names)} names; give one name for each value")
+    for flag, given in (("--label", labels), ("--name", names)):
+        if twice := [one for one in given if list(given).count(one) > 1]:
+            raise UsageError(f"{flag} {twice[0]} is there twice")
 
 
 def _check_labels(label: int, ignore: int | None) -> None:

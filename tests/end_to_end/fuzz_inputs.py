@@ -332,6 +332,9 @@ def special_tasks(content: bytes) -> list[tuple[str, bytes]]:
     task = json.loads(header["__metadata__"][key])
 
     def of(**change) -> bytes:
+        return whole(structures=[task["structures"][0] | change])
+
+    def whole(**change) -> bytes:
         changed = header | {"__metadata__": {key: json.dumps(task | change)}}
         text = json.dumps(changed).encode()
         return struct.pack("<Q", len(text)) + text + content[8 + length :]
@@ -339,11 +342,14 @@ def special_tasks(content: bytes) -> list[tuple[str, bytes]]:
     settings = [{"chunks": 12.5}, {"chunks": 10**9}, {"head": "os.system"}, {"extent": "../x"}, {"margin": -5}]
     return [
         *((f"name {name!r:.20}", of(name=name)) for name in ("../x", "/tmp/x", "a/b", "", "..", ".", "x" * 5000, 5)),
-        *((f"orientation {value!r:.20}", of(orientation=value)) for value in ("XYZ", "LP", None, "LLL")),
+        *((f"orientation {value!r:.20}", whole(orientation=value)) for value in ("XYZ", "LP", None, "LLL")),
         *((f"inside {value!r:.20}", of(inside=value)) for value in ([-1], [1e9], "1", [None])),
         *((f"limit {value!r:.20}", of(presence_limit=value)) for value in (float("nan"), "1", None, 1e999)),
-        *((f"settings {change}", of(settings=task["settings"] | change)) for change in settings),
-        *((f"{name} gone", of(**{name: None})) for name in task),
+        *((f"settings {change}", of(settings=task["structures"][0]["settings"] | change)) for change in settings),
+        *((f"{name} gone", whole(**{name: None})) for name in task),
+        *((f"{name} of a structure gone", of(**{name: None})) for name in task["structures"][0]),
+        *((f"volumes {value!r:.20}", of(volumes=value)) for value in ([0], [-1], "1", [10**9])),
+        *((f"structures {value!r:.20}", whole(structures=value)) for value in ([], {}, "1", task["structures"] * 2)),
         ("huge tensor", content[:8] + content[8:].replace(b'"shape":[', b'"shape":[99999999', 1)),
         ("header of 2^60", struct.pack("<Q", 1 << 60) + content[8:]),
     ]
@@ -424,9 +430,9 @@ def load_a_calibrator(root: Path, file: str) -> None:
 
 
 def load_a_task(root: Path, file: str) -> None:
-    from nnunet_calib.fewshot.task.file import Task
+    from nnunet_calib.fewshot.task.file import read_tasks
 
-    task = Task.load(root / file)
+    task = read_tasks(root / file)[0]
     assert (root / "out" / task.name).resolve().parent == (root / "out").resolve(), "a task that leaves its folder"
 
 

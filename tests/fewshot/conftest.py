@@ -30,8 +30,8 @@ class Supports:
         self.fitted = self.fit(self.task)
 
     def fit(self, output: Path, **options):
-        given = {"name": "ball", "value": STRUCTURE, "progress": False} | options
-        return fit_folder(self.model, self.root / "images", self.root / "labels", output, **given)
+        given = {"structures": {"ball": STRUCTURE}, "progress": False} | options
+        return fit_folder(self.model, self.root / "images", self.root / "labels", output, **given)[0]
 
 
 @pytest.fixture(scope="session")

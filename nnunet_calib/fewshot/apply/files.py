@@ -138,6 +138,7 @@ def report_of(volume: Volume, structures: Structures, found: Sequence[Found], vo
             "shift_by_volume_prior": novel.shift,
             "registration": _registration(one),
             "threshold": novel.threshold,
+            "expected_dice": round(novel.expected_dice, 4),
             "feature_distance": one.distance,
             "feature_distance_limit": task.background.limit,
             "landmarks": one.landmarks,

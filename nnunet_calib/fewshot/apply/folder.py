@@ -20,7 +20,7 @@ from nnunet_calib.fewshot.apply.files import make_folders, report_of, write_case
 from nnunet_calib.fewshot.apply.query import Structures, find_structures
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
-from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.task.file import Task, read_tasks
 from nnunet_calib.fewshot.volume.files import Volume, read_volume
 from nnunet_calib.fewshot.volume.registration import Registrar
 
@@ -81,8 +81,8 @@ def apply_folder(
         InputError: tasks that cannot be used, or of another model.
     """
     images, output = Path(images), Path(output)
-    files = _task_files([Path(task) for task in tasks])
-    loaded = [Task.load(file) for file in files]
+    read = [(file, task) for file in task_files([Path(task) for task in tasks]) for task in read_tasks(file)]
+    files, loaded = [file for file, _ in read], [task for _, task in read]
     model = BaseModel(model_folder, _folds(loaded, folds), checkpoint)
     model.check_previous_stage(previous)
     structures = _structures(model, loaded, files)
@@ -204,7 +204,12 @@ def _folds(tasks: Sequence[Task], folds: Sequence[str | int] | None) -> Sequence
     return [fold for fold in tasks[0].folds if all(fold in task.folds for task in tasks)] or list(tasks[0].folds)
 
 
-def _task_files(paths: Sequence[Path]) -> list[Path]:
+def task_files(paths: Sequence[Path]) -> list[Path]:
+    """Task files, and those in folders.
+
+    Raises:
+        UsageError: none.
+    """
     files: list[Path] = []
     for path in paths:
         inside = [path]

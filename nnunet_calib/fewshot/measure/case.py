@@ -96,7 +96,7 @@ class Case:
     @cached_property
     def labelled(self) -> Labelled:
         """The case as labels are carried from it."""
-        return Labelled.of(self.volume, self.scan)
+        return Labelled.of(self.volume, self.anatomy)
 
     @cached_property
     def support(self) -> Support:

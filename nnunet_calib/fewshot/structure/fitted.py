@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nnunet_calib.fewshot.structure.heads import HEADS, Head
 from nnunet_calib.fewshot.structure.objective import Objective
-from nnunet_calib.fewshot.structure.platt import PlattScaling, fit_platt, out_of_fold
+from nnunet_calib.fewshot.structure.platt import PlattScaling, expected_dice, fit_platt, out_of_fold
 from nnunet_calib.fewshot.structure.prior import (
     MARGIN,
     Places,
@@ -47,6 +47,8 @@ SUPERIOR = 2
 _SLAB = 1 << 19  # voxels whose log odds are computed at once
 _CERTAIN = 1e-7
 _BELOW = np.float32(1e-3)  # log odds under the cut
+_REACH_MM = 6.0  # of the errors of registration that a head is to mend
+_FARTHEST = 0.01
 _FAR_MM = 10.0  # from where any support has the structure, beyond which a component is none of it
 
 
@@ -154,6 +156,7 @@ class NovelMap:
         expected_mm3: volume expected; None without prior.
         shift: what the volume prior added to the log odds.
         far_mm3: volume of components that were left out, for no support has the structure near.
+        expected_dice: that the probabilities let expect; 0 to 1.
     """
 
     logit: np.ndarray
@@ -164,6 +167,7 @@ class NovelMap:
     expected_mm3: float | None
     shift: float
     far_mm3: float = 0.0
+    expected_dice: float = float("nan")
 
     @property
     def probability(self) -> np.ndarray:
@@ -187,8 +191,16 @@ def fit_structure(
     number = torch.cat([torch.full((len(support.index),), i) for i, support in enumerate(supports)])
     given = None if supports[0].part is None else np.concatenate([support.part for support in supports])
     chunk = chunk_weights(settings, position, given)
+    attention = torch.cat([_attention(support) for support in supports]) if settings.registered else 1.0
     samples = [
-        (torch.cat([support.features[fold] for support in supports]), target, weight, position, chunk, number)
+        (
+            torch.cat([support.features[fold] for support in supports]),
+            target,
+            weight * attention,
+            position,
+            chunk,
+            number,
+        )
         for fold in range(len(supports[0].features))
     ]
     fit: Callable[..., Head] = partial(HEADS[settings.head].fit, **settings.options)
@@ -272,7 +284,8 @@ def apply_structure(
     whole, far_mm3 = logit.reshape(scan.base.shape), 0.0
     if carried is not None and not carried.failed:
         far_mm3 = scan.voxel_mm3 * _leave_far(whole, fitted.calibration, threshold, carried)
-    return NovelMap(whole, fitted.calibration, threshold, presence, absent, expected, shift, far_mm3)
+    dice = expected_dice(whole, fitted.calibration, threshold)
+    return NovelMap(whole, fitted.calibration, threshold, presence, absent, expected, shift, far_mm3, dice)
 
 
 def expected_volume(fitted: FittedStructure, scan: Scan, alignment: Alignment) -> float | None:
@@ -391,6 +404,16 @@ def _from_itself(support: Support) -> tuple[Tensor, Tensor]:
     distance = sampled(labelled.distance.astype(np.float32), support.index, support.scan.base.shape)
     scale = float(np.prod(labelled.anatomy.spacing)) ** (1 / 3)
     return torch.from_numpy(distance / scale), torch.from_numpy(distance)
+
+
+def _attention(support: Support) -> Tensor:
+    """Weights (N,) by which a head is fitted where registration says what lies far from the structure.
+
+    exp(-|d| / 6 mm), and a hundredth at least: the head is to tell the structure from what registration confuses it
+    with, and its share is the one there, not that of the whole volume, which the vote knows already.
+    """
+    _, distance = _from_itself(support)
+    return (-distance.abs() / _REACH_MM).exp().clamp_min(_FARTHEST).double()
 
 
 def _leave_far(logit: np.ndarray, calibration: PlattScaling, threshold: float, carried: Carried) -> int:

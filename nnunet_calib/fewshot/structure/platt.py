@@ -84,6 +84,28 @@ def best_threshold(
         where the prior cuts, if that is lower: a weak head is nowhere sure, and would leave the structure out.
     """
     calibration = calibration or PlattScaling()
+    dice = _dice_by_cut(logit, calibration, weight)
+    best = 1 - (int(dice.argmax()) + 1) / _CELLS
+    return min(0.5, max(min(_LEAST, calibration.threshold), best))
+
+
+def expected_dice(logit: np.ndarray, calibration: PlattScaling, threshold: float) -> float:
+    """The Dice that a volume's probabilities let expect of a cut: 2 sum_{p > t} p / (n_{p > t} + sum p).
+
+    Args:
+        logit: log odds of every voxel, any shape.
+        calibration: gives their probabilities.
+        threshold: t, to a thousandth.
+
+    Returns:
+        In [0, 1]; 0 where nothing is above the cut. As true as the probabilities are.
+    """
+    cell = min(max(round((1 - threshold) * _CELLS) - 1, 0), _CELLS - 1)
+    return float(_dice_by_cut(logit, calibration, None)[cell])
+
+
+def _dice_by_cut(logit: np.ndarray, calibration: PlattScaling, weight: np.ndarray | None) -> np.ndarray:
+    """Expected Dice (1000,) of cuts at 0.999, 0.998, ..., 0."""
     counts, found = np.zeros(_CELLS), np.zeros(_CELLS)
     flat, weights = np.ravel(logit), None if weight is None else np.ravel(weight)
     for first in range(0, flat.size, _SLAB):
@@ -94,9 +116,7 @@ def best_threshold(
         counts += np.bincount(cell, w, minlength=_CELLS)
         found += np.bincount(cell, p if w is None else p * w, minlength=_CELLS)
     above, inside = counts[::-1].cumsum(), found[::-1].cumsum()
-    dice = 2 * inside / np.maximum(above + inside[-1], 1)
-    best = 1 - (int(dice.argmax()) + 1) / _CELLS
-    return min(0.5, max(min(_LEAST, calibration.threshold), best))
+    return 2 * inside / np.maximum(above + inside[-1], 1)
 
 
 def out_of_fold(

@@ -1,11 +1,12 @@
-"""A task: all that ``apply`` needs to know of a novel structure, in one file.
+"""A task: all that ``apply`` needs to know of a novel structure; those that were fitted together are one file.
 
 The file is in the safetensors format: numbers as tensors, the rest as JSON in its header. Nothing in it can run code.
+What registration needs of a support's image is in it once, whatever the number of structures.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from nnunet_calib.fewshot.volume.frame import Frame
 from nnunet_calib.fewshot.volume.registration import Anatomy, Registration
 
 ENDING = ".fewshot"
-_FORMAT = 3  # 2: the background of each support; 3: the supports' volumes, for registration
+_FORMAT = 4  # 2: the background of each support; 3: the supports' volumes, for registration; 4: several structures
 _KEY = "nnunet_calib_fewshot"
 _COMPARED = ("classes", "plans", "trainer", "configuration")
 _KEPT = 1000  # voxels of the structure, and of background, of each support: what a head is refined with
@@ -102,64 +103,110 @@ class Task:
         samples = [self.structure.samples[i] for i in chosen] if self.structure.samples else []
         return replace(self.structure, heads=[self.structure.heads[i] for i in chosen], samples=samples)
 
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        fitted, frame = self.structure, self.structure.frame
-        content = {
-            "format": _FORMAT,
-            "name": self.name,
-            "model": dict(self.model),
-            "orientation": self.orientation,
-            "folds": list(self.folds),
-            "settings": asdict(fitted.settings),
-            "frame": {
-                "extent": frame.extent,
-                "low": frame.low.tolist(),
-                "high": frame.high.tolist(),
-                "landmarks": {str(c): _finite(place) for c, place in frame.landmarks.items()},
-            },
-            "prior": None if fitted.prior is None else asdict(fitted.prior),
-            "presence_limit": fitted.presence_limit,
-            "calibration": asdict(fitted.calibration),
-            "left_out": fitted.left_out,
-            "trust": None if fitted.atlas is None else asdict(fitted.atlas.trust),
-            "inside": list(self.inside),
-            "background_limit": self.background.limit,
-            "report": self.report,
-        }
-        tensors = {
-            "places": torch.from_numpy(np.ascontiguousarray(fitted.places.points)),
-            "background.mean": self.background.mean,
-            "background.factor": self.background.factor,
-        }
-        for fold, head in zip(self.folds, fitted.heads, strict=True):
-            tensors |= {f"head.{fold}.{name}": part for name, part in head.state().items()}
-        for fold, sample in zip(self.folds, fitted.samples, strict=False):
-            tensors[f"support.features.{fold}"] = sample[0].half()
-            tensors |= {f"support.{name}": part for name, part in zip(_SAMPLE, sample[1:], strict=True)}
-        for i, support in enumerate(fitted.atlas.supports if fitted.atlas else ()):
-            tensors |= {f"atlas.{i}.{name}": torch.from_numpy(part) for name, part in _of_support(support).items()}
-        data = save(
-            {name: part.contiguous() for name, part in tensors.items()},
-            {_KEY: json.dumps(content, allow_nan=False)},
+
+def write_tasks(path: Path, tasks: Sequence[Task]) -> None:
+    """Write one or more tasks of one model to a file, whole or not at all.
+
+    Raises:
+        ValueError: tasks that do not belong together.
+    """
+    _check_together(tasks)
+    volumes: dict[str, Anatomy] = {}
+    contents, tensors = [], {}
+    for number, task in enumerate(tasks):
+        numbers = []
+        for support in task.structure.atlas.supports if task.structure.atlas else ():
+            volumes.setdefault(support.anatomy.digest, support.anatomy)
+            numbers.append(list(volumes).index(support.anatomy.digest))
+        contents.append(_content(task) | {"volumes": numbers})
+        tensors |= {f"{number}.{name}": part for name, part in _tensors(task).items()}
+    for number, anatomy in enumerate(volumes.values()):
+        tensors |= {f"volume.{number}.{name}": torch.from_numpy(part) for name, part in _of_anatomy(anatomy).items()}
+    first = tasks[0]
+    content = {
+        "format": _FORMAT,
+        "model": dict(first.model),
+        "orientation": first.orientation,
+        "folds": list(first.folds),
+        "structures": contents,
+    }
+    data = save(
+        {name: part.contiguous() for name, part in tensors.items()},
+        {_KEY: json.dumps(content, allow_nan=False)},
+    )
+    with whole_file(path) as stream:
+        stream.write(data)
+
+
+def read_tasks(path: Path) -> tuple[Task, ...]:
+    """Read a task file.
+
+    Raises:
+        InputError: not a task file, damaged, or of another version.
+    """
+    content, tensors = _read(path)
+    if content.get("format") != _FORMAT:
+        raise InputError(f"{path}: of another version of nnunet-calib; fit the task again")
+    try:
+        volumes = _volumes(tensors)
+        tasks = tuple(
+            _task(content | own, _below(f"{number}.", tensors), volumes)
+            for number, own in enumerate(content["structures"])
         )
-        with whole_file(path) as stream:
-            stream.write(data)
+        _check_together(tasks)
+        return tasks
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a task file as fewshot fit writes it ({_line(error)})") from error
 
-    @classmethod
-    def load(cls, path: Path) -> "Task":
-        """Read a task file.
 
-        Raises:
-            InputError: not a task file, damaged, or of another version.
-        """
-        content, tensors = _read(path)
-        if content.get("format") != _FORMAT:
-            raise InputError(f"{path}: of another version of nnunet-calib; fit the task again")
-        try:
-            return _task(content, tensors)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a task file as fewshot fit writes it ({_line(error)})") from error
+def _check_together(tasks: Sequence[Task]) -> None:
+    if not 0 < len(tasks) == len({task.name for task in tasks}):
+        raise ValueError(f"{len(tasks)} structures, of {len({task.name for task in tasks})} names")
+    for task in tasks[1:]:
+        if (task.model, task.orientation, task.folds) != (tasks[0].model, tasks[0].orientation, tasks[0].folds):
+            raise ValueError("structures of different models")
+
+
+def _content(task: Task) -> dict[str, Any]:
+    """All of a structure but its tensors; JSON."""
+    fitted, frame = task.structure, task.structure.frame
+    return {
+        "name": task.name,
+        "settings": asdict(fitted.settings),
+        "frame": {
+            "extent": frame.extent,
+            "low": frame.low.tolist(),
+            "high": frame.high.tolist(),
+            "landmarks": {str(c): _finite(place) for c, place in frame.landmarks.items()},
+        },
+        "prior": None if fitted.prior is None else asdict(fitted.prior),
+        "presence_limit": fitted.presence_limit,
+        "calibration": asdict(fitted.calibration),
+        "left_out": fitted.left_out,
+        "trust": None if fitted.atlas is None else asdict(fitted.atlas.trust),
+        "inside": list(task.inside),
+        "background_limit": task.background.limit,
+        "report": task.report,
+    }
+
+
+def _tensors(task: Task) -> dict[str, Tensor]:
+    fitted = task.structure
+    tensors = {
+        "places": torch.from_numpy(np.ascontiguousarray(fitted.places.points)),
+        "background.mean": task.background.mean,
+        "background.factor": task.background.factor,
+    }
+    for fold, head in zip(task.folds, fitted.heads, strict=True):
+        tensors |= {f"head.{fold}.{name}": part for name, part in head.state().items()}
+    for fold, sample in zip(task.folds, fitted.samples, strict=False):
+        tensors[f"support.features.{fold}"] = sample[0].half()
+        tensors |= {f"support.{name}": part for name, part in zip(_SAMPLE, sample[1:], strict=True)}
+    for i, support in enumerate(fitted.atlas.supports if fitted.atlas else ()):
+        tensors[f"atlas.{i}.distance"] = torch.from_numpy(np.ascontiguousarray(support.distance))
+        if support.known is not None:
+            tensors[f"atlas.{i}.known"] = torch.from_numpy(np.ascontiguousarray(support.known))
+    return tensors
 
 
 def thinned(fitted: FittedStructure, seed: int = 0) -> FittedStructure:
@@ -186,7 +233,7 @@ def thinned(fitted: FittedStructure, seed: int = 0) -> FittedStructure:
     return replace(fitted, samples=samples)
 
 
-def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
+def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor], volumes: Sequence[Anatomy]) -> Task:
     settings, frame, prior = _settings(content["settings"]), content["frame"], content["prior"]
     folds = tuple(content["folds"])
     heads = [HEADS[settings.head].from_state(_below(f"head.{fold}.", tensors)) for fold in folds]
@@ -208,7 +255,7 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
         presence_limit=content["presence_limit"],
         samples=samples,  # type: ignore[arg-type]
         left_out=list(content["left_out"]),
-        atlas=_atlas(settings, content["trust"], tensors),
+        atlas=_atlas(settings, content["trust"], tensors, [volumes[number] for number in content["volumes"]]),
     )
     background = Background(tensors["background.mean"], tensors["background.factor"], content["background_limit"])
     return Task(
@@ -223,37 +270,43 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
     )
 
 
-def _of_support(support: Labelled) -> dict[str, np.ndarray]:
-    """Arrays of a support, as small as registration lets them be."""
-    anatomy = support.anatomy
+def _of_anatomy(anatomy: Anatomy) -> dict[str, np.ndarray]:
+    """Arrays of a support's volume, as small as registration lets them be."""
     parts = {
         "image": anatomy.image.astype(np.float16),
         "base": anatomy.base if anatomy.base.dtype == np.uint8 else anatomy.base.astype(np.int32),
-        "distance": support.distance,
         "spacing": np.array(anatomy.spacing, dtype=np.float64),
     }
-    if support.known is not None:
-        parts["known"] = support.known
     return {name: np.ascontiguousarray(part) for name, part in parts.items()}
 
 
-def _atlas(settings: Settings, trust: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Atlas | None:
-    if not settings.registered:
-        if trust is not None or _below("atlas.", tensors):
-            raise ValueError("volumes of the supports without registration")
-        return None
-    supports: list[Labelled] = []
-    while parts := _below(f"atlas.{len(supports)}.", tensors):
+def _volumes(tensors: Mapping[str, Tensor]) -> list[Anatomy]:
+    volumes: list[Anatomy] = []
+    while parts := _below(f"volume.{len(volumes)}.", tensors):
         arrays = {name: part.numpy() for name, part in parts.items()}
         base = arrays["base"]
         if not (np.issubdtype(base.dtype, np.integer) and base.size and 0 <= base.min() <= base.max() < 1 << 16):
             raise ValueError("labels of a support's volume")
         first, second, third = (float(step) for step in arrays["spacing"])
         kind = np.uint8 if base.dtype == np.uint8 else np.uint16
-        anatomy = Anatomy(arrays["image"].astype(np.float32), base.astype(kind), (first, second, third))
-        supports.append(Labelled(anatomy, arrays["distance"], arrays.get("known")))
-    if not supports or trust is None:
+        volumes.append(Anatomy(arrays["image"].astype(np.float32), base.astype(kind), (first, second, third)))
+    return volumes
+
+
+def _atlas(
+    settings: Settings, trust: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], volumes: Sequence[Anatomy]
+) -> Atlas | None:
+    if not settings.registered:
+        if trust is not None or volumes or _below("atlas.", tensors):
+            raise ValueError("volumes of the supports without registration")
+        return None
+    if not volumes or trust is None:
         raise ValueError("the volumes of the supports, which registration needs, are not in it: fit the task again")
+    parts = (_below(f"atlas.{i}.", tensors) for i in range(len(volumes)))
+    supports = [
+        Labelled(anatomy, own["distance"].numpy(), own["known"].numpy() if "known" in own else None)
+        for anatomy, own in zip(volumes, parts, strict=True)
+    ]
     return Atlas(tuple(supports), Trust(**trust))
 
 

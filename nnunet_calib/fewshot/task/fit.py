@@ -19,13 +19,13 @@ from nnunet_calib.fewshot.structure.background import Background
 from nnunet_calib.fewshot.structure.fitted import Settings, fit_structure
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.adapters import adapt
-from nnunet_calib.fewshot.task.file import ENDING, Task, thinned
+from nnunet_calib.fewshot.task.file import ENDING, Task, thinned, write_tasks
 from nnunet_calib.fewshot.task.naming import check_asked, valid_name
-from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_supports, read_volume
+from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_supports, read_structures, read_volume
 from nnunet_calib.fewshot.volume.registration import Registrar
 from nnunet_calib.fewshot.volume.sampling import VOXELS
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
-from nnunet_calib.fewshot.volume.support import Annotated, Support, read_support
+from nnunet_calib.fewshot.volume.support import Annotated, Support, read_supports
 
 _MOSTLY = 0.5  # share of the structure in one base class from which it lies inside that
 _SAME = 0.5  # Dice with a base class from which it may be that class
@@ -40,8 +40,7 @@ def fit_folder(
     labels: str | Path,
     output: str | Path,
     *,
-    name: str,
-    value: int,
+    structures: Mapping[str, int],
     ignore: int | None = None,
     settings: Settings | None = None,
     inside: Sequence[int] | None = None,
@@ -56,19 +55,20 @@ def fit_folder(
     voxels: int = VOXELS,
     seed: int = 0,
     progress: bool = True,
-) -> Task:
-    """Fit a task to a folder of supports and write its file.
+) -> list[Task]:
+    """Fit tasks to a folder of supports, one for each structure, and write their file.
+
+    The network looks at every support once for all of them.
 
     Args:
         model_folder: of the base model.
         images: in nnU-Net's raw layout.
         labels: label maps of the supports; cases without one are not used.
-        output: the task file, or a folder for NAME.fewshot.
-        name: of the structure.
-        value: its label value.
+        output: the task file, or a folder for NAME.fewshot, of several names joined by ``+``.
+        structures: label value of each structure, by its name.
         ignore: label value of voxels that do not count.
         settings: choices; the defaults if None.
-        inside: base labels that the structure may override; those that it is found in if None.
+        inside: base labels that the structures may override; those that each is found in if None.
         folds: of the base model; all if None.
         checkpoint: its name in each fold.
         device: ``cpu``, ``cuda`` or ``mps``.
@@ -83,59 +83,75 @@ def fit_folder(
         progress: show a bar.
 
     Returns:
-        The task.
+        The tasks, in the order of the structures.
 
     Raises:
         UsageError: options or folders that make no sense.
-        InputError: files that cannot be used, or no support with the structure.
+        InputError: files that cannot be used, or no support with one of the structures.
     """
     settings = settings or Settings()
-    file = task_file(Path(output), name)
+    file = task_file(Path(output), *structures)
     model = BaseModel(model_folder, folds, checkpoint)
     model.check_previous_stage(previous)
-    check_asked(name, inside, model.dataset)
+    for name in structures:
+        check_asked(name, inside, model.dataset)
     cases = find_supports(Path(images), Path(labels), model.dataset.file_ending)
     others = {} if unlabelled is None else find_images(unlabelled, model.dataset.file_ending)
     if unlabelled is not None and unlabelled.resolve() == Path(images).resolve():
         others = {case: files for case, files in others.items() if case not in cases}
     predictor = FeaturePredictor(model, device, step_size=step_size, mirroring=mirroring)
-    supports: list[Annotated] = []
-    volumes: list[Volume] = []
-    notes: list[str] = []
+    supports: dict[str, list[Annotated]] = {name: [] for name in structures}
+    volumes: dict[str, list[Volume]] = {name: [] for name in structures}
+    notes: dict[str, list[str]] = {name: [] for name in structures}
     orientation: str | None = None
 
     def stage(case: str) -> Path | None:
         return None if previous is None else previous / (case + model.dataset.file_ending)
 
     for case, (files, label) in tqdm(cases.items(), desc="supports", unit="case", disable=not progress):
-        volume = read_volume(
-            model, case, files, label=label, value=value, ignore=ignore, orientation=orientation, previous=stage(case)
+        read = read_structures(
+            model,
+            case,
+            files,
+            label=label,
+            values=tuple(structures.values()),
+            ignore=ignore,
+            orientation=orientation,
+            previous=stage(case),
         )
-        try:
-            number = seed + len(supports)
-            supports.append(
-                read_support(model, predictor, volume, voxels=voxels, seed=number, labelled=settings.registered)
-            )
-        except InputError as error:
-            notes.append(f"support left out: {error}")
-            continue
-        orientation = volume.orientation
-        if settings.head == AdapterHead.key:
-            volumes.append(volume)
-    if orientation is None:
-        raise InputError(f"{labels}: no support can be used; {notes[0].removeprefix('support left out: ')}")
-    adapted = None
+        seeds = [seed + len(there) for there in supports.values()]
+        seen = read_supports(model, predictor, read, voxels=voxels, seeds=seeds, labelled=settings.registered)
+        for name, volume, support in zip(structures, read, seen, strict=True):
+            if isinstance(support, InputError):
+                notes[name].append(f"support left out: {support}")
+                continue
+            orientation = volume.orientation
+            supports[name].append(support)
+            if settings.head == AdapterHead.key:
+                volumes[name].append(volume)
+    for name, there in supports.items():
+        if not there:
+            which = f"{name}: " if len(structures) > 1 else ""
+            why = notes[name][0].removeprefix("support left out: ")
+            raise InputError(f"{labels}: {which}no support can be used; {why}")
+    assert orientation is not None
+    queries = []
     if settings.head == AdapterHead.key:
-        queries = []
         for case, images_of in others.items():
             query = read_volume(model, case, images_of, orientation=orientation, previous=stage(case))
             queries.append((query, scan_of(model, query, predictor.predict(torch.from_numpy(query.image)).base)))
-        seen = [support.support for support in supports]
-        adapted = adapt(model, predictor, volumes, seen, queries, settings, progress=progress)
-    task = fit_task(name, model, orientation, supports, settings, inside, adapted, Registrar(registrations))
-    task.report["notes"][:0] = notes
-    task.save(file)
-    return task
+    registrar = Registrar(registrations)
+    tasks = []
+    for name, there in supports.items():
+        adapted = None
+        if settings.head == AdapterHead.key:
+            own = [support.support for support in there]
+            adapted = adapt(model, predictor, volumes[name], own, queries, settings, progress=progress)
+        tasks.append(fit_task(name, model, orientation, there, settings, inside, adapted, registrar))
+        tasks[-1].report["notes"][:0] = notes[name]
+        tasks[-1].report["value"] = structures[name]
+    write_tasks(file, tasks)
+    return tasks
 
 
 def fit_task(
@@ -196,16 +212,17 @@ def fit_task(
     )
 
 
-def task_file(output: Path, name: str) -> Path:
-    """Where a task is written: ``output``, or NAME.fewshot in it if it is a folder.
+def task_file(output: Path, *names: str) -> Path:
+    """Where tasks are written: ``output``, or NAME.fewshot in it if it is a folder, of several names joined by ``+``.
 
     Raises:
         UsageError: a name or a place that cannot be used.
     """
-    if not valid_name(name):
-        raise UsageError(f"{name!r} cannot name a structure")
+    for name in names:
+        if not valid_name(name):
+            raise UsageError(f"{name!r} cannot name a structure")
     if output.is_dir():
-        return output / (name + ENDING)
+        return output / ("+".join(names) + ENDING)
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent} is not a folder")
     return output if output.suffix == ENDING else output.with_name(output.name + ENDING)

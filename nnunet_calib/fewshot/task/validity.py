@@ -44,6 +44,7 @@ def check_parts(
     _require(valid_name(name), f"{name!r:.60} cannot name a structure")
     _require(isinstance(model, Mapping) and isinstance(model.get("checkpoints"), Mapping), "no model")
     _require(isinstance(report, Mapping), "no report")
+    _require(_is_count(report.get("value", 1), 1), "value in label maps")
     _require(_is_orientation(orientation), f"orientation {orientation!r:.20}")
     _require(
         0 < len(folds) == len(set(folds)) and all(isinstance(f, str) and (f.isdecimal() or f == "all") for f in folds),

@@ -27,7 +27,6 @@ from nnunet_calib.fewshot.volume.registration import (
     on_grid,
     signed_distance,
 )
-from nnunet_calib.fewshot.volume.scan import Scan
 
 CAP_MM = 30.0
 """Distances to a structure beyond are all the same."""
@@ -50,10 +49,9 @@ class Labelled:
     known: np.ndarray | None = None
 
     @classmethod
-    def of(cls, volume: Volume, scan: Scan) -> Labelled:
-        """From a preprocessed support and what the base model sees in it."""
+    def of(cls, volume: Volume, anatomy: Anatomy) -> Labelled:
+        """From a preprocessed support, and as registration sees it."""
         assert volume.label is not None
-        anatomy = Anatomy.of(volume, scan)
         distance = signed_distance(volume.label == STRUCTURE, volume.spacing, CAP_MM)
         ignored = volume.label == IGNORED
         known = ~nearest_on_grid(ignored, anatomy.shape) if ignored.any() else None

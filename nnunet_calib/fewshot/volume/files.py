@@ -122,17 +122,49 @@ def read_volume(
     orientation: str | None = None,
     previous: Path | None = None,
 ) -> Volume:
-    """Read and preprocess a case with the base model's plans.
+    """Read and preprocess a case with the base model's plans, as ``read_structures`` does.
 
     Args:
         model: the base model.
         case: name.
         images: one file a channel.
-        label: label map of a support.
+        label: label map of a support; None for a query.
         value: label value of the structure.
+        ignore: see there.
+        orientation: see there.
+        previous: see there.
+    """
+    values = () if label is None else (value,)
+    return read_structures(
+        model, case, images, label=label, values=values, ignore=ignore, orientation=orientation, previous=previous
+    )[0]
+
+
+def read_structures(
+    model: BaseModel,
+    case: str,
+    images: Sequence[Path],
+    *,
+    label: Path | None,
+    values: Sequence[int],
+    ignore: int | None = None,
+    orientation: str | None = None,
+    previous: Path | None = None,
+) -> list[Volume]:
+    """Read and preprocess a case with the base model's plans, and several structures in it.
+
+    Args:
+        model: the base model.
+        case: name.
+        images: one file a channel.
+        label: label map of a support; None for a query.
+        values: label values of the structures; none for a query.
         ignore: label value of voxels that do not count.
         orientation: to turn the case into; as stored if None.
         previous: of a cascade, the segmentation of the previous stage.
+
+    Returns:
+        A volume for each structure, which differ in what is said of the structure alone; one for a query.
 
     Raises:
         UsageError: a cascade without the previous stage's segmentation.
@@ -159,17 +191,18 @@ def read_volume(
     if target != stored and len(axcodes2ornt(target)) != len(axcodes2ornt(stored)):
         raise InputError(f"{images[0]}: oriented {stored}, which cannot be turned into {target}")
 
-    structure, uncounted = np.zeros(0), np.zeros(0)
+    structures, uncounted = list[np.ndarray](), np.zeros(0)
     segmentations: list[np.ndarray] = []
     if previous is not None:
         segmentations.append(_read_labels(previous, reader, images[0], image, place).labels.astype(np.float32))
     if label is not None:
         labels = _read_labels(label, reader, images[0], image, place).labels
-        structure = labels == value
-        segmentations.append((structure * STRUCTURE).astype(np.float32))
-        if ignore is not None:
-            uncounted = labels == ignore
-            segmentations[-1][uncounted] = IGNORED
+        structures = [labels == value for value in values]
+        uncounted = labels == ignore if ignore is not None else uncounted
+        for structure in structures:
+            segmentations.append((structure * STRUCTURE).astype(np.float32))
+            if ignore is not None:
+                segmentations[-1][uncounted] = IGNORED
 
     file_properties = dict(properties)
     if target != stored:
@@ -189,14 +222,18 @@ def read_volume(
         place,
         unit=unit,
     )
-    volume = _preprocess(model, volume, segmentations, carried=label is not None)
+    volume, carried = _preprocess(model, volume, segmentations, len(structures))
     if label is None:
-        return volume
-    return replace(
-        volume,
-        structure_mm3=np.count_nonzero(structure) * voxel_size(place, unit),
-        cut=_touches_border(structure) or _touch(structure, uncounted),
-    )
+        return [volume]
+    return [
+        replace(
+            volume,
+            label=own,
+            structure_mm3=np.count_nonzero(structure) * voxel_size(place, unit),
+            cut=_touches_border(structure) or _touch(structure, uncounted),
+        )
+        for structure, own in zip(structures, carried, strict=True)
+    ]
 
 
 def unit_of(image: np.ndarray, place: Place) -> str:
@@ -253,7 +290,10 @@ def write_segmentation(model: BaseModel, volume: Volume, segmentation: np.ndarra
         os.replace(temporary, path)
 
 
-def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray], carried: bool) -> Volume:
+def _preprocess(
+    model: BaseModel, volume: Volume, segmentations: list[np.ndarray], structures: int
+) -> tuple[Volume, list[np.ndarray]]:
+    """On the base model's grid: the volume, and of the last segmentations, one a structure, ``Volume.label``."""
     preprocessor = model.configuration_manager.preprocessor_class(verbose=False)
     properties = dict(volume.properties)
     image, segmentation, properties = preprocessor.run_case_npy(
@@ -276,16 +316,17 @@ def _preprocess(model: BaseModel, volume: Volume, segmentations: list[np.ndarray
     if volume.unit != "mm3":
         found[list(forward).index(0)] = 1.0  # of the one slice, for which nnU-Net has a placeholder
     spacing: Any = tuple(found)
-    return replace(
+    volume = replace(
         volume,
         image=image,
         spacing=spacing,
         axes=tuple(volume.axes[axis] for axis in forward),
         properties=properties,
-        # nnU-Net marks what lies outside the nonzero mask with -1: not the structure.
-        label=segmentation[-1].clip(min=0) if carried else None,
         coarsest=coarsest,
     )
+    # nnU-Net marks what lies outside the nonzero mask with -1: not the structure.
+    labels = [segmentation[number].clip(min=0) for number in range(len(segmentations) - structures, len(segmentations))]
+    return volume, labels
 
 
 def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.volume.atlas import Labelled
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume
+from nnunet_calib.fewshot.volume.registration import Anatomy
 from nnunet_calib.fewshot.volume.sampling import VOXELS, drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 
@@ -69,56 +70,79 @@ class Annotated:
     unit: str = "mm3"
 
 
-def read_support(
+def read_supports(
     model: BaseModel,
     predictor: FeaturePredictor,
-    volume: Volume,
+    volumes: Sequence[Volume],
     *,
     voxels: int = VOXELS,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     labelled: bool = False,
-) -> Annotated:
+) -> list[Annotated | InputError]:
     """Look at an annotated volume: one pass for the base classes, one for the features of sampled voxels.
 
     Args:
         model: the base model.
         predictor: of the model.
-        volume: with a label.
-        voxels: how many are sampled.
-        seed: of the sample.
+        volumes: the case with the label of each structure, as ``read_structures`` gives it.
+        voxels: how many are sampled for each structure.
+        seeds: of the sample of each structure.
         labelled: keep the volume for registration.
 
-    Raises:
-        InputError: less than 10 voxels of the structure on the network's grid.
+    Returns:
+        For each structure the support, or why it cannot be one: less than 10 voxels on the network's grid.
     """
-    assert volume.label is not None
-    assert volume.structure_mm3 is not None
-    structure = volume.label == STRUCTURE
-    found = int(np.count_nonzero(structure))
-    if found < FEWEST_VOXELS:
-        why = "" if volume.structure_mm3 else "; its label map does not hold that value"
-        raise InputError(f"{volume.case}: {found} voxels of the structure at the model's spacing, "
-                         f"{FEWEST_VOXELS} are needed{why}")  # fmt: skip
-    image = torch.from_numpy(volume.image)
-    scan = scan_of(model, volume, predictor.predict(image).base)
-    index, weight = sample_support(
-        structure, scan.base, volume.spacing, volume.label != IGNORED, voxels=voxels, seed=seed
+    first = volumes[0]
+    refused = [_too_few(volume) for volume in volumes]
+    if all(refused):
+        return [error for error in refused if error is not None]
+    image = torch.from_numpy(first.image)
+    scan = scan_of(model, first, predictor.predict(image).base)
+    anatomy = Anatomy.of(first, scan) if labelled else None
+    samples, places = [], []
+    for volume, seed in zip(volumes, seeds, strict=True):
+        structure, valid = volume.label == STRUCTURE, volume.label != IGNORED
+        if structure.any():
+            samples.append(sample_support(structure, scan.base, volume.spacing, valid, voxels=voxels, seed=seed))
+        else:
+            samples.append((np.zeros(0, np.int64), np.zeros(0)))
+        places.append(np.stack(np.unravel_index(samples[-1][0], volume.shape), axis=1))
+        places.append(drawn_evenly(volume.shape, seed))
+    ends = np.cumsum([len(part) for part in places]).tolist()
+    features = predictor.features_at(image, torch.from_numpy(np.concatenate(places)))
+    parts = [torch.tensor_split(fold, ends[:-1]) for fold in features]
+    found: list[Annotated | InputError] = []
+    for number, (volume, error, (index, weight)) in enumerate(zip(volumes, refused, samples, strict=True)):
+        if error is not None:
+            found.append(error)
+            continue
+        assert volume.structure_mm3 is not None
+        structure = volume.label == STRUCTURE
+        support = Support(
+            scan,
+            index,
+            structure.ravel()[index],
+            weight,
+            [fold[2 * number].clone() for fold in parts],
+            volume.structure_mm3,
+            parts[0][2 * number + 1].clone(),
+            volume.cut,
+            labelled=None if anatomy is None else Labelled.of(volume, anatomy),
+        )
+        told = tuple(_notes(volume))
+        found.append(Annotated(volume.case, support, overlaps(structure, scan.base), told, volume.unit))
+    return found
+
+
+def _too_few(volume: Volume) -> InputError | None:
+    """Why a volume cannot be a support."""
+    found = int(np.count_nonzero(volume.label == STRUCTURE))
+    if found >= FEWEST_VOXELS:
+        return None
+    why = "" if volume.structure_mm3 else "; its label map does not hold that value"
+    return InputError(
+        f"{volume.case}: {found} voxels of the structure at the model's spacing, {FEWEST_VOXELS} are needed{why}"
     )
-    places = np.stack(np.unravel_index(index, volume.shape), axis=1)
-    even = drawn_evenly(volume.shape, seed)
-    features = predictor.features_at(image, torch.from_numpy(np.concatenate([places, even])))
-    support = Support(
-        scan,
-        index,
-        structure.ravel()[index],
-        weight,
-        [part[: len(index)] for part in features],
-        volume.structure_mm3,
-        features[0][len(index) :],
-        volume.cut,
-        labelled=Labelled.of(volume, scan) if labelled else None,
-    )
-    return Annotated(volume.case, support, overlaps(structure, scan.base), tuple(_notes(volume)), volume.unit)
 
 
 def overlaps(structure: np.ndarray, base: np.ndarray) -> dict[int, tuple[float, float]]:

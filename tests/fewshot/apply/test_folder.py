@@ -18,7 +18,7 @@ from nnunet_calib.fewshot.apply.folder import apply_folder
 from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.structure.objective import Objective
-from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.task.file import read_tasks, write_tasks
 from nnunet_calib.fewshot.task.fit import fit_folder
 
 from ..conftest import STRUCTURE, Supports, write_case
@@ -152,7 +152,7 @@ def test_the_second_stage_of_a_cascade_goes_the_whole_road(tmp_path):
     write_image(previous / "query_10.nii.gz", landmarks(10))
     task, given = tmp_path / "ball.fewshot", {"progress": False, "previous": previous}
     folders = [tmp_path / "supports" / name for name in ("images", "labels")]
-    fit_folder(model, *folders, task, name="ball", value=STRUCTURE, **given)
+    fit_folder(model, *folders, task, structures={"ball": STRUCTURE}, **given)
     apply_folder(model, [task], images, tmp_path / "out", merge=False, readers=0, **given)
     assert found(tmp_path, tmp_path / "out") > 0.5
     expected = stock(model, images, tmp_path / "stock", folder_with_segs_from_prev_stage=str(previous))
@@ -161,7 +161,7 @@ def test_the_second_stage_of_a_cascade_goes_the_whole_road(tmp_path):
     assert len(np.unique(read(ours))) > 1
     # without the first stage nothing is begun
     with pytest.raises(UsageError, match="continues first; name the folder of its segmentations with -prev_stage_pre"):
-        fit_folder(model, *folders, tmp_path / "other.fewshot", name="ball", value=STRUCTURE, progress=False)
+        fit_folder(model, *folders, tmp_path / "other.fewshot", structures={"ball": STRUCTURE}, progress=False)
     with pytest.raises(UsageError, match="or use a model that is no cascade"):
         apply_folder(model, [task], images, tmp_path / "nothing", progress=False)
     assert not (tmp_path / "nothing").exists()
@@ -183,7 +183,7 @@ def test_merged_labels_are_base_labels_where_no_structure_is(supports, tmp_path)
 
 def test_several_tasks_take_one_pass_and_agree_with_one(supports, tmp_path, monkeypatch):
     images = queries(tmp_path)
-    supports.fit(tmp_path / "two.fewshot", name="two", settings=Settings(head="prototype", chunks=2))
+    supports.fit(tmp_path / "two.fewshot", structures={"two": STRUCTURE}, settings=Settings(head="prototype", chunks=2))
     passes = []
     forward = nnUNetPredictor.predict_sliding_window_return_logits
     monkeypatch.setattr(
@@ -284,7 +284,7 @@ def test_without_any_usable_support_nothing_is_written(tmp_path):
     write_case(tmp_path, "case_0", 0, structure=np.zeros((20, 26, 24), bool))
     with pytest.raises(InputError, match="no support can be used; case_0: 0 voxels"):
         fit_folder(
-            model, tmp_path / "images", tmp_path / "labels", tmp_path, name="ball", value=STRUCTURE, progress=False
+            model, tmp_path / "images", tmp_path / "labels", tmp_path, structures={"ball": STRUCTURE}, progress=False
         )
     assert not list(tmp_path.glob("*.fewshot"))
 
@@ -447,7 +447,7 @@ def test_one_support_is_enough_and_its_limits_are_told(tmp_path):
 
 def test_ensembles_average_the_probabilities_of_their_folds(tmp_path):
     of = Supports(tmp_path / "supports", folds=("0", "1"))
-    task = Task.load(of.task)
+    task = read_tasks(of.task)[0]
     assert task.folds == ("0", "1")
     assert len(task.structure.heads) == 2
     images = queries(tmp_path)
@@ -455,7 +455,7 @@ def test_ensembles_average_the_probabilities_of_their_folds(tmp_path):
         apply(of, images, tmp_path / name, folds=folds, merge=False)
     # each fold has its own head: exchanged they find nothing
     swapped = replace(task, structure=replace(task.structure, heads=task.structure.heads[::-1]))
-    swapped.save(tmp_path / "swapped.fewshot")
+    write_tasks(tmp_path / "swapped.fewshot", [swapped])
     apply(of, images, tmp_path / "swapped", [tmp_path / "swapped.fewshot"], merge=False)
     assert found(tmp_path, tmp_path / "both") > 0.6
     assert found(tmp_path, tmp_path / "swapped") < found(tmp_path, tmp_path / "both") - 0.1
@@ -480,11 +480,11 @@ def test_requests_without_meaning_are_refused(supports, tmp_path):
     with pytest.raises(InputError, match=r"nothing\.fewshot: no such task file"):
         apply(supports, images, tmp_path / "out", [tmp_path / "nothing.fewshot"])
     with pytest.raises(UsageError, match="the model has a class 'a' already"):
-        supports.fit(tmp_path, name="a")
+        supports.fit(tmp_path, structures={"a": STRUCTURE})
     with pytest.raises(UsageError, match=r"--inside 7: the model's labels are 1 \(a\), 2 \(b\)"):
         supports.fit(tmp_path, inside=[7])
-    other = Task.load(supports.task)
-    replace(other, name="other", orientation="RAS").save(tmp_path / "other.fewshot")
+    other = read_tasks(supports.task)[0]
+    write_tasks(tmp_path / "other.fewshot", [replace(other, name="other", orientation="RAS")])
     with pytest.raises(UsageError, match="apply these tasks one after the other"):
         apply(supports, images, tmp_path / "out", [supports.task, tmp_path / "other.fewshot"])
 
@@ -514,7 +514,7 @@ def test_hidden_files_are_no_cases(supports, tmp_path):
 
 def test_a_folder_is_continued_with_the_same_tasks_and_options_only(supports, tmp_path):
     images, out, two = queries(tmp_path, 2), tmp_path / "out", tmp_path / "two.fewshot"
-    supports.fit(two, name="two", settings=Settings(head="prototype", chunks=2))
+    supports.fit(two, structures={"two": STRUCTURE}, settings=Settings(head="prototype", chunks=2))
     apply(supports, images, out, [supports.task, two])
     before = (out / "dataset.json").read_bytes()
     others = [([two, supports.task], {}), ([supports.task], {}), ([supports.task, two], {"merge": False})]
@@ -536,10 +536,66 @@ def test_a_structure_out_of_view_is_absent(supports, tmp_path):
     """Only the landmarks are in view, and something that looks like the structure."""
     image, _ = phantom(10)
     write_case(tmp_path, "query_10", 10, image=image[:, :, :11])
-    task = Task.load(supports.task)
+    task = read_tasks(supports.task)[0]
     far = replace(task.structure, places=replace(task.structure.places, points=task.structure.places.points + 5))
-    replace(task, structure=far).save(tmp_path / "far.fewshot")
+    write_tasks(tmp_path / "far.fewshot", [replace(task, structure=far)])
     (report,) = apply(supports, tmp_path / "images", tmp_path / "out", [tmp_path / "far.fewshot"], merge=False)
     told = report["structures"]["ball"]
     assert (told["share_in_view"], told["absent"], told["volume_mm3"], told["expected_volume_mm3"]) == (0, True, 0, 0)
     assert any("lies in the field of view" in warning for warning in told["warnings"])
+
+
+def pair(root: Path, name: str, seed: int, labelled: bool = True) -> np.ndarray:
+    """A case with two balls of one brightness, the patient's left (5) and right (6): their labels (z, y, x)."""
+    rng = np.random.default_rng(seed)
+    image, _ = phantom(seed)
+    grid = np.indices(image.shape)
+    labels = np.zeros(image.shape, np.uint8)
+    for value, x in ((5, 19), (6, 5)):
+        centre = np.array([8, 6, x]) + rng.uniform(-1, 1, 3)
+        inside = ((grid - centre[:, None, None, None]) ** 2).sum(axis=0) < 3.2**2
+        labels[inside], image[inside] = value, 9.0 + rng.normal(0, 0.3, np.count_nonzero(inside))
+    write_image(root / "images" / f"{name}_0000.nii.gz", image)
+    if labelled:
+        write_image(root / "labels" / f"{name}.nii.gz", labels)
+    return labels
+
+
+def test_structures_of_one_fit_compete_and_sides_are_told_apart(tmp_path):
+    model = write_model(tmp_path / "model")
+    for i in range(2):
+        pair(tmp_path, f"case_{i}", i)
+    folders = (tmp_path / "images", tmp_path / "labels")
+    given = {"settings": Settings(chunks=2), "voxels": 4000, "progress": False}
+    both = fit_folder(model, *folders, tmp_path, structures={"left": 5, "right": 6}, **given)
+    (alone,) = fit_folder(model, *folders, tmp_path / "alone.fewshot", structures={"left": 5}, **given)
+    # what is fitted together is what is fitted alone, and comes back from one file
+    kept = read_tasks(tmp_path / "left+right.fewshot")
+    assert [task.name for task in both] == [task.name for task in kept] == ["left", "right"]
+    for task in (both[0], kept[0]):
+        assert torch.equal(task.structure.heads[0].projections, alone.structure.heads[0].projections)
+        assert task.structure.calibration == alone.structure.calibration
+    labels = pair(tmp_path / "new", "query", 9, labelled=False)
+    apply_folder(
+        model, [tmp_path / "left+right.fewshot"], tmp_path / "new" / "images", tmp_path / "out",
+        probabilities=True, progress=False,
+    )  # fmt: skip
+    segmented = read(tmp_path / "out" / "query.nii.gz")
+    for value, merged in ((5, 3), (6, 4)):
+        there, ours = labels == value, segmented == merged
+        assert dice(ours, there) > 0.7
+        assert not (ours & (labels == 11 - value)).any()  # never the other side
+    p = np.load(tmp_path / "out" / "query.npz")["probabilities"]
+    assert len(p) == 5  # background, two classes of the model, left and right
+    assert np.allclose(p.sum(axis=0), 1, atol=1e-5)
+
+
+def test_names_and_values_that_do_not_pair_are_refused(supports, tmp_path, capsys):
+    words = ["fewshot", "fit", str(supports.model), "--images", str(supports.root / "images"), "--labels"]
+    words += [str(supports.root / "labels"), "-o", str(tmp_path)]
+    assert main([*words, "--label", "5", "6", "--name", "x"]) == 2
+    assert "--label has 2 values, --name 1 names" in capsys.readouterr().err
+    assert main([*words, "--label", "5", "5", "--name", "x", "y"]) == 2
+    assert "--label 5 is there twice" in capsys.readouterr().err
+    assert main([*words, "--label", "5", "6", "--name", "x", "x"]) == 2
+    assert "--name x is there twice" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
 from nnunet_calib.fewshot.structure.fitted import Settings, _leave_far
 from nnunet_calib.fewshot.structure.platt import PlattScaling
 from nnunet_calib.fewshot.structure.trust import Trust
-from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.task.file import read_tasks
 from nnunet_calib.fewshot.volume.atlas import Carried
 from nnunet_calib.fewshot.volume.registration import Registration, Warp
 
@@ -45,7 +45,7 @@ def test_a_query_is_segmented_with_what_registration_carries(supports, task, tmp
 
 def test_a_task_with_volumes_comes_back_as_it_was(task):
     fitted, folder = task
-    read = Task.load(folder / "ball.fewshot").structure
+    read = read_tasks(folder / "ball.fewshot")[0].structure
     assert read.settings == fitted.structure.settings
     assert read.atlas.trust == fitted.structure.atlas.trust
     for ours, theirs in zip(read.atlas.supports, fitted.structure.atlas.supports, strict=True):
@@ -79,15 +79,15 @@ def broken(name, change):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: [t.pop(name) for name in [n for n in t if n.startswith("atlas.")]], "volumes of the supports"),
-        (broken("atlas.0.image", lambda t: torch.full_like(t, torch.nan)), "not finite"),
-        (broken("atlas.0.image", lambda t: t[:-1]), "different sizes"),
-        (broken("atlas.0.distance", lambda t: t.float()), "other types"),
-        (broken("atlas.0.distance", lambda t: t * 100), "distances"),
-        (broken("atlas.0.base", lambda t: t.float()), "labels of a support"),
-        (broken("atlas.0.spacing", lambda t: t * 0), "spacing"),
-        (broken("atlas.0.image", lambda t: torch.zeros(90, 90, 90, dtype=torch.half)), r"a volume of \(90, 90, 90\)"),
-        (broken("atlas.1.image", lambda t: t[0]), "a volume of"),
+        (lambda t: [t.pop(name) for name in [n for n in t if n.startswith("volume.")]], "volumes of the supports"),
+        (broken("volume.0.image", lambda t: torch.full_like(t, torch.nan)), "not finite"),
+        (broken("volume.0.image", lambda t: t[:-1]), "different sizes"),
+        (broken("0.atlas.0.distance", lambda t: t.float()), "other types"),
+        (broken("0.atlas.0.distance", lambda t: t * 100), "distances"),
+        (broken("volume.0.base", lambda t: t.float()), "labels of a support"),
+        (broken("volume.0.spacing", lambda t: t * 0), "spacing"),
+        (broken("volume.0.image", lambda t: torch.zeros(90, 90, 90, dtype=torch.half)), r"a volume of \(90, 90, 90\)"),
+        (broken("volume.1.image", lambda t: t[0]), "a volume of"),
     ],
     ids=["absent", "nan", "sizes", "types", "far", "labels", "spacing", "large", "flat"],
 )
@@ -96,18 +96,18 @@ def test_volumes_of_supports_that_make_no_sense_are_refused(task, tmp_path, chan
     change(tensors)
     save_file({name: part.contiguous() for name, part in tensors.items()}, tmp_path / "x.fewshot", metadata)
     with pytest.raises(InputError, match=rf"x\.fewshot: not a task file as fewshot fit writes it .*{says}"):
-        Task.load(tmp_path / "x.fewshot")
+        read_tasks(tmp_path / "x.fewshot")[0]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content["trust"].update(head=-1.0),
-        lambda content: content["trust"].update(vote=float("inf")),
-        lambda content: content.update(trust=None),
-        lambda content: content["settings"]["registration"].update(kind="other"),
-        lambda content: content["settings"]["registration"].update(limit_s=-1.0),
-        lambda content: content["settings"]["registration"].update(kind="none"),
+        lambda content: content["structures"][0]["trust"].update(head=-1.0),
+        lambda content: content["structures"][0]["trust"].update(vote=float("inf")),
+        lambda content: content["structures"][0].update(trust=None),
+        lambda content: content["structures"][0]["settings"]["registration"].update(kind="other"),
+        lambda content: content["structures"][0]["settings"]["registration"].update(limit_s=-1.0),
+        lambda content: content["structures"][0]["settings"]["registration"].update(kind="none"),
     ],
 )
 def test_trust_and_settings_that_make_no_sense_are_refused(task, tmp_path, change):
@@ -120,7 +120,7 @@ def test_trust_and_settings_that_make_no_sense_are_refused(task, tmp_path, chang
     text = json.dumps(header).encode()
     (tmp_path / "x.fewshot").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
     with pytest.raises(InputError, match="not a task file as fewshot fit writes it"):
-        Task.load(tmp_path / "x.fewshot")
+        read_tasks(tmp_path / "x.fewshot")[0]
 
 
 def carried(nearest, **warp) -> Carried:

@@ -16,7 +16,7 @@ from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.task.adapter_training import AdapterSettings, AnnotatedImage, fit_adapters, stage_inputs
 from nnunet_calib.fewshot.task.adapters import adapt
-from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.task.file import read_tasks
 
 from ..conftest import write_case
 
@@ -165,7 +165,7 @@ def test_a_task_with_adapters_is_fitted_and_applied(supports, tmp_path, monkeypa
         "nnunet_calib.fewshot.task.adapter_training.AdapterSettings", partial(AdapterSettings, steps=10)
     )
     task = supports.fit(tmp_path / "ball.fewshot", settings=Settings(head="adapter", chunks=1), voxels=2000)
-    again = Task.load(tmp_path / "ball.fewshot")
+    again = read_tasks(tmp_path / "ball.fewshot")[0]
     assert again.structure.settings.head == "adapter"
     assert len(task.structure.left_out) == 3
     (tmp_path / "images").mkdir()

@@ -12,7 +12,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.structure.objective import Objective
-from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.task.file import read_tasks
 from nnunet_calib.fewshot.task.fit import task_file
 
 from ..hosts import write_model
@@ -27,7 +27,7 @@ def same(ours, theirs) -> None:
 @pytest.mark.parametrize("head", ["linear", "prototype", "local_prototypes"])
 def test_a_task_comes_back_as_it_was(supports, tmp_path, head):
     written = supports.fit(tmp_path, settings=Settings(head=head, chunks=3))
-    read = Task.load(tmp_path / "ball.fewshot")
+    read = read_tasks(tmp_path / "ball.fewshot")[0]
     for ours, theirs in zip(read.structure.heads, written.structure.heads, strict=True):
         same(ours.state(), theirs.state())
     for name in ("settings", "prior", "calibration", "presence_limit", "left_out"):
@@ -50,8 +50,8 @@ def test_a_task_comes_back_as_it_was(supports, tmp_path, head):
 
 def test_a_refined_task_keeps_a_few_voxels_that_stand_for_all(supports, tmp_path):
     supports.fit(tmp_path, settings=Settings(objective=Objective()))
-    assert not Task.load(supports.task).structure.samples
-    ((features, target, weight, _, _, support),) = Task.load(tmp_path / "ball.fewshot").structure.samples
+    assert not read_tasks(supports.task)[0].structure.samples
+    ((features, target, weight, _, _, support),) = read_tasks(tmp_path / "ball.fewshot")[0].structure.samples
     assert len(features) == len(target) <= 3 * 2000
     for one in range(3):
         # the volume has 20 x 26 x 24 voxels, about 270 of them the structure
@@ -69,7 +69,7 @@ def test_what_is_no_task_is_refused(tmp_path, content):
     file = tmp_path / "ball.fewshot"
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"ball\.fewshot: not a task file of fewshot fit, or damaged"):
-        Task.load(file)
+        read_tasks(file)[0]
 
 
 def changed(file, target, change) -> None:
@@ -87,59 +87,59 @@ def changed(file, target, change) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.pop("frame"),
-        lambda content: content["settings"].update(head="none"),
-        lambda content: content["settings"].update(chunks=0),
-        lambda content: content["settings"].update(surprise=1),
-        lambda content: content["frame"].update(low=[1e9] * 3),
-        lambda content: content["calibration"].update(slope=-1),
+        lambda content: content["structures"][0].pop("frame"),
+        lambda content: content["structures"][0]["settings"].update(head="none"),
+        lambda content: content["structures"][0]["settings"].update(chunks=0),
+        lambda content: content["structures"][0]["settings"].update(surprise=1),
+        lambda content: content["structures"][0]["frame"].update(low=[1e9] * 3),
+        lambda content: content["structures"][0]["calibration"].update(slope=-1),
         lambda content: content.update(folds=["7"]),
         lambda content: content.update(folds=[]),
-        lambda content: content.update(name="../outside"),
-        lambda content: content.update(name="/tmp/outside"),
-        lambda content: content.update(name=".hidden"),
-        lambda content: content.update(name=7),
+        lambda content: content["structures"][0].update(name="../outside"),
+        lambda content: content["structures"][0].update(name="/tmp/outside"),
+        lambda content: content["structures"][0].update(name=".hidden"),
+        lambda content: content["structures"][0].update(name=7),
         lambda content: content.update(orientation="XYZ"),
         lambda content: content.update(orientation="LLS"),
-        lambda content: content.update(presence_limit=None),
-        lambda content: content.update(presence_limit=1.0),
-        lambda content: content.update(background_limit=-1.0),
-        lambda content: content.update(inside=[0]),
-        lambda content: content.update(inside=["1"]),
-        lambda content: content.update(left_out=[2.0]),
-        lambda content: content["settings"].update(chunks=12.5),
-        lambda content: content["settings"].update(chunks=7),
-        lambda content: content["settings"].update(chunks=10**9),
-        lambda content: content["settings"].update(margin=-0.3),
-        lambda content: content["settings"].update(extent="oracle"),
-        lambda content: content["settings"].update(head=["linear"]),
-        lambda content: content["settings"].update(objective={"entropy": -1}),
-        lambda content: content["frame"].update(extent="volume"),
-        lambda content: content["prior"].update(volume=0),
-        lambda content: content["prior"].update(volume="large"),
+        lambda content: content["structures"][0].update(presence_limit=None),
+        lambda content: content["structures"][0].update(presence_limit=1.0),
+        lambda content: content["structures"][0].update(background_limit=-1.0),
+        lambda content: content["structures"][0].update(inside=[0]),
+        lambda content: content["structures"][0].update(inside=["1"]),
+        lambda content: content["structures"][0].update(left_out=[2.0]),
+        lambda content: content["structures"][0]["settings"].update(chunks=12.5),
+        lambda content: content["structures"][0]["settings"].update(chunks=7),
+        lambda content: content["structures"][0]["settings"].update(chunks=10**9),
+        lambda content: content["structures"][0]["settings"].update(margin=-0.3),
+        lambda content: content["structures"][0]["settings"].update(extent="oracle"),
+        lambda content: content["structures"][0]["settings"].update(head=["linear"]),
+        lambda content: content["structures"][0]["settings"].update(objective={"entropy": -1}),
+        lambda content: content["structures"][0]["frame"].update(extent="volume"),
+        lambda content: content["structures"][0]["prior"].update(volume=0),
+        lambda content: content["structures"][0]["prior"].update(volume="large"),
     ],
 )
 def test_a_damaged_task_is_refused_in_one_line(supports, tmp_path, change):
     changed(supports.task, tmp_path / "x.fewshot", change)
     with pytest.raises(InputError, match=r"x\.fewshot: not a task file as fewshot fit writes it") as caught:
-        Task.load(tmp_path / "x.fewshot")
+        read_tasks(tmp_path / "x.fewshot")[0]
     assert "\n" not in str(caught.value)
 
 
 def test_a_task_of_another_version_is_refused(supports, tmp_path):
     changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(format=1))
     with pytest.raises(InputError, match="of another version of nnunet-calib"):
-        Task.load(tmp_path / "x.fewshot")
+        read_tasks(tmp_path / "x.fewshot")[0]
 
 
 def test_a_name_or_a_label_of_the_model_is_refused(supports, tmp_path):
     model = BaseModel(supports.model)
-    changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(name="a"))
+    changed(supports.task, tmp_path / "x.fewshot", lambda content: content["structures"][0].update(name="a"))
     with pytest.raises(InputError, match="the model has a class 'a' already"):
-        Task.load(tmp_path / "x.fewshot").check(model, tmp_path / "x.fewshot")
-    changed(supports.task, tmp_path / "x.fewshot", lambda content: content.update(inside=[999]))
+        read_tasks(tmp_path / "x.fewshot")[0].check(model, tmp_path / "x.fewshot")
+    changed(supports.task, tmp_path / "x.fewshot", lambda content: content["structures"][0].update(inside=[999]))
     with pytest.raises(InputError, match="inside label 999; the model's are 0, 1, 2"):
-        Task.load(tmp_path / "x.fewshot").check(model, tmp_path / "x.fewshot")
+        read_tasks(tmp_path / "x.fewshot")[0].check(model, tmp_path / "x.fewshot")
 
 
 def test_fit_and_load_check_the_same(supports):
@@ -148,7 +148,7 @@ def test_fit_and_load_check_the_same(supports):
 
 
 def test_a_task_is_refused_for_another_model(supports, tmp_path):
-    task = Task.load(supports.task)
+    task = read_tasks(supports.task)[0]
     task.check(BaseModel(supports.model), supports.task)
     other = BaseModel(write_model(tmp_path / "a", spacing=2.0))
     with pytest.raises(InputError, match=r"fitted to another model than .* \(other plans\)"):
