@@ -28,10 +28,11 @@ from kept import FOLDER, measured, number, put, read_rows, write_csvs, write_row
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.plans import add_configuration, read_plans
-from nnunet_calib.fewshot.measure.evaluate import Trial, evaluate_folder, grid
+from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.measure.pairs import read_pairs
 from nnunet_calib.fewshot.measure.protocols import REAL
 from nnunet_calib.fewshot.measure.scores import summarise
+from nnunet_calib.fewshot.measure.trials import Trial, grid
 
 ARMS = {
     "new": "supports and queries that the base network was not trained on, each tried on the others",

@@ -166,8 +166,7 @@ def _fit(args: argparse.Namespace) -> int:
     checks.at_least(FEWEST_SAMPLED, voxels=args.voxels)
     if args.chunks > MOST_CHUNKS:
         raise UsageError(f"--chunks {args.chunks}: at most {MOST_CHUNKS}")
-    if not 0 <= args.margin < 1:
-        raise UsageError(f"--margin {args.margin:g}: it must be at least 0 and below 1")
+    _check_margin(args.margin)
     _check_limit(args.registration_limit)
     base = _check_files(args, args.images, args.labels, args.unlabelled)
     for name in args.name:
@@ -309,6 +308,11 @@ def _size(measured: Mapping[str, Any]) -> str:
     return f"{measured['pixels']:.0f} pixels" if "pixels" in measured else f"{measured['volume_mm3'] / 1000:.2f} ml"
 
 
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < 1:
+        raise UsageError(f"--margin {margin:g}: it must be at least 0 and below 1")
+
+
 def _check_limit(seconds: float) -> None:
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--registration_limit {seconds:g}: it must be above 0 seconds")
@@ -394,7 +398,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         default=["none"],
         help="of the supports, in P2: heads with each of these; registration alone with each but none (default: none)",
     )
-    _add_limit(parser)
+    _add_registrations(parser, limit=True)
+    parser.add_argument("--ignore", metavar="V", type=int, help="value of voxels that do not count")
+    parser.add_argument(
+        "--inside",
+        metavar="V",
+        type=int,
+        nargs="*",
+        help="labels of the model that the structure may override; default: those it lies in",
+    )
+    parser.add_argument("--margin", metavar="M", type=float, default=0.3, help="as in fit (default: 0.3)")
+    parser.add_argument("--axis", choices=tuple(_AXES), default="is", help="of the chunks (default: is)")
     parser.add_argument("--chunks", metavar="N", type=int, nargs="+", default=[12], help="P2 (default: 12)")
     parser.add_argument("--hard", action="store_true", help="heads change at the ends of chunks")
     parser.add_argument(
@@ -423,7 +437,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _check_labels(args.label, None)
+    _check_labels(args.label, args.ignore)
+    _check_margin(args.margin)
     checks.at_least(1, chunks=min(args.chunks), sets=args.sets)
     checks.at_least(FEWEST_SAMPLED, voxels=args.voxels)
     if min(args.k) < 1:
@@ -432,7 +447,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("--refine: weights of the entropy are 0 or more")
     _check_limit(args.registration_limit)
     _check_files(args, args.images, args.labels, *(args.queries or ()), args.base_labels)
-    from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
+    from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
+    from nnunet_calib.fewshot.measure.trials import grid
     from nnunet_calib.fewshot.volume.registration import Registration
 
     prediction = _prediction(args)
@@ -448,6 +464,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.sets,
         "hard" if args.hard else "interpolated",
         [Registration(kind, args.registration_limit) for kind in args.registration],
+        args.margin,
+        _AXES[args.axis],
     )
     images, labels = args.queries or (None, None)
     rows = evaluate_folder(
@@ -462,6 +480,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         query_labels=labels,
         base_labels=args.base_labels,
         voxels=args.voxels,
+        ignore=args.ignore,
+        inside=args.inside,
+        registrations=args.registrations,
         **prediction,
     )
     names = ("protocol", "head", "registration", "chunks", "extent", "k", "entropy", "pairs")

@@ -81,8 +81,8 @@ def apply_folder(
         InputError: tasks that cannot be used, or of another model.
     """
     images, output = Path(images), Path(output)
-    read = [(file, task) for file in task_files([Path(task) for task in tasks]) for task in read_tasks(file)]
-    files, loaded = [file for file, _ in read], [task for _, task in read]
+    together = [(file, task) for file in task_files([Path(task) for task in tasks]) for task in read_tasks(file)]
+    files, loaded = [file for file, _ in together], [task for _, task in together]
     model = BaseModel(model_folder, _folds(loaded, folds), checkpoint)
     model.check_previous_stage(previous)
     structures = _structures(model, loaded, files)

@@ -3,7 +3,8 @@
 Only here labels of queries are known: to score with, and in P1 for the extent that the papers take from them.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +21,14 @@ from nnunet_calib.fewshot.measure.scores import base_dice, mean_dice
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.structure.fitted import NovelMap
 from nnunet_calib.fewshot.volume.atlas import Labelled
-from nnunet_calib.fewshot.volume.files import STRUCTURE, Volume, read_volume, to_image_grid, turn_back
+from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume, read_volume, to_image_grid, turn_back
 from nnunet_calib.fewshot.volume.registration import Anatomy
 from nnunet_calib.fewshot.volume.sampling import drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Support, overlaps
+
+MEMORY = 2 << 30
+"""Bytes of cases that are kept for the next pair; one case is kept whatever its size."""
 
 _BOTTOM = -40.0  # log odds outside of what nnU-Net cropped to
 
@@ -55,6 +59,7 @@ class Case:
         cache: of the model's features.
         voxels: drawn from it as a support.
         orientation: to turn it into, as ``fit`` and ``apply`` do; as stored if None.
+        ignore: label of voxels that do not count; None: all count.
     """
 
     def __init__(
@@ -66,10 +71,12 @@ class Case:
         cache: FeatureCache,
         voxels: int,
         orientation: str | None = None,
+        ignore: int | None = None,
     ):
         self.name, self._files, self._model, self._value, self._voxels = name, files, model, value, voxels
+        self._ignore = ignore
         self.volume: Volume = read_volume(
-            model, name, files.images, label=files.label, value=value, orientation=orientation
+            model, name, files.images, label=files.label, value=value, ignore=ignore, orientation=orientation
         )
         kept = f"{name}.as_{orientation}" if self.volume.turned else name
         self.predicted: CachedPrediction = cache.predict(kept, self.volume.image)
@@ -89,6 +96,12 @@ class Case:
         return self.volume.label == STRUCTURE
 
     @cached_property
+    def valid(self) -> np.ndarray:
+        """Bool (*S), voxels whose annotation counts."""
+        assert self.volume.label is not None
+        return self.volume.label != IGNORED
+
+    @cached_property
     def anatomy(self) -> Anatomy:
         """The case as registration sees it."""
         return Anatomy.of(self.volume, self.scan)
@@ -101,7 +114,9 @@ class Case:
     @cached_property
     def support(self) -> Support:
         """The case as a support."""
-        index, weight = sample_support(self.structure, self.scan.base, self.volume.spacing, voxels=self._voxels)
+        index, weight = sample_support(
+            self.structure, self.scan.base, self.volume.spacing, self.valid, voxels=self._voxels
+        )
         return self._support(index, weight, None)
 
     def paper_support(self, axis: int, chunks: int) -> Support:
@@ -115,8 +130,9 @@ class Case:
         for i, z in enumerate(alpnet_support_slices(order.tolist(), chunks)):
             index.append(number[z].ravel())
             part.append(np.full(number[z].size, i))
-        every = np.concatenate(index)
-        return self._support(every, np.ones(every.size), np.concatenate(part))
+        every, parts = np.concatenate(index), np.concatenate(part)
+        known = self.valid.ravel()[every]
+        return self._support(every[known], np.ones(np.count_nonzero(known)), parts[known])
 
     def paper_query(self, axis: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunk of each voxel and whether it is scored, by the extent in the case's own labels: flat int64 and bool."""
@@ -144,6 +160,11 @@ class Case:
     def reference(self) -> np.ndarray:
         """Bool (z, y, x) of the image."""
         return self._labels(self._files.label) == self._value
+
+    @cached_property
+    def counted(self) -> np.ndarray | None:
+        """Bool (z, y, x) of the image, voxels that are scored; None: all."""
+        return None if self._ignore is None else self._labels(self._files.label) != self._ignore
 
     @cached_property
     def base_reference(self) -> np.ndarray | None:
@@ -207,3 +228,25 @@ class Case:
 
     def _labels(self, path: Path) -> np.ndarray:
         return read_labels(path, self._model.plans_manager.image_reader_writer_class, range(1 << 16)).labels
+
+
+class Cases:
+    """The cases that were used last, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Case] = OrderedDict()
+
+    def get(self, name: str, make: Callable[[], Case]) -> Case:
+        """A case; read again if it had to make room for others."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        self._kept.move_to_end(name)
+        total = sum(case.size for case in self._kept.values())
+        while total > MEMORY and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            total -= oldest.size
+        return self._kept[name]
+
+    def forget(self, name: str) -> None:
+        """Read a case again when it is next wanted."""
+        self._kept.pop(name, None)

@@ -13,7 +13,7 @@ from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.fewshot.measure.scores import summarise
 
-GROUPS = ("structure", "protocol", "head", "chunks", "extent", "mode", "k", "entropy", "registration")
+GROUPS = ("structure", "protocol", "head", "chunks", "extent", "mode", "k", "entropy", "registration", "margin", "axis")
 """What tells the rows of a summary apart."""
 
 

@@ -112,7 +112,7 @@ def write_tasks(path: Path, tasks: Sequence[Task]) -> None:
     """
     _check_together(tasks)
     volumes: dict[str, Anatomy] = {}
-    contents, tensors = [], {}
+    contents, tensors = [], dict[str, Tensor]()
     for number, task in enumerate(tasks):
         numbers = []
         for support in task.structure.atlas.supports if task.structure.atlas else ():
@@ -255,7 +255,7 @@ def _task(content: Mapping[str, Any], tensors: Mapping[str, Tensor], volumes: Se
         presence_limit=content["presence_limit"],
         samples=samples,  # type: ignore[arg-type]
         left_out=list(content["left_out"]),
-        atlas=_atlas(settings, content["trust"], tensors, [volumes[number] for number in content["volumes"]]),
+        atlas=_atlas(settings, content, tensors, volumes),
     )
     background = Background(tensors["background.mean"], tensors["background.factor"], content["background_limit"])
     return Task(
@@ -294,19 +294,20 @@ def _volumes(tensors: Mapping[str, Tensor]) -> list[Anatomy]:
 
 
 def _atlas(
-    settings: Settings, trust: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], volumes: Sequence[Anatomy]
+    settings: Settings, content: Mapping[str, Any], tensors: Mapping[str, Tensor], volumes: Sequence[Anatomy]
 ) -> Atlas | None:
+    numbers, trust = content["volumes"], content["trust"]
     if not settings.registered:
-        if trust is not None or volumes or _below("atlas.", tensors):
+        if trust is not None or numbers or _below("atlas.", tensors):
             raise ValueError("volumes of the supports without registration")
         return None
-    if not volumes or trust is None:
+    if not numbers or not set(numbers) <= set(range(len(volumes))) or trust is None:
         raise ValueError("the volumes of the supports, which registration needs, are not in it: fit the task again")
-    parts = (_below(f"atlas.{i}.", tensors) for i in range(len(volumes)))
-    supports = [
-        Labelled(anatomy, own["distance"].numpy(), own["known"].numpy() if "known" in own else None)
-        for anatomy, own in zip(volumes, parts, strict=True)
-    ]
+    supports = []
+    for i, number in enumerate(numbers):
+        own = _below(f"atlas.{i}.", tensors)
+        known = own["known"].numpy() if "known" in own else None
+        supports.append(Labelled(volumes[number], own["distance"].numpy(), known))
     return Atlas(tuple(supports), Trust(**trust))
 
 

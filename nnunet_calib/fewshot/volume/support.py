@@ -101,6 +101,7 @@ def read_supports(
     anatomy = Anatomy.of(first, scan) if labelled else None
     samples, places = [], []
     for volume, seed in zip(volumes, seeds, strict=True):
+        assert volume.label is not None
         structure, valid = volume.label == STRUCTURE, volume.label != IGNORED
         if structure.any():
             samples.append(sample_support(structure, scan.base, volume.spacing, valid, voxels=voxels, seed=seed))
@@ -116,6 +117,7 @@ def read_supports(
         if error is not None:
             found.append(error)
             continue
+        assert volume.label is not None
         assert volume.structure_mm3 is not None
         structure = volume.label == STRUCTURE
         support = Support(

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError
-from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
+from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
+from nnunet_calib.fewshot.measure.trials import grid
 from nnunet_calib.fewshot.structure.fitted import Settings, _leave_far
 from nnunet_calib.fewshot.structure.platt import PlattScaling
 from nnunet_calib.fewshot.structure.trust import Trust

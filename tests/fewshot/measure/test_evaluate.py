@@ -13,8 +13,9 @@ from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.apply.folder import apply_folder
 from nnunet_calib.fewshot.measure.cache import FeatureCache
-from nnunet_calib.fewshot.measure.evaluate import evaluate_folder, grid
+from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.measure.pairs import read_pairs
+from nnunet_calib.fewshot.measure.trials import grid
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.fitted import Settings
@@ -246,8 +247,34 @@ def test_pairs_made_from_something_else_are_computed_again_and_leave_the_table(s
 
 
 def test_cases_are_read_again_where_memory_has_no_room_for_all(supports, evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr("nnunet_calib.fewshot.measure.evaluate.MEMORY", 0)
+    monkeypatch.setattr("nnunet_calib.fewshot.measure.case.MEMORY", 0)
     trials = grid(["prototype"], [2], ["aligned"], [1], ["P2"])
     (row,) = run(supports, tmp_path, trials)
     (same,) = [r for r in evaluated[1] if (r["head"], r["k"], r["protocol"]) == ("prototype", 1, "P2")]
     assert row["Dice"] == same["Dice"]
+
+
+def test_what_does_not_count_is_in_no_score_and_options_tell_rows_apart(supports, tmp_path):
+    """A value for voxels that do not count, put where the head is wrong, and another margin and axis."""
+    trials = grid(["prototype"], [2], ["aligned"], [1], ["P2"], margin=0.9, axis=0)
+    plain = run(supports, tmp_path / "a", trials)
+    assert (plain[0]["margin"], plain[0]["axis"]) == (0.9, 0)
+    assert (
+        plain[0]["Dice"] != run(supports, tmp_path / "a", grid(["prototype"], [2], ["aligned"], [1], ["P2"]))[0]["Dice"]
+    )
+    (tmp_path / "labels").mkdir()
+    for file in (supports.root / "labels").iterdir():
+        image = sitk.ReadImage(str(file))
+        array = sitk.GetArrayFromImage(image)
+        array[(array == 0) & (np.indices(array.shape)[0] < 8)] = 9  # a good part of the background
+        made = sitk.GetImageFromArray(array)
+        made.CopyInformation(image)
+        sitk.WriteImage(made, str(tmp_path / "labels" / file.name))
+    given = {"name": "ball", "value": STRUCTURE, "trials": trials, "voxels": ALL, "progress": False}
+    folders = (supports.model, supports.root / "images", tmp_path / "labels", tmp_path / "b")
+    (row,) = evaluate_folder(*folders, ignore=9, inside=[1], **given)
+    assert row["Dice"] > plain[0]["Dice"]
+    about = json.loads((tmp_path / "b" / "summary.json").read_text())["about"]
+    assert (about["ignore"], about["inside"]) == (9, [1])
+    with pytest.raises(UsageError, match="--inside 7: the model's labels are 0, 1, 2"):
+        evaluate_folder(*folders, inside=[7], **given)
