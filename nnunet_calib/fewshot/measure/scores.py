@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.special import xlogy
 
 from nnunet_calib import metrics
 from nnunet_calib.data.dataset import Structure, key
@@ -15,7 +17,14 @@ SECONDS = ("seconds", "seconds_registration")
 """Of the processor: what a query took without the network, and what its registrations took when they were made."""
 
 HONEST = "ECE_foreground_honest"
-NUMBERS = ("Dice", "HD95", *(f"{score}_{region}" for region in REGIONS for score in CALIBRATION), HONEST)
+ORACLE_SCORES = ("Brier_volume_oracle", "NLL_volume_oracle")
+NUMBERS = (
+    "Dice",
+    "HD95",
+    *(f"{score}_{region}" for region in REGIONS for score in CALIBRATION),
+    HONEST,
+    *ORACLE_SCORES,
+)
 """Keys of ``novel_scores``, in the order of files and tables."""
 
 
@@ -38,8 +47,9 @@ def novel_scores(
     Returns:
         ``Dice``, ``HD95`` (mm) and, for the two classes (novel, all else), ``ECE``, ``Brier`` (sum over both, in
         [0, 2]) and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and
-        segmentation); with the definitions and empty cases of `nnunet_calib.metrics`; and what of the latter ECE an
-        honest map would have (``honest_foreground_ece``).
+        segmentation); with the definitions and empty cases of `nnunet_calib.metrics`; what of the latter ECE a map
+        whose probabilities are all true would have (``honest_foreground_ece``); and Brier and NLL in the volume after
+        the best monotone recalibration (``oracle_recalibration``).
     """
     segmentation = probability > 0.5 if segmentation is None else segmentation
     counted = np.ones(reference.shape, dtype=bool) if counted is None else counted
@@ -54,7 +64,34 @@ def novel_scores(
         scores = metrics.scores(statistics[region], ["0", "1"])
         found |= {f"{score}_{region}": scores[score] for score in CALIBRATION}
     found[HONEST] = honest_foreground_ece(probability[counted], segmentation[counted])
-    return found
+    return found | oracle_recalibration(probability[counted], reference[counted])
+
+
+def oracle_recalibration(probability: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Brier score and NLL after the best monotone recalibration, fitted to this query's own labels: an oracle.
+
+    The isotonic regression of the reference on the probability (Zadrozny and Elkan, Transforming classifier scores into
+    accurate multiclass probability estimates, KDD 2002) has the smallest of both among all maps that do not change the
+    order of the voxels. What a map's own scores are above these is what calibration could have done better in this
+    query; nothing that knows only the supports reaches them.
+
+    Args:
+        probability: float (N,) in [0, 1].
+        reference: bool (N,).
+
+    Returns:
+        ``Brier_volume_oracle``, sum over both classes, and ``NLL_volume_oracle``, nats; NaN of no voxel.
+    """
+    if not len(probability):
+        return dict.fromkeys(ORACLE_SCORES, float("nan"))
+    _, cell, count = np.unique(probability, return_inverse=True, return_counts=True)
+    share = np.bincount(cell.ravel(), reference) / count
+    fitted = isotonic_regression(share, weights=count.astype(np.float64)).x.clip(0, 1)
+    inside = share * count
+    outside = count - inside
+    brier = 2 * (inside * (1 - fitted) ** 2 + outside * fitted**2).sum() / count.sum()
+    nll = -(xlogy(inside, fitted) + xlogy(outside, 1 - fitted)).sum() / count.sum()
+    return dict(zip(ORACLE_SCORES, (float(brier), float(nll)), strict=True))
 
 
 def honest_foreground_ece(probability: np.ndarray, segmentation: np.ndarray) -> float:

@@ -1,10 +1,10 @@
-"""Honest probabilities: every support predicted by the others, and two numbers fitted to that.
+"""Calibrated probabilities: every support predicted by the others, and two numbers fitted to that.
 
     p = 1 / (1 + exp(-(slope s + bias)))
 
 slope and bias minimise the NLL of logits from left-out supports, with every support counting the same; slope = 1 / T of
 temperature scaling (Guo et al., ICML 2017), and with the bias it is Platt's scaling. A head is always too sure on what
-it was fitted to, so with one support nothing honest can be fitted: its probabilities stay as they are.
+it was fitted to, so with one support nothing can be fitted that holds for others: its probabilities stay as they are.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class PlattScaling:
         """The probability of log odds 0: where the volume prior draws the line between structure and background.
 
         It is below one half where a head that finds the right volume does not find the right voxels: labels are cut
-        here, for at one half of an honest probability most of such a structure would be missing.
+        here, for at one half of a calibrated probability most of such a structure would be missing.
         """
         return float(torch.sigmoid(torch.tensor(self.bias, dtype=torch.float64)))
 
     def cut(self, logit: np.ndarray, weight: np.ndarray | None = None) -> float:
         """The probability above which the voxels of a volume are labelled, from their log odds and ``weight``.
 
-        Only of honest probabilities an expected Dice means something; where nothing was fitted the volume prior draws
-        the line.
+        Only of calibrated probabilities an expected Dice means something; where nothing was fitted the volume prior
+        draws the line.
         """
         return self.threshold if self == PlattScaling() else best_threshold(logit, self, weight)
 
@@ -66,7 +66,7 @@ class PlattScaling:
 def best_threshold(
     logit: np.ndarray, calibration: PlattScaling | None = None, weight: np.ndarray | None = None
 ) -> float:
-    """The probability to cut at for the largest Dice that honest probabilities let expect.
+    """The probability to cut at for the largest Dice that calibrated probabilities let expect.
 
         t* = argmax_t  2 sum_{p > t} p / (n_{p > t} + sum p)
 

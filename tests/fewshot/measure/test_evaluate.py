@@ -132,7 +132,7 @@ def test_the_oracle_is_named_where_it_is_used_and_only_there(evaluated):
 
 def test_pairs_that_are_there_are_not_computed_again(supports, evaluated, monkeypatch):
     output, rows = evaluated
-    monkeypatch.setattr("nnunet_calib.fewshot.measure.evaluate.fit_structure", None)
+    monkeypatch.setattr("nnunet_calib.fewshot.measure.pair.fit_structure", None)
     trials = grid(["linear", "prototype"], [2], ["aligned"], [1, 2], entropies=[None, 0.1])
     assert repr(run(supports, output, trials)) == repr(rows)
 

@@ -11,6 +11,7 @@ from nnunet_calib.fewshot.measure.scores import (
     honest_foreground_ece,
     mean_dice,
     novel_scores,
+    oracle_recalibration,
     summarise,
 )
 
@@ -96,3 +97,15 @@ def test_an_honest_map_has_the_ece_in_the_foreground_that_is_foretold():
 
 def test_a_sure_map_is_foretold_no_error():
     assert honest_foreground_ece(np.array([0.0, 1.0]), np.array([False, True])) == 0
+
+
+def test_the_oracle_is_the_best_monotone_recalibration():
+    # by hand: p 0.1 has 1 of 4, 0.4 and 0.6 violate the order (1 of 2, 0 of 2: pooled 1 of 4), 0.9 has 2 of 2
+    p = np.repeat([0.1, 0.4, 0.6, 0.9], [4, 2, 2, 2])
+    y = np.array([1, 0, 0, 0, 1, 0, 0, 0, 1, 1], dtype=bool)
+    found = oracle_recalibration(p, y)
+    assert found["Brier_volume_oracle"] == pytest.approx(2 * 2 * (0.75**2 + 3 * 0.25**2) / 10)
+    assert found["NLL_volume_oracle"] == pytest.approx(-2 * (np.log(0.25) + 3 * np.log(0.75)) / 10)
+    other = oracle_recalibration(p**3 / 2, y)  # the same order
+    assert other == pytest.approx(found)
+    assert np.isnan(oracle_recalibration(p[:0], y[:0])["NLL_volume_oracle"])
