@@ -38,8 +38,10 @@ from nnunet_calib.fewshot.measure.protocols import real_episodes, worst_tenth
 from nnunet_calib.fewshot.measure.registered import propagated
 from nnunet_calib.fewshot.measure.scores import novel_scores
 from nnunet_calib.fewshot.structure.fitted import NovelMap, Settings, apply_structure, carry_to, fit_structure
+from nnunet_calib.fewshot.volume.anatomy import Anatomy, signed_distance
 from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled
-from nnunet_calib.fewshot.volume.registration import Anatomy, Registrar, Registration, signed_distance
+from nnunet_calib.fewshot.volume.registrar import Registrar
+from nnunet_calib.fewshot.volume.registration import Registration
 from nnunet_calib.fewshot.volume.sampling import sample_support
 from nnunet_calib.fewshot.volume.scan import Scan
 from nnunet_calib.fewshot.volume.support import Support

@@ -22,7 +22,7 @@ from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.task.file import Task, read_tasks
 from nnunet_calib.fewshot.volume.files import Volume, read_volume
-from nnunet_calib.fewshot.volume.registration import Registrar
+from nnunet_calib.fewshot.volume.registrar import Registrar
 
 REPORT_ENDING = ".fewshot.json"
 MADE_FROM = "made_from.json"

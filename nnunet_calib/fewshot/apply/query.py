@@ -17,9 +17,10 @@ from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, apply_structure, carry_to
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.file import Task
+from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Carried
 from nnunet_calib.fewshot.volume.files import Volume
-from nnunet_calib.fewshot.volume.registration import Anatomy, Registrar
+from nnunet_calib.fewshot.volume.registrar import Registrar
 from nnunet_calib.fewshot.volume.sampling import drawn_evenly
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 

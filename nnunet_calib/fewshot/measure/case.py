@@ -20,9 +20,9 @@ from nnunet_calib.fewshot.measure.protocols import alpnet_parts, alpnet_support_
 from nnunet_calib.fewshot.measure.scores import base_dice, mean_dice
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.structure.fitted import NovelMap
+from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Labelled
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume, read_volume, to_image_grid, turn_back
-from nnunet_calib.fewshot.volume.registration import Anatomy
 from nnunet_calib.fewshot.volume.sampling import drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Support, overlaps

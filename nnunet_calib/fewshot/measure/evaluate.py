@@ -30,7 +30,7 @@ from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.fitted import FittedStructure
 from nnunet_calib.fewshot.volume.files import find_supports
-from nnunet_calib.fewshot.volume.registration import Registrar
+from nnunet_calib.fewshot.volume.registrar import Registrar
 from nnunet_calib.fewshot.volume.support import FEWEST_VOXELS
 
 _PACKAGES = ("nnunet-calib", "nnunetv2", "torch", "numpy", "SimpleITK")

@@ -21,7 +21,7 @@ from nnunet_calib.fewshot.structure.heads.adapter import AdapterHead
 from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.fit import nested
 from nnunet_calib.fewshot.volume.atlas import Carried
-from nnunet_calib.fewshot.volume.registration import Registrar
+from nnunet_calib.fewshot.volume.registrar import Registrar
 from nnunet_calib.fewshot.volume.support import Support
 
 

@@ -8,8 +8,10 @@ import numpy as np
 
 from nnunet_calib.fewshot.structure.fitted import NovelMap
 from nnunet_calib.fewshot.structure.platt import PlattScaling
+from nnunet_calib.fewshot.volume.anatomy import Anatomy, on_grid
 from nnunet_calib.fewshot.volume.atlas import Carried, Labelled, carry
-from nnunet_calib.fewshot.volume.registration import Anatomy, Registrar, Registration, on_grid
+from nnunet_calib.fewshot.volume.registrar import Registrar
+from nnunet_calib.fewshot.volume.registration import Registration
 
 REGISTRATION = "registration"
 """Its name where heads are named."""

@@ -35,9 +35,11 @@ from nnunet_calib.fewshot.structure.prior import (
     presence_score,
 )
 from nnunet_calib.fewshot.structure.trust import Trust, fit_trust
+from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Carried, Labelled, carry, sampled
 from nnunet_calib.fewshot.volume.frame import Alignment, Chunks, Frame, frame_of_landmarks, frame_of_volumes
-from nnunet_calib.fewshot.volume.registration import Anatomy, Registrar, Registration
+from nnunet_calib.fewshot.volume.registrar import Registrar
+from nnunet_calib.fewshot.volume.registration import Registration
 from nnunet_calib.fewshot.volume.scan import Scan
 from nnunet_calib.fewshot.volume.support import Support
 

@@ -29,9 +29,10 @@ from nnunet_calib.fewshot.structure.platt import PlattScaling
 from nnunet_calib.fewshot.structure.prior import Places, SizePrior
 from nnunet_calib.fewshot.structure.trust import Trust
 from nnunet_calib.fewshot.task.validity import check_parts
+from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Labelled
 from nnunet_calib.fewshot.volume.frame import Frame
-from nnunet_calib.fewshot.volume.registration import Anatomy, Registration
+from nnunet_calib.fewshot.volume.registration import Registration
 
 ENDING = ".fewshot"
 _FORMAT = 4  # 2: the background of each support; 3: the supports' volumes, for registration; 4: several structures

@@ -22,7 +22,7 @@ from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.file import ENDING, Task, thinned, write_tasks
 from nnunet_calib.fewshot.task.naming import check_asked, valid_name
 from nnunet_calib.fewshot.volume.files import MEASURES, Volume, find_supports, read_structures, read_volume
-from nnunet_calib.fewshot.volume.registration import Registrar
+from nnunet_calib.fewshot.volume.registrar import Registrar
 from nnunet_calib.fewshot.volume.sampling import VOXELS
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 from nnunet_calib.fewshot.volume.support import Annotated, Support, read_supports

@@ -16,10 +16,11 @@ from nnunet_calib.fewshot.structure.heads import HEADS, AdapterHead, LinearHead
 from nnunet_calib.fewshot.structure.objective import Objective
 from nnunet_calib.fewshot.structure.prior import Places, SizePrior
 from nnunet_calib.fewshot.task.naming import valid_name
+from nnunet_calib.fewshot.volume.anatomy import MOST_VOXELS
 from nnunet_calib.fewshot.volume.atlas import CAP_MM
 from nnunet_calib.fewshot.volume.files import UNKNOWN
 from nnunet_calib.fewshot.volume.frame import MODES, Frame
-from nnunet_calib.fewshot.volume.registration import KINDS, MOST_VOXELS
+from nnunet_calib.fewshot.volume.registration import KINDS
 
 MOST_CHUNKS = 1000
 _MOST_SUPPORTS = 1000

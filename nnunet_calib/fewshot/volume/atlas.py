@@ -17,16 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from nnunet_calib.fewshot.volume.anatomy import Anatomy, nearest_on_grid, on_grid, signed_distance
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume
-from nnunet_calib.fewshot.volume.registration import (
-    Anatomy,
-    Registrar,
-    Registration,
-    Warp,
-    nearest_on_grid,
-    on_grid,
-    signed_distance,
-)
+from nnunet_calib.fewshot.volume.registrar import Registrar
+from nnunet_calib.fewshot.volume.registration import Registration, Warp
 
 CAP_MM = 30.0
 """Distances to a structure beyond are all the same."""

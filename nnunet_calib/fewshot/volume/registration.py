@@ -16,37 +16,22 @@ on the machine, and then it says so.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from scipy import ndimage
 
-from nnunet_calib.data.files import whole_file
-from nnunet_calib.fewshot.volume.files import Volume
+from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.frame import align, landmarks
-from nnunet_calib.fewshot.volume.scan import Scan
 
 KINDS = ("none", "affine", "deformable")
-
-MOST_VOXELS = 500_000
-"""Of the grid that volumes are registered on; larger ones are made coarser."""
 
 LIMIT_S = 120.0
 """Seconds that a pair may take by default."""
 
-_VERSION = 2  # of what a registration computes; older files of a cache are not looked at
-_BRIGHTEST = 60_000.0  # that float16 can hold
-_PLATEAU = 0.01  # share of voxels of exactly 0 that are no chance
-_DARK = 0.5  # percentile of the rest
 _BINS = 32
 _FEWEST = 8  # voxels along an axis of a coarse level
 _THIN = 4  # an axis of fewer voxels is not registered along
@@ -77,55 +62,6 @@ class Registration:
     def __post_init__(self):
         if self.kind not in KINDS or not self.limit_s > 0:
             raise ValueError(f"a registration is one of {', '.join(KINDS)}, with a limit above 0 seconds")
-
-
-@dataclass(frozen=True, eq=False)
-class Anatomy:
-    """A volume as registration sees it, on a grid R over the same field of view as the base model's grid S.
-
-    Attributes:
-        image: float32 (*R), the first channel.
-        base: uint8 or uint16 (*R), the base model's labels: a start is found from them.
-        spacing: mm between voxels of R.
-    """
-
-    image: np.ndarray
-    base: np.ndarray
-    spacing: tuple[float, float, float]
-
-    @classmethod
-    def of(cls, volume: Volume, scan: Scan) -> Anatomy:
-        """From a preprocessed case and what the base model sees in it."""
-        return cls.of_arrays(volume.image[0], scan.base, volume.spacing)
-
-    @classmethod
-    def of_arrays(cls, image: np.ndarray, base: np.ndarray, spacing: Sequence[float]) -> Anatomy:
-        """From an image float (*S) and the base model's labels integer (*S)."""
-        shape = coarser(image.shape, spacing)
-        size = [step * voxels for step, voxels in zip(spacing, image.shape, strict=True)]
-        first, second, third = (mm / voxels for mm, voxels in zip(size, shape, strict=True))
-        base = base if base.dtype in (np.uint8, np.uint16) else base.astype(np.uint16)
-        # as a task file keeps it, so that a support is the same volume when it is read from there
-        small = on_grid(_outlined(image), shape).clip(-_BRIGHTEST, _BRIGHTEST).astype(np.float16)
-        return cls(small.astype(np.float32), nearest_on_grid(base, shape), (first, second, third))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """R."""
-        return self.image.shape
-
-    @property
-    def size(self) -> np.ndarray:
-        """Mm from edge to edge along the axes, float64 (3,)."""
-        return np.multiply(self.spacing, self.shape)
-
-    @cached_property
-    def digest(self) -> str:
-        """Of all that a registration depends on."""
-        found = hashlib.sha256(repr((self.shape, [round(float(step), 9) for step in self.spacing])).encode())
-        for part in (self.image.astype(np.float32), self.base.astype(np.uint16)):
-            found.update(np.ascontiguousarray(part).data)
-        return found.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,128 +144,6 @@ def _registered(fixed: Anatomy, moving: Anatomy, how: Registration, threads: int
             displacement = np.broadcast_to(displacement, (3, *fixed.shape))
         displacement = displacement.astype(np.float16)
     return Warp(matrix, offset, displacement, clock.spent, clock.reached)
-
-
-class Registrar:
-    """Registers pairs of volumes, and knows those that it has registered already by what they hold.
-
-    Args:
-        folder: where registrations are kept for other runs, made if needed; None: in memory only.
-        threads: as of ``register``.
-        memory: bytes of registrations that are kept in memory.
-    """
-
-    def __init__(self, folder: Path | None = None, threads: int = 1, memory: int = 1 << 29):
-        self.folder, self.threads, self._memory = folder, threads, memory
-        self._kept: dict[str, Warp] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, fixed: Anatomy, moving: Anatomy, how: Registration) -> Warp:
-        """As ``register``."""
-        content = repr((_VERSION, sitk.Version_VersionString(), asdict(how), fixed.digest, moving.digest))
-        key = hashlib.sha256(content.encode()).hexdigest()[:32]
-        warp = self._kept.pop(key, None) or self._read(key, fixed)
-        if warp is None:
-            warp = register(fixed, moving, how, self.threads)
-            self._write(key, warp)
-        self._kept[key] = warp
-        while sum(_bytes(one) for one in self._kept.values()) > self._memory and len(self._kept) > 1:
-            self._kept.pop(next(iter(self._kept)))
-        return warp
-
-    def _read(self, key: str, fixed: Anatomy) -> Warp | None:
-        if self.folder is None or not (file := self.folder / f"{key}.npz").is_file():
-            return None
-        try:
-            with np.load(file, allow_pickle=False) as parts:
-                matrix, offset, displacement = parts["matrix"], parts["offset"], parts.get("displacement")
-                warp = Warp(matrix, offset, displacement, float(parts["seconds"]), failed=bool(parts["failed"]))
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):  # damaged: made anew
-            return None
-        fits = warp.matrix.shape == (3, 3) and warp.offset.shape == (3,)
-        fits = fits and (displacement is None or displacement.shape == (3, *fixed.shape))
-        whole = all(np.isfinite(part).all() for part in (warp.matrix, warp.offset, displacement) if part is not None)
-        return warp if fits and whole else None
-
-    def _write(self, key: str, warp: Warp) -> None:
-        # what a hurried machine left unfinished is not kept for others
-        if self.folder is None or warp.limited:
-            return
-        parts: dict[str, Any] = {
-            "matrix": warp.matrix,
-            "offset": warp.offset,
-            "seconds": warp.seconds,
-            "failed": warp.failed,
-        }
-        if warp.displacement is not None:
-            parts["displacement"] = warp.displacement
-        with whole_file(self.folder / f"{key}.npz") as stream:
-            np.savez(stream, **parts)
-
-
-def coarser(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, ...]:
-    """Shape of the grid that a volume is registered on: fine axes are made coarser until it has few enough voxels."""
-    sizes = np.multiply(shape, spacing)
-    low, high = min(spacing), float(sizes.max())
-    if np.prod(shape, dtype=np.float64) <= MOST_VOXELS:
-        return tuple(shape)
-    for _ in range(60):  # bisection
-        step = (low + high) / 2
-        voxels = np.ceil(sizes / np.maximum(spacing, step)).clip(min=1)
-        low, high = (low, step) if voxels.prod() <= MOST_VOXELS else (step, high)
-    return tuple(int(n) for n in np.ceil(sizes / np.maximum(spacing, high)).clip(min=1))
-
-
-def on_grid(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """A map on a grid of another shape over the same field of view, linear; smoothed before where that is coarser."""
-    ratios = [old / new for old, new in zip(array.shape, shape, strict=True)]
-    array = np.asarray(array, dtype=np.float32)
-    if max(ratios) > 1:
-        array = ndimage.gaussian_filter(array, [0.4 * max(ratio - 1, 0) for ratio in ratios], mode="nearest")
-    if tuple(shape) == array.shape:
-        return array
-    tensor = torch.from_numpy(np.ascontiguousarray(array))[None, None]
-    return torch.nn.functional.interpolate(tensor, size=tuple(shape), mode="trilinear")[0, 0].numpy()
-
-
-def nearest_on_grid(labels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Labels on a grid of another shape over the same field of view."""
-    index = [
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64).clip(max=old - 1)
-        for old, new in zip(labels.shape, shape, strict=True)
-    ]
-    return labels[np.ix_(*index)]
-
-
-def _outlined(image: np.ndarray) -> np.ndarray:
-    """With what nnU-Net masks out as dark as the darkest.
-
-    It sets that to 0, which is the mean of the rest: a skull-stripped brain would have no outline.
-    """
-    outside = image == 0
-    if outside.all() or np.count_nonzero(outside) < _PLATEAU * image.size:
-        return image
-    return np.where(outside, np.percentile(image[~outside], _DARK), image)
-
-
-def signed_distance(mask: np.ndarray, spacing: Sequence[float], cap: float) -> np.ndarray:
-    """Distance to the border of a mask (*R) in mm, above 0 inside it: float32 (*R) within [-cap, cap].
-
-    The border lies half way between the centres of voxels in and out of it.
-    """
-    distance = np.full(mask.shape, -cap, dtype=np.float32)
-    if not mask.any():
-        return distance
-    reach = [int(np.ceil(cap / step)) + 1 for step in spacing]
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
-    near = tuple(slice(max(side.start - r, 0), side.stop + r) for side, r in zip(box, reach, strict=True))
-    here = mask[near]
-    half = min(spacing) / 2
-    outside = ndimage.distance_transform_edt(~here, sampling=spacing) - half
-    inside = half - ndimage.distance_transform_edt(here, sampling=spacing) if not here.all() else -cap
-    distance[near] = -np.where(here, inside, outside)
-    return distance.clip(-cap, cap)
 
 
 Start = tuple[np.ndarray, np.ndarray]  # scale and shift along each axis: y = scale x + shift, mm
@@ -543,7 +357,3 @@ def _resampled(field: sitk.Image, to: sitk.Image) -> sitk.Image:
         return field
     identity = sitk.Transform(to.GetDimension(), sitk.sitkIdentity)
     return sitk.Resample(field, to, identity, sitk.sitkLinear, 0.0, field.GetPixelID(), True)
-
-
-def _bytes(warp: Warp) -> int:
-    return 200 if warp.displacement is None else warp.displacement.nbytes

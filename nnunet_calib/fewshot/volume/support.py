@@ -12,9 +12,9 @@ from torch import Tensor
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
+from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Labelled
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume
-from nnunet_calib.fewshot.volume.registration import Anatomy
 from nnunet_calib.fewshot.volume.sampling import VOXELS, drawn_evenly, sample_support
 from nnunet_calib.fewshot.volume.scan import Scan, scan_of
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from nnunet_calib.fewshot.volume.anatomy import Anatomy, signed_distance
 from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled, carry, sampled
-from nnunet_calib.fewshot.volume.registration import Anatomy, Registration, Warp, signed_distance
+from nnunet_calib.fewshot.volume.registration import Registration, Warp
 
 SHAPE = (8, 10, 12)
 EMPTY = Anatomy(np.zeros(SHAPE, np.float32), np.zeros(SHAPE, np.uint8), (2.0, 1.0, 1.0))

@@ -7,18 +7,9 @@ import pytest
 from scipy import ndimage
 
 from nnunet_calib.fewshot.volume import registration
-from nnunet_calib.fewshot.volume.registration import (
-    MOST_VOXELS,
-    Anatomy,
-    Registrar,
-    Registration,
-    Warp,
-    coarser,
-    nearest_on_grid,
-    on_grid,
-    register,
-    signed_distance,
-)
+from nnunet_calib.fewshot.volume.anatomy import MOST_VOXELS, Anatomy, coarser, nearest_on_grid, on_grid, signed_distance
+from nnunet_calib.fewshot.volume.registrar import Registrar
+from nnunet_calib.fewshot.volume.registration import Registration, Warp, register
 
 SHAPE, SPACING = (36, 48, 40), (2.0, 1.5, 1.5)
 AFFINE, DEFORMABLE = Registration("affine"), Registration("deformable")
