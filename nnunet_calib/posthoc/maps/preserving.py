@@ -160,11 +160,26 @@ class OrderPreservingScaling(PreservingScaling):
     key = "cmsop"
     keeps_order = True
 
+    def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+        """As the base class, but sorts all voxels at once: their ranks do not depend on the map."""
+        if len(z) == 1:
+            return np.ones_like(z)
+        top, (gaps, classes) = z.argmax(axis=0), self._gaps(z, 0)
+        e, logits = np.empty_like(gaps), np.zeros_like(z)
+        for c, (matrix, offset) in enumerate(zip(parameters["matrix"], parameters["offset"], strict=True)):
+            own = np.flatnonzero(top == c)
+            e[:, own] = np.asarray(matrix, dtype=np.float64) @ gaps[:, own] + np.asarray(offset, dtype=float)[:, None]
+        np.put_along_axis(logits, classes, -self._distances(e), axis=0)
+        return softmax(logits)
+
     @staticmethod
     def _gaps(z, c):
-        order = np.argsort(-z, axis=0, kind="stable")
+        order = np.argsort(-z, axis=0)
         ranked = np.take_along_axis(z, order, axis=0)
-        return ranked[:-1] - ranked[1:], order[1:]
+        gaps = ranked[:-1] - ranked[1:]
+        equal = np.flatnonzero((gaps == 0).any(axis=0))  # of those the first class is the predicted one
+        order[:, equal] = np.argsort(-z[:, equal], axis=0, kind="stable")  # the stable sort takes twice the time
+        return gaps, order[1:]
 
     @staticmethod
     def _distances(e):
