@@ -29,10 +29,10 @@ PICTURE, PAGE = DOCS / "images" / "maps.png", DOCS / "maps.md"
 MARKS = ("<!-- table of scripts/pictures_maps.py -->", "<!-- end of table of scripts/pictures_maps.py -->")
 SETTINGS = ("num_epochs=8", "num_iterations_per_epoch=100", "num_val_iterations_per_epoch=2")
 FOLDS = ("0", "1")
-MAPS = {  # folder: title, least and largest value of three classes and two folds
+MAPS = {  # folder: title, least and largest value shown; of three classes and two folds few can be larger
     "confidence": ("confidence", 1 / 3, 1.0),
     "entropy": ("entropy, nats", 0.0, float(np.log(3))),
-    "mutual_information": ("mutual information, nats", 0.0, float(np.log(2))),
+    "mutual_information": ("mutual information, nats", 0.0, 0.35),  # half of what it can be
     "disagreement": ("disagreement of two folds", 0.0, 0.5),
 }
 LOOKED_AT = (0.01, 0.02, 0.05)  # of the voxels, the least certain first
@@ -81,19 +81,23 @@ def draw(output: Path, dataset: Path, case: str, picture: Path) -> None:
     def shown(volume: np.ndarray) -> np.ndarray:
         return volume[box[0], box[1], k].T
 
-    figure = Figure(figsize=(12.5, 3.4), layout="constrained")
-    panels = figure.subplots(1, 1 + len(MAPS))
-    panels[0].imshow(shown(image), cmap="gray", origin="lower")
-    panels[0].set_title("reference (solid),\nprediction (dashed)", fontsize=10)
-    for panel, (name, (title, least, largest)) in zip(panels[1:], MAPS.items(), strict=True):
-        sure = name == "confidence"  # dark is certain in every map
-        colours = "inferno_r" if sure else "inferno"
-        drawn = panel.imshow(
-            shown(load(output / name / f"{case}.nii.gz")), cmap=colours, origin="lower", vmin=least, vmax=largest
-        )
+    figure = Figure(figsize=(14, 2.8), layout="constrained")
+    panels = figure.subplots(1, 2 + len(MAPS))
+    pictures = [
+        (image, "reference (solid),\nprediction (dashed)", "gray", *np.percentile(shown(image), (1, 99))),
+        (reference != prediction, "wrong voxels", "inferno", 0, 1),
+        *(
+            # dark is certain in every map
+            (load(output / name / f"{case}.nii.gz"), title, "inferno_r" if name == "confidence" else "inferno", *limits)
+            for name, (title, *limits) in MAPS.items()
+        ),
+    ]
+    for number, (panel, (volume, title, colours, least, largest)) in enumerate(zip(panels, pictures, strict=True)):
+        drawn = panel.imshow(shown(volume), cmap=colours, origin="lower", vmin=least, vmax=largest)
         panel.set_title(title, fontsize=10)
-        figure.colorbar(drawn, ax=panel, orientation="horizontal", fraction=0.06, pad=0.02).ax.tick_params(labelsize=8)
-    for panel in panels:
+        bar = figure.colorbar(drawn, ax=panel, orientation="horizontal", fraction=0.06, pad=0.02)
+        bar.ax.tick_params(labelsize=8)
+        bar.ax.set_visible(number > 1)  # there so that all panels are of one size
         for value in (1, 2):
             panel.contour(shown(reference) == value, [0.5], colors=REFERENCE, linewidths=1)
         panel.set_axis_off()
