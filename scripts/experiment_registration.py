@@ -174,7 +174,7 @@ def evaluate(study: Study, data: Path, work: Path, arms: Sequence[str], ks: Sequ
             spent = time.process_time() - begin
             segmentation = (novel.probability > novel.threshold) & (not novel.absent)
             scores = novel_scores(novel.probability, query.labels == value, query.spacing, segmentation)
-            trust = getattr(getattr(fitted[1], "atlas", None), "trust", None)
+            trust = getattr(getattr(fitted[1], "atlas", None), "trust", None)  # None with one support too
             line = key | scores | {"seconds": spent, "seconds_registration": registering, "absent": novel.absent}
             line |= {"trust": None if trust is None else [trust.head, trust.vote, trust.distance, trust.bias]}
             with file.open("a") as stream:

@@ -248,4 +248,5 @@ def _registration(found: Found) -> dict[str, Any] | None:
         "limit_reached": sum(warp.limited for warp in warps),
         "failed": sum(warp.failed for warp in warps),
         "left_out_mm3": found.novel.far_mm3,
+        "agreement": None if found.carried.agreement is None else round(found.carried.agreement, 3),
     }

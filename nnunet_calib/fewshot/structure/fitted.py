@@ -34,7 +34,7 @@ from nnunet_calib.fewshot.structure.prior import (
     presence_limit,
     presence_score,
 )
-from nnunet_calib.fewshot.structure.trust import Trust, fit_trust
+from nnunet_calib.fewshot.structure.trust import Trust, candidates, fit_trust, trust_of_one
 from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Carried, Labelled, carry, sampled
 from nnunet_calib.fewshot.volume.frame import Alignment, Chunks, Frame, frame_of_landmarks, frame_of_volumes
@@ -94,11 +94,11 @@ class Atlas:
 
     Attributes:
         supports: of each its volume.
-        trust: learned from left-out supports; the default with one.
+        trust: learned from left-out supports; None with one: the query tells (``trust_of_one``).
     """
 
     supports: tuple[Labelled, ...]
-    trust: Trust
+    trust: Trust | None
 
 
 @dataclass(frozen=True)
@@ -209,21 +209,27 @@ def fit_structure(
     prior = _prior(supports)
     places = _places(position, target, weight)
     heads = [fit(*sample) for sample in samples]
-    calibration, dice, trust = PlattScaling(), list[float](), Trust()
+    calibration, dice = PlattScaling(), list[float]()
+    trust: Trust | None = None
     if len(supports) > 1:
         logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
+        tried = [(None, logit)]
         if settings.registered:
             log_odds, distance = _from_others(supports, settings, registrar or Registrar())
-            trust = fit_trust(logit, log_odds, distance, target, weight, number)
-            logit = trust(logit, log_odds, distance)
-        scores = _shifted(supports, logit, number, settings)
-        if settings.calibrate:
-            calibration = fit_platt(logit, target, weight, number)
-        dice = [_dice(logit[number == i], support, calibration) for i, support in enumerate(supports)]
+            learned = fit_trust(logit, log_odds, distance, target, weight, number)
+            tried = [(one, one(logit, log_odds, distance)) for one in candidates(learned)]
+        best = -1.0
+        for one, z in tried:
+            of_one = _shifted(supports, z, number, settings)
+            calibrated = fit_platt(z, target, weight, number) if settings.calibrate else PlattScaling()
+            reached = [_dice(z[number == i], support, calibrated) for i, support in enumerate(supports)]
+            if np.mean(reached) > best:
+                best = float(np.mean(reached))
+                trust, scores, calibration, dice = one, of_one, calibrated, reached
     else:
         own = ensemble([head(*_seen(sample)) for head, sample in zip(heads, samples, strict=True)])
         if settings.registered:
-            own = trust(own, *_from_itself(supports[0]))
+            own = Trust()(own, *_from_itself(supports[0]))
         scores = [presence_score(_curve(own, supports[0]), supports[0].structure_mm3)]
     limit = presence_limit(scores)
     atlas = Atlas(tuple(_labelled(support) for support in supports), trust) if settings.registered else None
@@ -259,6 +265,11 @@ def apply_structure(
     flat = [maps.flatten(1) for maps in projected]
     logit = np.empty(scan.base.size, dtype=np.float32)
     curve = VolumeCurve()
+    trust = Trust()
+    if fitted.atlas is not None:
+        assert carried is not None
+        assert carried.agreement is not None or fitted.atlas.trust is not None
+        trust = fitted.atlas.trust or trust_of_one(carried.agreement or 1.0)
     for first in range(0, logit.size, _SLAB):
         index = np.arange(first, min(first + _SLAB, logit.size))
         position = torch.from_numpy(fitted.frame.position(alignment(scan.mm(index))).astype(np.float32))
@@ -269,9 +280,8 @@ def apply_structure(
                 for head, maps in zip(heads, flat, strict=True)
             ]
         )
-        if fitted.atlas is not None:
-            assert carried is not None
-            found = fitted.atlas.trust(found, *map(torch.from_numpy, carried.at(index, scan.base.shape)))
+        if carried is not None:
+            found = trust(found, *map(torch.from_numpy, carried.at(index, scan.base.shape)))
         logit[index] = found.numpy()
         curve.add(logit[index] if counted is None else logit[index][counted[index]], scan.voxel_mm3)
     shift, presence, absent = 0.0, np.inf, False
@@ -381,7 +391,8 @@ def carry_to(fitted: FittedStructure, anatomy: Anatomy, registrar: Registrar) ->
     """What registration carries from the supports to a query; None of a structure without atlas."""
     if fitted.atlas is None:
         return None
-    return carry(anatomy, fitted.atlas.supports, fitted.settings.registration, registrar)
+    alone = fitted.atlas.trust is None
+    return carry(anatomy, fitted.atlas.supports, fitted.settings.registration, registrar, compared=alone)
 
 
 def _labelled(support: Support) -> Labelled:

@@ -184,7 +184,7 @@ def _content(task: Task) -> dict[str, Any]:
         "presence_limit": fitted.presence_limit,
         "calibration": asdict(fitted.calibration),
         "left_out": fitted.left_out,
-        "trust": None if fitted.atlas is None else asdict(fitted.atlas.trust),
+        "trust": asdict(fitted.atlas.trust) if fitted.atlas and fitted.atlas.trust else None,
         "inside": list(task.inside),
         "background_limit": task.background.limit,
         "report": task.report,
@@ -302,14 +302,14 @@ def _atlas(
         if trust is not None or numbers or _below("atlas.", tensors):
             raise ValueError("volumes of the supports without registration")
         return None
-    if not numbers or not set(numbers) <= set(range(len(volumes))) or trust is None:
+    if not numbers or not set(numbers) <= set(range(len(volumes))):
         raise ValueError("the volumes of the supports, which registration needs, are not in it: fit the task again")
     supports = []
     for i, number in enumerate(numbers):
         own = _below(f"atlas.{i}.", tensors)
         known = own["known"].numpy() if "known" in own else None
         supports.append(Labelled(volumes[number], own["distance"].numpy(), known))
-    return Atlas(tuple(supports), Trust(**trust))
+    return Atlas(tuple(supports), None if trust is None else Trust(**trust))
 
 
 def _settings(content: Mapping[str, Any]) -> Settings:

@@ -164,9 +164,11 @@ def _check_background(background: Background, structure: FittedStructure) -> Non
 
 def _check_atlas(atlas: Atlas) -> None:
     trust = atlas.trust
-    weights = (trust.head, trust.vote, trust.distance)
-    _require(all(_is_number(weight) and 0 <= weight <= 1e6 for weight in weights), "trust")
-    _require(_is_number(trust.bias) and abs(trust.bias) <= 1e6, "trust")
+    _require((trust is None) == (len(atlas.supports) == 1), "trust")
+    if trust is not None:
+        weights = (trust.head, trust.vote, trust.distance)
+        _require(all(_is_number(weight) and 0 <= weight <= 1e6 for weight in weights), "trust")
+        _require(_is_number(trust.bias) and abs(trust.bias) <= 1e6, "trust")
     _require(0 < len(atlas.supports) <= _MOST_SUPPORTS, f"{len(atlas.supports)} volumes of supports")
     for support in atlas.supports:
         anatomy = support.anatomy

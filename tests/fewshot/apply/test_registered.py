@@ -15,7 +15,6 @@ from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.measure.trials import grid
 from nnunet_calib.fewshot.structure.fitted import Settings, _leave_far
 from nnunet_calib.fewshot.structure.platt import PlattScaling
-from nnunet_calib.fewshot.structure.trust import Trust
 from nnunet_calib.fewshot.task.file import read_tasks
 from nnunet_calib.fewshot.volume.atlas import Carried
 from nnunet_calib.fewshot.volume.registration import Registration, Warp
@@ -54,15 +53,20 @@ def test_a_task_with_volumes_comes_back_as_it_was(task):
         assert (ours.distance == theirs.distance).all()
 
 
-def test_one_support_has_the_default_trust(supports, task, tmp_path):
+def test_with_one_support_the_query_tells_how_far_to_trust(supports, task, tmp_path):
     for part in ("images", "labels"):
         (tmp_path / part).mkdir()
     write_case(tmp_path, "case_0", 0)
     alone = type(supports).__new__(type(supports))
     alone.root, alone.model = tmp_path, supports.model
     fitted = alone.fit(tmp_path / "ball.fewshot", settings=REGISTERED)
-    assert fitted.structure.atlas.trust == Trust()
+    assert fitted.structure.atlas.trust is None
     assert not fitted.structure.calibrated
+    assert read_tasks(tmp_path / "ball.fewshot")[0].structure.atlas.trust is None
+    (report,) = apply(alone, queries(tmp_path / "new"), tmp_path / "out", [tmp_path / "ball.fewshot"], merge=False)
+    told = report["structures"]["ball"]["registration"]
+    assert 0.1 <= told["agreement"] <= 4
+    assert found(tmp_path / "new", tmp_path / "out") > 0.5
 
 
 def parts_of(file):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import optimize
 
-from nnunet_calib.fewshot.structure.trust import Trust, fit_trust
+from nnunet_calib.fewshot.structure.trust import Trust, candidates, fit_trust, trust_of_one
 
 
 def opinions(head_noise: float, vote_noise: float, n: int = 4000, supports: int = 3, seed: int = 0):
@@ -56,3 +56,15 @@ def test_opinions_without_information_stay_near_the_default():
 def test_it_is_the_formula():
     ones = torch.ones(3)
     assert Trust(2.0, 3.0, 0.5, -1.0)(ones, 2 * ones, 4 * ones).tolist() == [9.0] * 3
+
+
+def test_one_support_is_trusted_as_base_classes_are_carried():
+    # 1 / (1 + g^3): half and half where borders are off by a voxel, the vote where they lie closer
+    assert trust_of_one(1.0) == Trust(0.5, 0.5)
+    assert trust_of_one(2.0) == Trust(pytest.approx(1 / 9), pytest.approx(16 / 9))
+    assert trust_of_one(0.1).head > 0.99
+
+
+def test_the_vote_alone_and_half_the_head_are_tried():
+    learned = Trust(0.6, 1.2, 0.1, -0.2)
+    assert candidates(learned) == (Trust(0.0, 1.0), Trust(0.3, 1.2, 0.1, -0.2), learned)

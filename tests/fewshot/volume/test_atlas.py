@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nnunet_calib.fewshot.volume.anatomy import Anatomy, signed_distance
-from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled, carry, sampled
+from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled, agreement, carry, sampled
 from nnunet_calib.fewshot.volume.registration import Registration, Warp
 
 SHAPE = (8, 10, 12)
@@ -73,3 +73,21 @@ def test_maps_are_read_at_voxels_of_a_finer_grid():
     index = np.ravel_multi_index(np.array([[3, 3, 3], [2, 2, 2], [1, 6, 11]]), (8, 8, 12))
     assert sampled(grid, index, (8, 8, 12)).tolist() == pytest.approx([1.5, 6.5, 11.0])
     assert (sampled(grid, np.arange(grid.size), grid.shape) == grid.ravel()).all()
+
+
+def test_agreement_is_the_slope_of_carried_classes():
+    """A class whose border the carried one misses by noise of known slope."""
+    shape, spacing = (40, 40, 40), (1.0, 1.0, 1.0)
+    ball = ((np.indices(shape) - 19.5) ** 2).sum(axis=0) < 12**2
+    image = np.zeros(shape, np.float32)
+    moving = Anatomy(image, ball.astype(np.uint8), spacing)
+    distance = signed_distance(ball, spacing, CAP_MM)
+    found = []
+    for slope in (0.3, 1.0, 2.0):
+        drawn = np.random.default_rng(0).random(shape) < 1 / (1 + np.exp(-slope * distance))
+        warp = Warp(np.eye(3), np.zeros(3))
+        found.append(agreement(Anatomy(image, drawn.astype(np.uint8), spacing), moving, warp))
+    assert found == pytest.approx([0.3, 1.0, 2.0], rel=0.15)
+    assert agreement(moving, Anatomy(image, np.zeros(shape, np.uint8), spacing), warp) == 1.0
+    away = Warp(np.eye(3), np.array([24.0, 0.0, 0.0]))
+    assert agreement(moving, moving, away) < 0.2
