@@ -103,18 +103,20 @@ class PredictedCase:
             InputError: logits that are not finite.
         """
         grid, inside = self.grid, (slice(None), slice(None), *self.grid.box[1:])
-        before, after, thickness = grid.box[0].start, grid.box[0].stop, self._thickness
+        before, after, thickness = grid.box[0].start, grid.box[0].stop, min(self._thickness, grid.shape[0])
         memory = torch.empty((grid.channels, thickness, *grid.shape[1:]), dtype=torch.float32)
 
         def outside(start: int, stop: int) -> Iterator[Part]:
-            self._fill_outside(memory)
+            if start < stop:
+                self._fill_outside(memory)
             for z in range(start, stop, thickness):
                 part = memory[:, : min(thickness, stop - z)]
                 yield Part(slice(z, z + part.shape[1]), part.numpy())
 
         yield from outside(0, before)
         on_cpu = self._on_grid[0].device.type == "cpu"
-        self._fill_outside(memory)
+        if grid.box_shape[1:] != grid.shape[1:]:
+            self._fill_outside(memory)
         for planes, values, in_memory in self._box_parts(memory[inside] if on_cpu else None, self._device):
             part = memory[:, : values.shape[1]]
             if on_cpu and in_memory:  # in place: with all classes a plane is large
