@@ -100,15 +100,17 @@ class Page:
 
 
 def of_calibrators(what: str) -> float:
-    """Numbers of the calibrators' rows on ACDC.
+    """Numbers of the calibrators' rows: on ACDC, and on a simulated volume.
 
     - ``NLL volume of fiducio adam/cmsop``, of ``peers.py``;
+    - ``memory_gb of volume fiducio/cmsop``, of ``compare_fiducio.py --slices``;
     - ``NLL volume of temperature by case``, the mean over the networks of ``weights.py``.
     """
     column, _, name = what.partition(" of ")
     if "/" in name:
-        of, method = name.split("/")
-        lines, wanted = "calibrators_acdc", {"of": of, "method": method}
+        of, method = name.removeprefix("volume ").split("/")
+        lines = "calibrators_volume" if name.startswith("volume ") else "calibrators_acdc"
+        wanted = {"of": of, "method": method}
     else:
         method, by = name.split(" by ")
         lines, wanted = "calibrators_weights", {"method": method, "by": by}
