@@ -213,7 +213,7 @@ def fit_structure(
     trust: Trust | None = None
     if len(supports) > 1:
         logit = ensemble([out_of_fold(fit, *sample) for sample in samples])
-        tried = [(None, logit)]
+        tried: list[tuple[Trust | None, Tensor]] = [(None, logit)]
         if settings.registered:
             log_odds, distance = _from_others(supports, settings, registrar or Registrar())
             learned = fit_trust(logit, log_odds, distance, target, weight, number)
