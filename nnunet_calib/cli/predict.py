@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict the folder; 1 if a case failed."""
     folder = args.model or _folder(args)
+    from nnunet_calib.data.cases import find_images
+    from nnunet_calib.data.dataset import read_dataset
     from nnunet_calib.data.errors import UsageError
     from nnunet_calib.data.model import checkpoints_of
 
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
         files = (folder / "dataset.json", folder / "plans.json")
         calibration = open_calibration(args.calibrator, folder, *files, model=folder, any_model=args.any_model)
+    find_images(args.images, read_dataset(folder / "dataset.json", folder / "plans.json").file_ending)
     import torch
     from tqdm import tqdm
 

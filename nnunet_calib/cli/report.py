@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and write the page."""
+    from nnunet_calib.data.cases import find_images
     from nnunet_calib.data.dataset import read_dataset, require_dataset_json
     from nnunet_calib.data.errors import UsageError
 
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         record = run_.records[comparison.cases[0]]
         places = [Path(record[key]).parent for key in ("prediction_file", "reference_file")]
         dataset = read_dataset(args.djfile or require_dataset_json(*places))
+        if not set(comparison.cases).intersection(find_images(args.images, dataset.file_ending)):
+            raise UsageError(f"--images {args.images}: no image of these cases, such as {comparison.cases[0]}")
     from nnunet_calib.report.page import write_report  # with matplotlib, which takes a second
     from nnunet_calib.report.tables import answer
 

@@ -136,6 +136,7 @@ def command_lines(root: Path) -> list[tuple[list[str], int, str]]:
         ([*predict, "-m", m, "--calibrator", no], 1, no),
         ([*predict, "-m", m, "--calibrator", str(calibrator)], 1, "fitted to 9 classes"),
         (["predict", "-i", no, "-o", out, "-m", m, "-device", "cpu"], 2, f"{no} is not a folder"),
+        ([*predict, "-m", m, "-i", labels], 1, "no images; nnU-Net names them"),
         (["validate", no, "-device", "cpu"], 2, no),
         (["validate", m, "-f", "3", "-device", "cpu"], 2, "fold 3"),
         (["export", no, "-o", out], 2, no),

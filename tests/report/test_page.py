@@ -66,12 +66,21 @@ def test_missed_structures_and_no_probabilities_are_shown(tmp_path):
 
 
 def test_slices_that_cannot_be_drawn_are_reported_and_the_rest_is_written(root, tmp_path, capsys):
+    one = sorted((root / "images").glob("*_0000.nii.gz"))[0]
     (tmp_path / "images").mkdir()
+    (tmp_path / "images" / one.name).write_bytes(b"damaged")
     assert main(words(root, "-o", tmp_path / "r.html", "--images", tmp_path / "images")) == 0
     error = capsys.readouterr().err
-    assert "no slices of case_00" in error
+    assert f"no slices of {one.name.removesuffix('_0000.nii.gz')}" in error
     assert "_0000.nii.gz: not there" in error
     assert "Slices of the worst cases" not in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_without_an_image_of_the_cases_is_one_line_and_no_report(root, tmp_path, capsys):
+    (tmp_path / "other_0000.nii.gz").touch()
+    assert main(words(root, "-o", tmp_path / "r.html", "--images", tmp_path)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.parametrize(
