@@ -41,8 +41,11 @@ def run(args: argparse.Namespace) -> int:
         except PackageNotFoundError:
             print(f"{package:13} PROBLEM: not installed; pip install nnunet-calib")
             return 1
-    print(f"device        {_device()}")
     problems = 0
+    if problem := _torchvision_problem():
+        problems += 1
+        print(f"torchvision   PROBLEM: {problem}")
+    print(f"device        {_device()}")
     for variable in FOLDERS:
         problem = folder_problem(variable)
         if problem is None:
@@ -56,6 +59,18 @@ def run(args: argparse.Namespace) -> int:
         problems += 1
         print(f"{variable:20} PROBLEM: {problem}")
     return min(1, problems + _check_trainers())
+
+
+def _torchvision_problem() -> str | None:
+    """Why this torchvision, which nnU-Net's networks import, does not work with this torch; both are only looked up."""
+    try:
+        theirs, ours = version("torchvision"), version("torch")
+    except PackageNotFoundError:
+        return "not installed; install the pair of torch and torchvision for this machine (docs/install.md)"
+    # Under Linux PyPI has builds for CUDA, without a mark, and a CPU build does not load beside one of them.
+    if sys.platform == "linux" and ours.endswith("+cpu") != theirs.endswith("+cpu"):
+        return f"{theirs} and torch {ours} are of different builds; install both from one index (docs/install.md)"
+    return None
 
 
 def _device() -> str:

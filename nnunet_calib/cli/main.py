@@ -62,6 +62,27 @@ def _parser(verb: str | None) -> _Parser:
     return parser
 
 
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Arguments of a command line; an option that no verb has is told with the nearest that this one has."""
+    parser = _parser(next((word for word in words if not word.startswith("-")), None))
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        of_verb, options = _chosen(parser, words)
+        near = did_you_mean(unknown[0].partition("=")[0], options) if unknown[0].startswith("-") else ""
+        of_verb.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    return args
+
+
+def _chosen(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of the verb, or of its step, that the words name, and its options."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            named = next((word for word in words if word in action.choices), None)
+            if named is not None:
+                return _chosen(action.choices[named], words[list(words).index(named) + 1 :])
+    return parser, [option for action in parser._actions for option in action.option_strings]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -72,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 when the work failed, 2 for bad usage.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
+    args = parse(words)
     # What torch announces to those who write for it, as its parts are imported, says nothing to who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     try:

@@ -144,7 +144,9 @@ class PredictedCase:
         """Planes of a part."""
         return max(1, _VALUES // (self.grid.channels * int(np.prod(self.grid.shape[1:]))))
 
-    def _box_parts(self, memory: Tensor | None = None, device: torch.device = _CPU) -> Iterator[tuple[slice, Tensor]]:
+    def _box_parts(
+        self, memory: Tensor | None = None, device: torch.device = _CPU
+    ) -> Iterator[tuple[slice, Tensor, bool]]:
         """Planes of the box, and their logits float32 (C, n, Y, X) rounded as export rounds them; in ``memory``."""
         logits, axes = self._on_grid
         shape = self.grid.box_shape

@@ -174,9 +174,9 @@ def _where_overconfident(comparison: Comparison, reliabilities: Mapping[str, Map
         mean, right = (part[worst] / max(total.n[worst], 1) for part in (total.confidence, total.correct))
         over, under = (part.sum() / max(total.n.sum(), 1) for part in (gap.clip(min=0), (-gap).clip(min=0)))
         said.append(
-            f"{name}: calibration error {over + under:.3f}, of which {over:.3f} is overconfidence and {under:.3f} "
-            f"underconfidence; {share:.0%} of it at a confidence of {mean:.0%}, where {right:.0%} are right"
-            + _worst_class(of, structures)
+            f"{name}: calibration error {over + under:.3f} of all voxels together, of which {over:.3f} is "
+            f"overconfidence and {under:.3f} underconfidence; {share:.0%} of it at a confidence of {mean:.0%}, "
+            f"where {right:.0%} are right" + _worst_class(of, structures)
         )
     return said
 
@@ -389,12 +389,14 @@ def _pictures(
     endpoint = next((e for e in comparison.primary if e.metric == "ECE"), comparison.primary[0])
     methods = list(dict.fromkeys([comparison.baseline, *endpoint.best()[:1]]))
     for case in list(dict.fromkeys(line["case"] for line in lines))[:pictured]:
+        slices = None  # every method of a case is shown in the same ones
         for name in methods:
             run = next((run for run in comparison.methods[name] if case in run.records), None)
             if run is None:
                 continue
             try:
-                shown.append(case_pictures(run, case, images, dataset))
+                shown.append(case_pictures(run, case, images, dataset, slices))
+                slices = shown[-1].slices
             except InputError as error:
                 problems.append(f"no slices of {case} ({name}): {error}")
     return shown, problems

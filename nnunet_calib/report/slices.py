@@ -45,14 +45,17 @@ class CasePictures:
     pictures: list[str]
 
 
-def case_pictures(run: Run, case: str, images: Path, dataset: Dataset) -> CasePictures:
-    """Draw the slices with the most wrong voxels, spread over the structures' extent.
+def case_pictures(
+    run: Run, case: str, images: Path, dataset: Dataset, slices: Sequence[int] | None = None
+) -> CasePictures:
+    """Draw slices of a case, by default those with the most wrong voxels, spread over the structures' extent.
 
     Args:
         run: that has the case; its files must be where ``summary.json`` says.
         case: its name.
         images: folder with ``<case>_0000`` in the data set's file ending.
         dataset: of the run.
+        slices: to draw, index along the first axis.
 
     Raises:
         InputError: a file is missing or cannot be used.
@@ -75,7 +78,7 @@ def case_pictures(run: Run, case: str, images: Path, dataset: Dataset) -> CasePi
     valid = reference.labels != dataset.ignore_label
     wrong = (reference.labels != prediction.labels) & valid
     found = (reference.labels != 0) | (prediction.labels != 0)
-    chosen = _choose(wrong, found)
+    chosen = _choose(wrong, found) if slices is None else slices
     window = _window(found, reference.spacing)
     low, high = np.percentile(image, [0.5, 99.5])
     grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)

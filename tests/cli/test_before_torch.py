@@ -116,6 +116,12 @@ def command_lines(root: Path) -> list[tuple[list[str], int, str]]:
         ([*apply, "-npp", "-1"], 2, "-npp -1: it must be 0 or more"),
         ([*learn, "-step_size", "2"], 2, "-step_size 2: it must be above 0"),
         (["demo", "--seed", "-1"], 2, "--seed -1: it must be 0 or more"),
+        (["configure", "--batchsize", "3", "-d", "4", "-c", "a", "--name", "b"], 2, "did you mean --batch_size?"),
+        (
+            ["calibrate", "fit", images, "--methd", "vector", "-o", out],
+            2,
+            "did you mean --method? (see nnunet-calib calibrate",
+        ),
         # files and folders
         (["demo", "-o", labels], 2, "is not empty and no demo's folder"),
         (["evaluate", no, images, "-o", out], 2, f"{no} is not a folder"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_calib.cli import doctor
 from nnunet_calib.cli.main import VERBS, main
 from nnunet_calib.training.trainers import TRAINERS
 
@@ -87,6 +88,14 @@ def test_doctor_says_where_another_class_is_found_first(folders, tmp_path, monke
     out = capsys.readouterr().out
     assert f"finds another class of that name in {tmp_path / 'theirs.py'} (FLTrainer)" in out
     assert f"  {len(TRAINERS) - 1} trainers in " in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="builds are mixed up under Linux")
+@pytest.mark.parametrize(("torch", "torchvision"), [("2.13.0+cpu", "0.28.0"), ("2.13.0", "0.28.0+cpu")])
+def test_doctor_tells_builds_of_torch_and_torchvision_apart(folders, monkeypatch, capsys, torch, torchvision):
+    monkeypatch.setattr(doctor, "version", {"nnunetv2": "2.8.1", "torch": torch, "torchvision": torchvision}.get)
+    assert main(["doctor"]) == 1
+    assert f"PROBLEM: {torchvision} and torch {torch} are of different builds" in capsys.readouterr().out
 
 
 def test_doctor_names_a_missing_folder(folders, monkeypatch, capsys):

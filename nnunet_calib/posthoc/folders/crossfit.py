@@ -125,7 +125,9 @@ def choose(table: Mapping[str, Mapping[str, Mapping[str, Any]]], region: str) ->
         reason += f"explains (95 % interval {low:.4f} to {high:.4f})"
     else:
         reason = f"{best} has the smallest {scores}" + (f"; next {others[0]}, {nll[others[0]]:.4f}" if others else "")
-    if table[chosen][region]["gain"][NONE]["low"] <= 0:
+    if nll[chosen] >= raw:
+        reason += "; that is no gain: do not apply it, the network's own probabilities are as good or better"
+    elif table[chosen][region]["gain"][NONE]["low"] <= 0:
         reason += "; with other cases it could be no gain at all"
     return chosen, reason
 

@@ -18,7 +18,7 @@ from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.posthoc.folders.apply import probabilities_at
-from nnunet_calib.posthoc.folders.crossfit import FOLDS, choose, cross_fit, fit_samples
+from nnunet_calib.posthoc.folders.crossfit import FOLDS, NONE, choose, cross_fit, fit_samples
 from nnunet_calib.posthoc.folders.samples import read_sample
 from nnunet_calib.posthoc.folders.sampling import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSample, sample_case
 from nnunet_calib.posthoc.folders.source import find_cases
@@ -118,6 +118,8 @@ def fit_folder(
             f"{chosen} tells classes apart, and in this region every voxel predicted as background is wrong; outside "
             "of it such a calibrator does harm (compare the volume): use the region volume"
         )
+    if note := _worse_in_the_foreground(table, chosen):
+        calibrator.notes.append(note)
     record = {
         "region": region,
         "choice": reason,
@@ -137,6 +139,20 @@ def fit_folder(
     }
     calibrator.save(file, record)
     return calibrator.state() | record
+
+
+def _worse_in_the_foreground(table: Mapping[str, Any], chosen: str) -> str:
+    """What to say of a method that improves the volume, which is mostly background, at the foreground's cost."""
+    before, after = (
+        [table[name]["foreground"][score]["mean"] for score in ("NLL", "ECE")] if name in table else [np.nan, np.nan]
+        for name in (NONE, chosen)
+    )
+    if not all(b < a for b, a in zip(before, after, strict=True)):
+        return ""
+    return (
+        f"in the foreground {chosen} makes it worse: NLL {before[0]:.4g} to {after[0]:.4g}, ECE {before[1]:.3g} to "
+        f"{after[1]:.3g}; --region foreground fits there"
+    )
 
 
 def _compared(

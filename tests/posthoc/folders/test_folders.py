@@ -12,7 +12,7 @@ from nnunet_calib.posthoc import CALIBRATORS, LocalTemperature, TemperatureScali
 from nnunet_calib.posthoc.folders.apply import apply_folder, calibrate_case
 from nnunet_calib.posthoc.folders.check import check_folder, check_shift, population_stability
 from nnunet_calib.posthoc.folders.crossfit import _summary, choose
-from nnunet_calib.posthoc.folders.fit import auto_methods, fit_folder
+from nnunet_calib.posthoc.folders.fit import _worse_in_the_foreground, auto_methods, fit_folder
 
 from ...folders import Folders
 from ..predictions import LABELS, SHAPE, model, predictions, region_predictions, too_sure
@@ -85,6 +85,21 @@ def test_the_simplest_of_those_that_chance_does_not_tell_apart():
 
 def test_the_best_of_all_may_be_no_gain():
     assert choose(nll_table(temperature=[0.31] + [-0.05] * 5), "volume")[1].endswith("could be no gain at all")
+
+
+def test_a_method_that_is_no_better_than_the_network_is_advised_against():
+    reason = choose(nll_table(temperature=[-0.01] * 6), "volume")[1]
+    assert "1.2600, 1.2500 before" in reason
+    assert "do not apply it" in reason
+
+
+def test_what_helps_the_volume_at_the_foregrounds_cost_is_said():
+    def scores(nll: float, ece: float) -> dict:
+        return {"foreground": {"NLL": {"mean": nll}, "ECE": {"mean": ece}}}
+
+    table = {"none": scores(1.065, 0.201), "temperature": scores(1.085, 0.210), "isotonic": scores(1.085, 0.150)}
+    assert "NLL 1.065 to 1.085, ECE 0.201 to 0.21" in _worse_in_the_foreground(table, "temperature")
+    assert _worse_in_the_foreground(table, "isotonic") == ""
 
 
 def test_in_the_foreground_methods_that_tell_classes_apart_are_warned_of(tmp_path):
