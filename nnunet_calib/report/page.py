@@ -202,7 +202,7 @@ def _forest(comparison: Comparison) -> Drawn | None:
             f"{e.metric} ({e.name})", f"{d.method} - {d.baseline}", str(d.paired.n), signed(d.paired.mean),
             interval(d.paired.t_interval), interval(d.paired.bca_interval), f"{d.paired.d_z:.2f}",
             f"{d.paired.better:.0%}", p_value(d.wilcoxon_holm), p_value(d.permutation_holm),
-            f"{d.paired.false_claim:.2g}", needed(d.paired.cases_needed),
+            p_value(d.paired.false_claim), needed(d.paired.cases_needed),
         ]
         for e in endpoints for d in e.differences
     ]  # fmt: skip

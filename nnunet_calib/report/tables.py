@@ -198,7 +198,7 @@ def short_table(comparison: Comparison) -> Iterable[str]:
             label = f"{_heading(endpoint):<10} {d.method} - {d.baseline}"
             yield (
                 f"{label:<{2 * width + 12}}{signed(d.paired.mean):>9}  {interval(d.paired.t_interval):<20}"
-                f"{p_value(d.wilcoxon_holm):>9}{d.paired.better:>8.0%}{d.paired.false_claim:>13.2g}"
+                f"{p_value(d.wilcoxon_holm):>9}{d.paired.better:>8.0%}{p_value(d.paired.false_claim):>13}"
                 f"{needed(d.paired.cases_needed):>14}"
             )
 

@@ -32,6 +32,10 @@ def test_the_page_holds_everything_and_asks_for_nothing(root, tmp_path):
     for section in ("answer", "differences", "reliability", "risk", "ranks", "cases", "provenance", "methods"):
         assert f'<section id="{section}"' in text
     assert text.count("data:image/png;base64,") == 4 * 2 * 3
+    slices: dict[str, set[str]] = {}
+    for case, shown in re.findall(r'<h4>([^,]+), \w+</h4>.*?data-slices="([^"]+)"', text, re.S):
+        slices.setdefault(case, set()).add(shown)
+    assert [len(shown) for shown in slices.values()] == [1] * 4  # both methods in the same ones
     assert len(set(re.findall(r'\bid="([^"]+)"', text))) == len(re.findall(r'\bid="([^"]+)"', text))
 
 
