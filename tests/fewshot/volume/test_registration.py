@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from nnunet_calib.fewshot.volume import registration
+from nnunet_calib.fewshot.volume import registrar
 from nnunet_calib.fewshot.volume.anatomy import MOST_VOXELS, Anatomy, coarser, nearest_on_grid, on_grid, signed_distance
 from nnunet_calib.fewshot.volume.registrar import Registrar
 from nnunet_calib.fewshot.volume.registration import Registration, Warp, register
@@ -151,7 +151,7 @@ def test_registrations_are_kept_by_what_the_volumes_hold(tmp_path, monkeypatch):
     fixed, moving = body()[0], body(moved=bent)[0]
     first = Registrar(tmp_path)(fixed, moving, DEFORMABLE)
     again = Registrar(tmp_path)
-    monkeypatch.setattr(registration, "register", lambda *_: pytest.fail("registered again"))
+    monkeypatch.setattr(registrar, "register", lambda *_: pytest.fail("registered again"))
     copy = Anatomy(fixed.image.copy(), fixed.base, fixed.spacing)
     found = again(copy, moving, DEFORMABLE)
     assert (found.places(fixed) == first.places(fixed)).all()
