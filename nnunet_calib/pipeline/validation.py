@@ -27,7 +27,6 @@ from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.records import Records, setting
 from nnunet_calib.pipeline.case import Prediction, Wanted
-from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
 from nnunet_calib.prediction.model import TrainedModel
 
 _FOLDER = "validation"
@@ -161,6 +160,9 @@ def _validate_fold(
     folder.mkdir(exist_ok=True)
     references = _references(model.plans_manager.dataset_name)
     work = _Validation(folder, model.dataset, model.plans_manager, references)
+    # Here, because the processes that export a training's validation import this module: it takes them two seconds.
+    from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
+
     predictor = Predictor(model, torch.device(device))
     failed: dict[str, str] = {}
 

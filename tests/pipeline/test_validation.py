@@ -5,6 +5,8 @@ import inspect
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -260,3 +262,9 @@ def test_the_next_stage_of_a_cascade_gets_the_labels_of_nnunet(trained, tmp_path
     assert ours.dtype == stock.dtype
     assert np.array_equal(ours, stock)
     assert len(np.unique(ours)) == 3
+
+
+def test_the_processes_that_export_do_not_wait_for_torchs_compiler():
+    """Each of them imports the module of the scores first; torch's compiler, which only predictors need, takes 2 s."""
+    code = "import sys, nnunet_calib.pipeline.validation; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
