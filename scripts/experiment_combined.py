@@ -11,8 +11,6 @@ and three queries that lack a half, and the reverse.
 """
 
 import argparse
-import csv
-import io
 import os
 import platform
 import sys
@@ -26,7 +24,7 @@ import numpy as np
 import SimpleITK
 import torch
 from experiment_fewshot import STUDIES, VOXELS, Base, Study
-from kept import FOLDER
+from kept import FOLDER, csv_text
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.model import CHECKPOINT
@@ -132,11 +130,7 @@ def views_table(bases: Sequence[Base]) -> str:
                 pairs = [one for one in records if (one["head"], one["registration"]) == arm]
                 kind = {"study": base.study.name, "view": view, "head": arm[0], "registration": arm[1], "k": 3}
                 rows.append(kind | means(pairs) | {"date": str(date.today())})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def table(bases: Sequence[Base]) -> str:
@@ -155,11 +149,7 @@ def table(bases: Sequence[Base]) -> str:
                 groups["all"] = pairs
             kind = {"study": study, "head": head, "registration": how, "k": k}
             rows += [kind | {"structure": name} | means(there) | about for name, there in groups.items() if there]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def means(members: Sequence[dict]) -> dict[str, Any]:

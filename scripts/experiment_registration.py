@@ -11,9 +11,7 @@ line for every pair; ``--csv`` writes ``docs/results/fewshot_registration.csv``.
 """
 
 import argparse
-import csv
 import functools
-import io
 import itertools
 import json
 import os
@@ -30,7 +28,7 @@ import numpy as np
 import SimpleITK
 import torch
 from experiment_fewshot import STUDIES, VALIDATED, VOXELS, Study, resampled
-from kept import FOLDER
+from kept import FOLDER, csv_text
 from scipy import ndimage
 
 from nnunet_calib.data.files import write_whole
@@ -214,11 +212,7 @@ def table(work: Path) -> str:
                     rows.append({"study": study.name, "arm": arm, "k": k, "structure": name} | means(members))
     for row in rows:
         row |= {"date": str(date.today()), "machine": machine}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def means(members: Sequence[dict]) -> dict[str, Any]:

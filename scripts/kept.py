@@ -44,6 +44,15 @@ def number(value: float | str, digits: int = 6) -> float | str:
     return round(value, digits) if math.isfinite(value) else str(value)
 
 
+def csv_text(rows: list[dict]) -> str:
+    """Rows of the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def run_of(name: str) -> int:
     """Which run of its route a row is."""
     return int(name.partition("_run")[2] or 1)
