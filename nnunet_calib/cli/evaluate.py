@@ -163,6 +163,8 @@ def tables(summary: dict[str, Any]) -> Iterator[str]:
         yield ""
         if summary["protocol"]["calibrator"]:
             yield f"probabilities calibrated: {summary['protocol']['calibrator']['method']}"
+        elif made_from := summary["protocol"].get("calibrated_from"):
+            yield f"probabilities calibrated before: {made_from.get('method', 'unknown method')}"
         if 0 < (calibrated := sum(bool(record["calibration"]) for record in summary["metric_per_case"])) < cases:
             yield f"calibration of {calibrated} of {cases} cases: the others have no probabilities (<case>.npz)"
         yield _row("mean over cases", [*_CALIBRATION_COLUMNS, "cases"])

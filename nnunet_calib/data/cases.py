@@ -59,9 +59,10 @@ def pair_cases(
     if not predictions:
         raise InputError(f"{prediction_folder}: no file ends with {file_ending} (the file_ending of dataset.json)")
     if unknown := sorted(predictions - references):
+        images = f"{unknown[0]}_0000" in references
         raise InputError(
             f"{prediction_folder / (unknown[0] + file_ending)}: no reference of that name in {reference_folder}"
-            f"{_and_more(unknown)}"
+            f"{_and_more(unknown)}{'; the files there look like images, name the folder of labels' if images else ''}"
         )
     if (missing := sorted(references - predictions)) and not chill:
         raise InputError(

@@ -14,6 +14,9 @@ from nnunet_calib.data.files import read_json
 CHECKPOINT = "checkpoint_final.pth"
 """What ``nnUNetv2_train`` leaves in a fold at its end."""
 
+CALIBRATED_FROM = "calibrated_from.json"
+"""The file in a folder of calibrated probabilities that tells what they were made from."""
+
 _COMPARED = ("classes", "plans", "trainer", "configuration")
 
 
@@ -120,6 +123,16 @@ def check_same_model(fitted: Mapping[str, Any], given: Mapping[str, Any], calibr
     for fold in sorted(ours.keys() & theirs.keys()):
         if ours[fold] != theirs[fold]:
             raise _other_model(calibrator, folder, f"another checkpoint of fold {fold}")
+
+
+def calibrated_from(folder: Path) -> dict[str, Any] | None:
+    """What the probabilities of a folder were calibrated with, None where ``calibrate apply`` did not write them.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    file = folder / CALIBRATED_FROM
+    return read_json(file) if file.is_file() else None
 
 
 def json_sha256(content: Any) -> str:

@@ -16,6 +16,7 @@ from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, re
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden
 from nnunet_calib.data.images import choose_reader
+from nnunet_calib.data.model import calibrated_from
 from nnunet_calib.data.probabilities import ENDINGS
 from nnunet_calib.evaluation.case import Calibration, evaluate_case
 from nnunet_calib.evaluation.engine import Engine, ProcessEngine
@@ -104,7 +105,7 @@ def evaluate_folder(
     dataset = read_dataset(dataset_path, plans_path)
     protocol.check_fits(dataset)
     cases = pair_cases(reference_folder, prediction_folder, dataset.file_ending, chill=chill)
-    reader = choose_reader(dataset)
+    reader, made_from = choose_reader(dataset), calibrated_from(prediction_folder)
     _make_folder(output)
 
     if scheduler is not None:  # its workers have working folders of their own
@@ -138,9 +139,8 @@ def evaluate_folder(
         if error is not None:
             fail(case, error)
     about = {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__}
-    return summarise_records(
-        output, records, cases, failed, dataset, protocol, about | {"calibrator": calibrator}, fail
-    )
+    about |= {"calibrator": calibrator, "calibrated_from": made_from}
+    return summarise_records(output, records, cases, failed, dataset, protocol, about, fail)
 
 
 def summarise_records(

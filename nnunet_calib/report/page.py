@@ -132,7 +132,7 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
             counts = [of for record in run.records.values() for of in record["metrics"].values()]
             missed = sum(of["n_ref"] > 0 and of["n_pred"] == 0 for of in counts)
             spurious = sum(of["n_ref"] == 0 and of["n_pred"] > 0 for of in counts)
-            calibrator = run.protocol.get("calibrator")
+            calibrator = run.protocol.get("calibrator") or run.protocol.get("calibrated_from")
             lines.append(
                 {
                     "name": name,

@@ -13,7 +13,7 @@ from nnunet_calib.data.files import read_json
 
 _PLACES = ("", "scores", "evaluation", "validation")  # of summary.json, in the folder that the user names
 # In the protocol, and not the yardstick. ``probabilities`` says that they were scored in memory, without a file.
-_OF_THE_METHOD = ("dataset_json", "plans", "calibrator", "device", "reader", "probabilities")
+_OF_THE_METHOD = ("dataset_json", "plans", "calibrator", "calibrated_from", "device", "reader", "probabilities")
 
 
 @dataclass(frozen=True)

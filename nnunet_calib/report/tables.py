@@ -19,6 +19,9 @@ from nnunet_calib.report.comparison import Comparison, Difference, Endpoint
 
 FILES = ("comparison.md", "comparison.tex", "comparison.csv", "comparison.json")
 KIND = "nnunet-calib comparison"
+SAME = "the same in every case"
+"""Stands where a difference's test would: a calibrator that keeps the labels leaves every overlap as it is."""
+_TOLD = 4  # methods with a clause of their own in the answer
 _UNIT = {"HD": " mm", "ASSD": " mm", "MASD": " mm"}
 
 
@@ -117,12 +120,10 @@ def answer(comparison: Comparison) -> str:
         (d for d in endpoint.differences if {d.method, d.baseline} == {best[0], comparison.baseline}), None
     )
     if best[0] == comparison.baseline or difference is None:
-        second = _from_baseline(endpoint, best[1], comparison) if len(best) > 1 else None
         own = number(endpoint.methods[comparison.baseline].spread.mean)
         said = f"No method has a better {what} than {comparison.baseline} ({own})"
-        if second is not None:
-            said += f"; the next, {second.method}, differs by {_effect(second)}"
-        return f"{said}; {len(comparison.units)} {_units(comparison)}.{_shown_worse(comparison)}"
+        said += f"; {len(comparison.units)} {_units(comparison)}."
+        return said + _the_others(comparison, endpoint, best) + _shown_worse(comparison)
     direction = "higher" if endpoint.higher_is_better else "lower"
     shown = difference.shown and _excludes_zero(difference.paired.t_interval)
     verb = "has a" if shown else "seems to have a"
@@ -135,10 +136,22 @@ def answer(comparison: Comparison) -> str:
     if overlap is not None:
         other = _from_baseline(overlap, best[0], comparison)
         if other is not None and other.same:
-            said += ". Its Dice is the same"
+            said += ". Its DSC is the same in every case"
         elif other is not None:
-            said += f". Its Dice differs by {_effect(other)}, {_p(other)}"
-    return f"{said}. {len(comparison.units)} {_units(comparison)}.{_shown_worse(comparison)}"
+            said += f". Its DSC differs by {_effect(other)}, {_p(other)}"
+    said += f". {len(comparison.units)} {_units(comparison)}."
+    return said + _the_others(comparison, endpoint, best[1:]) + _shown_worse(comparison)
+
+
+def _the_others(comparison: Comparison, endpoint: Endpoint, methods: Sequence[str]) -> str:
+    """A clause for each method that is not named yet, the best first: the reader asks for every one of them."""
+    differences = [_from_baseline(endpoint, name, comparison) for name in methods]
+    told = [
+        f"{d.method} {SAME if d.same else f'{_effect(d)}, {_p(d)}'}" for d in differences[:_TOLD] if d is not None
+    ]
+    if len(methods) > _TOLD:
+        told.append(f"{len(methods) - _TOLD} more in the table")
+    return f" {endpoint.metric} against {comparison.baseline}: {'; '.join(told)}." if told else ""
 
 
 def _shown_worse(comparison: Comparison) -> str:
@@ -196,6 +209,9 @@ def short_table(comparison: Comparison) -> Iterable[str]:
     for endpoint in primary:
         for d in endpoint.differences:
             label = f"{_heading(endpoint):<10} {d.method} - {d.baseline}"
+            if d.same:
+                yield f"{label:<{2 * width + 12}}{SAME:>29}"
+                continue
             yield (
                 f"{label:<{2 * width + 12}}{signed(d.paired.mean):>9}  {interval(d.paired.t_interval):<20}"
                 f"{p_value(d.wilcoxon_holm):>9}{d.paired.better:>8.0%}{p_value(d.paired.false_claim):>13}"
@@ -260,6 +276,10 @@ def _method_rows(endpoint: Endpoint) -> Iterable[list[str]]:
 def _difference_rows(endpoint: Endpoint) -> Iterable[list[str]]:
     for d in endpoint.differences:
         of = d.paired
+        if d.same:  # no test says anything about it
+            row = [endpoint.metric, endpoint.name, f"{d.method} - {d.baseline}", str(of.n + of.infinite), SAME]
+            yield row + ["-"] * (len(_DIFFERENCE_HEAD) - len(row))
+            continue
         yield [
             *(endpoint.metric, endpoint.name, f"{d.method} - {d.baseline}"),
             f"{of.n}" + (f" + {of.infinite} inf" if of.infinite else ""),
@@ -350,6 +370,7 @@ def _csv_row(endpoint: Endpoint, name: str, i: int, baseline: str) -> dict[str, 
     row: dict[str, Any] = {
         "metric": endpoint.metric,
         "place": endpoint.place,
+        "where": endpoint.name,
         "family": "primary" if endpoint.primary else "secondary",
         "method": name,
         "n": spread.n,

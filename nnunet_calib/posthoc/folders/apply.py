@@ -20,7 +20,7 @@ from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, re
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden, read_json, write_whole
 from nnunet_calib.data.images import choose_reader, read_labels
-from nnunet_calib.data.model import check_same_model, identify, known_model
+from nnunet_calib.data.model import CALIBRATED_FROM, check_same_model, identify, known_model
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
 from nnunet_calib.posthoc.folders.sampling import decide, open_probabilities
 from nnunet_calib.posthoc.maps import Calibrator, load_calibrator
@@ -29,9 +29,6 @@ from nnunet_calib.posthoc.maps.tempered import compiled_loops
 from nnunet_calib.posthoc.maps.volume import calibrate_case, calibrated_parts, copy_into, in_full, taken_apart
 
 _COMPACT = ".nncp"
-
-RECORD = "calibrated_from.json"
-"""The file in a folder of calibrated probabilities that tells what they were made from."""
 
 
 def probabilities_at(calibrator: Calibrator, files: CaseFiles, index: np.ndarray) -> np.ndarray:
@@ -210,7 +207,7 @@ def _claim(output: Path, given: Predictions) -> None:
     Raises:
         UsageError: it holds other results, or cases of another data set.
     """
-    file, ending = output / RECORD, given.calibration.dataset.file_ending
+    file, ending = output / CALIBRATED_FROM, given.calibration.dataset.file_ending
     ours = {case.prediction.name for case in given.cases}
     there = (path for path in output.iterdir() if path.name.endswith(ending) and not is_hidden(path))
     others = sorted(path.name for path in there if path.name not in ours and not nifti.has_channels(path))
