@@ -138,8 +138,8 @@ def evaluate_folder(
     for case, error in progress:
         if error is not None:
             fail(case, error)
-    about = {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path), "reader": reader.__name__}
-    about |= {"calibrator": calibrator, "calibrated_from": made_from}
+    about: dict[str, Any] = {"dataset_json": str(dataset_path), "plans": plans_path and str(plans_path)}
+    about |= {"reader": reader.__name__, "calibrator": calibrator, "calibrated_from": made_from}
     return summarise_records(output, records, cases, failed, dataset, protocol, about, fail)
 
 

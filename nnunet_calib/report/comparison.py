@@ -24,8 +24,14 @@ SMALL = 50
 """Fewer cases than that get a warning: t and BCa intervals of skewed numbers begin to differ."""
 
 _ALIASES = {"DSC": "Dice"}
+_USUAL = {key: alias for alias, key in _ALIASES.items()}
 _HIGHER = ("Dice", "IoU", "NSD")
 _SECONDARY_FLIPS = 1999
+
+
+def usual_name(metric: str) -> str:
+    """``DSC`` for ``Dice``; others are called what they are called in the files."""
+    return _USUAL.get(metric, metric)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,11 @@ class Endpoint:
     differences: list[Difference]
     ranks: Ranks | None
     values: np.ndarray
+
+    @property
+    def term(self) -> str:
+        """The metric's usual name: the files say ``Dice`` as nnU-Net's do, readers DSC."""
+        return usual_name(self.metric)
 
     def best(self) -> list[str]:
         """Names of the methods, best mean first; those without a mean last."""
@@ -371,14 +382,14 @@ def _warnings(comparison: Comparison) -> list[str]:
         for name, result in endpoint.methods.items():
             if result.spread.infinite:
                 found.append(
-                    f"{name}: {result.spread.infinite} of {result.spread.n} {unit}s have an infinite {endpoint.metric} "
+                    f"{name}: {result.spread.infinite} of {result.spread.n} {unit}s have an infinite {endpoint.term} "
                     f"({endpoint.name}), so its mean is infinite; intervals are of the others, ranks and Wilcoxon "
                     "of all."
                 )
         unpaired = max((difference.unpaired for difference in endpoint.differences), default=0)
         if unpaired:
             found.append(
-                f"{endpoint.metric} ({endpoint.name}): up to {unpaired} {unit}s have a value in one run only and "
+                f"{endpoint.term} ({endpoint.name}): up to {unpaired} {unit}s have a value in one run only and "
                 "are left out."
             )
     if len(comparison.methods) > 1 and all(len(trainings) == 1 for trainings in comparison.methods.values()):
@@ -393,7 +404,7 @@ def _warnings(comparison: Comparison) -> list[str]:
             )
             if between > abs(difference.paired.mean):
                 found.append(
-                    f"{endpoint.metric}: the difference of {difference.method} from {difference.baseline} "
+                    f"{endpoint.term}: the difference of {difference.method} from {difference.baseline} "
                     f"({difference.paired.mean:+.3g}) is smaller than the spread between trainings (SD {between:.3g})."
                 )
     return found

@@ -172,7 +172,7 @@ def forest(endpoints: Sequence[Endpoint], units: str) -> Figure:
             if i % columns:
                 panel.tick_params(labelleft=False)
             direction = "right" if endpoint.higher_is_better else "left"
-            panel.set_title(f"{endpoint.metric} ({endpoint.name})\nbetter to the {direction}", fontsize=9)
+            panel.set_title(f"{endpoint.term} ({endpoint.name})\nbetter to the {direction}", fontsize=9)
             panel.locator_params(axis="x", nbins=4)
     return figure
 
@@ -222,5 +222,5 @@ def rank_bars(endpoints: Sequence[Endpoint]) -> Figure:
             panel.set_xticks([0, 0.5, 1])
             if i % columns:
                 panel.tick_params(labelleft=False)
-            panel.set_title(f"{endpoint.metric} ({endpoint.name})", fontsize=9)
+            panel.set_title(f"{endpoint.term} ({endpoint.name})", fontsize=9)
     return figure

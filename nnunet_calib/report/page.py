@@ -278,7 +278,7 @@ def _risks(comparison: Comparison, reliabilities: Mapping[str, Mapping[str, Reli
             cases[name] = case_risk_coverage(by_unit(confidence, units), 1 - overlap.values[:, i])
         unit = comparison.groups.unit_name
         drawn.append(
-            _curves(cases, f"{unit}s", f"share of {unit}s kept, highest mean confidence first", "mean 1 - Dice")
+            _curves(cases, f"{unit}s", f"share of {unit}s kept, highest mean confidence first", "mean 1 - DSC")
         )
     return drawn
 
@@ -309,7 +309,7 @@ def _ranks(comparison: Comparison) -> Drawn | None:
             ranked = endpoint.ranks
             rows.append(
                 [
-                    f"{endpoint.metric} ({endpoint.name})", name, f"{ranked.of_means[i]:g}", f"{ranked.of_ranks[i]:g}",
+                    f"{endpoint.term} ({endpoint.name})", name, f"{ranked.of_means[i]:g}", f"{ranked.of_ranks[i]:g}",
                     f"{ranked.mean_rank[i]:.2f}", f"{ranked.distribution[i][0]:.0%}",
                 ]
             )  # fmt: skip
@@ -403,7 +403,7 @@ def _pictures(
 
 
 def _column(endpoint: Endpoint) -> str:
-    return f"{endpoint.metric}" + (" mm" if endpoint.metric in ("HD", "HD95", "ASSD", "MASD") else "")
+    return endpoint.term + (" mm" if endpoint.metric in ("HD", "HD95", "ASSD", "MASD") else "")
 
 
 def _script_json(value: Any) -> str:

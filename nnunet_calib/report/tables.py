@@ -15,7 +15,7 @@ from typing import Any
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, write_whole
 from nnunet_calib.evaluation.write import numbers_as_json
-from nnunet_calib.report.comparison import Comparison, Difference, Endpoint
+from nnunet_calib.report.comparison import Comparison, Difference, Endpoint, usual_name
 
 FILES = ("comparison.md", "comparison.tex", "comparison.csv", "comparison.json")
 KIND = "nnunet-calib comparison"
@@ -110,7 +110,7 @@ def as_json(comparison: Comparison, dataset: str) -> dict[str, Any]:
 def answer(comparison: Comparison) -> str:
     """One or two sentences: which method, and how sure."""
     endpoint = next((e for e in comparison.primary if e.metric == "ECE"), comparison.primary[0])
-    what = f"{endpoint.metric} ({endpoint.name})"
+    what = f"{endpoint.term} ({endpoint.name})"
     best = endpoint.best()
     if len(comparison.methods) == 1 or not best:
         name = next(iter(comparison.methods))
@@ -146,12 +146,10 @@ def answer(comparison: Comparison) -> str:
 def _the_others(comparison: Comparison, endpoint: Endpoint, methods: Sequence[str]) -> str:
     """A clause for each method that is not named yet, the best first: the reader asks for every one of them."""
     differences = [_from_baseline(endpoint, name, comparison) for name in methods]
-    told = [
-        f"{d.method} {SAME if d.same else f'{_effect(d)}, {_p(d)}'}" for d in differences[:_TOLD] if d is not None
-    ]
+    told = [f"{d.method} {SAME if d.same else f'{_effect(d)}, {_p(d)}'}" for d in differences[:_TOLD] if d is not None]
     if len(methods) > _TOLD:
         told.append(f"{len(methods) - _TOLD} more in the table")
-    return f" {endpoint.metric} against {comparison.baseline}: {'; '.join(told)}." if told else ""
+    return f" {endpoint.term} against {comparison.baseline}: {'; '.join(told)}." if told else ""
 
 
 def _shown_worse(comparison: Comparison) -> str:
@@ -160,7 +158,7 @@ def _shown_worse(comparison: Comparison) -> str:
     for endpoint in comparison.primary:
         for d in endpoint.differences:
             if d.baseline == comparison.baseline and d.shown and (d.paired.mean > 0) != endpoint.higher_is_better:
-                worse.setdefault(d.method, []).append(f"{endpoint.metric} {signed(d.paired.mean)}")
+                worse.setdefault(d.method, []).append(f"{endpoint.term} {signed(d.paired.mean)}")
     told = "; ".join(f"{method} ({', '.join(metrics)})" for method, metrics in worse.items())
     return f" Shown to be worse than {comparison.baseline}: {told}." if told else ""
 
@@ -258,7 +256,7 @@ def _method_rows(endpoint: Endpoint) -> Iterable[list[str]]:
     for i, (name, result) in enumerate(endpoint.methods.items()):
         spread, ranked = result.spread, endpoint.ranks
         yield [
-            *(endpoint.metric, endpoint.name, name, str(spread.n)),
+            *(endpoint.term, endpoint.name, name, str(spread.n)),
             "" if result.missed is None else str(result.missed),
             str(result.absent),
             number(spread.mean) + (f" (finite: {number(spread.finite_mean)})" if spread.infinite else ""),
@@ -277,11 +275,11 @@ def _difference_rows(endpoint: Endpoint) -> Iterable[list[str]]:
     for d in endpoint.differences:
         of = d.paired
         if d.same:  # no test says anything about it
-            row = [endpoint.metric, endpoint.name, f"{d.method} - {d.baseline}", str(of.n + of.infinite), SAME]
+            row = [endpoint.term, endpoint.name, f"{d.method} - {d.baseline}", str(of.n + of.infinite), SAME]
             yield row + ["-"] * (len(_DIFFERENCE_HEAD) - len(row))
             continue
         yield [
-            *(endpoint.metric, endpoint.name, f"{d.method} - {d.baseline}"),
+            *(endpoint.term, endpoint.name, f"{d.method} - {d.baseline}"),
             f"{of.n}" + (f" + {of.infinite} inf" if of.infinite else ""),
             *(signed(of.mean), interval(of.t_interval), interval(of.bca_interval)),
             *(f"{of.d_z:.2f}", f"{of.better:.0%}", p_value(d.wilcoxon_holm), p_value(d.permutation_holm)),
@@ -317,7 +315,7 @@ def latex(comparisons: Sequence[Mapping[str, Any]]) -> str:
         groups.append(f"\\multicolumn{{{size}}}{{c}}{{{_tex(content['dataset'])} ($n={content['units']}$)}}")
         rules.append(f"\\cmidrule(lr){{{first}-{first + size - 1}}}")
         first += size
-    heads = [_tex(_short(e["metric"])) + _arrow(e["better"]) for block in blocks for e in block]
+    heads = [_tex(usual_name(e["metric"])) + _arrow(e["better"]) for block in blocks for e in block]
     lines = [
         "% needs \\usepackage{booktabs}",
         f"\\begin{{tabular}}{{l{'c' * sum(sizes)}}}",
@@ -438,10 +436,6 @@ def needed(cases: float) -> str:
     return "-" if math.isnan(cases) else "many" if math.isinf(cases) else f"{cases:.0f}"
 
 
-def _short(metric: str) -> str:
-    return "DSC" if metric == "Dice" else metric
-
-
 def _heading(endpoint: Endpoint) -> str:
     unit = next((unit for start, unit in _UNIT.items() if endpoint.metric.startswith(start)), "")
-    return _short(endpoint.metric) + unit
+    return endpoint.term + unit

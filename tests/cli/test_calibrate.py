@@ -49,8 +49,11 @@ def test_fit_apply_check_evaluate(folders, capsys, tmp_path):
     for prediction in (folders.prediction, calibrated):
         scores = tmp_path / f"scores_{prediction.name}"
         assert main(["evaluate", str(folders.reference), str(prediction), "-o", str(scores), "-np", "1"]) == 0
-        nll.append(json.loads((scores / "summary.json").read_text())["calibration_mean"]["volume"]["NLL"])
+        summary = json.loads((scores / "summary.json").read_text())
+        nll.append(summary["calibration_mean"]["volume"]["NLL"])
     assert nll[1] <= nll[0]
+    assert summary["protocol"]["calibrated_from"]["method"] in ("temperature", "vector", "none")
+    assert "probabilities calibrated before: " in capsys.readouterr().out
 
 
 def test_the_estimated_scores_are_those_of_the_evaluation(folders, capsys, tmp_path):

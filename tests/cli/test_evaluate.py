@@ -141,6 +141,15 @@ def test_a_prediction_without_reference(folders, capsys):
     assert main(folders.words) == 1
     (line,) = error_lines(capsys)
     assert "predicted/case_0.nii.gz: no reference of that name" in line
+    assert "look like images" not in line
+
+
+def test_images_in_place_of_references(folders, capsys):
+    for path in folders.reference.glob("case_*"):
+        path.rename(path.with_name(path.name.replace(".nii.gz", "_0000.nii.gz")))
+    assert main(folders.words) == 1
+    (line,) = error_lines(capsys)
+    assert line.endswith("the files there look like images, name the folder of labels")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.report.comparison import compare
 from nnunet_calib.report.groups import read_groups
 from nnunet_calib.report.runs import parse_runs
-from nnunet_calib.report.tables import FILES, answer, as_json, csv_rows, latex, markdown, write_tables
+from nnunet_calib.report.tables import FILES, answer, as_json, csv_rows, latex, markdown, short_table, write_tables
 
 from .runs import simulated, write_run
 
@@ -42,7 +42,7 @@ def test_the_answer_names_the_method_its_interval_and_dice(two):
     said = answer(compared(two))
     assert said.startswith("ours has a lower ECE (foreground) than stock: -0.")
     assert "95 % interval" in said
-    assert "Its Dice differs by" in said
+    assert "Its DSC differs by" in said
     assert said.endswith("60 cases.")
 
 
@@ -52,7 +52,7 @@ def test_a_gain_in_one_metric_does_not_hide_a_loss_in_another(tmp_path):
     write_run(tmp_path / "ours", dice - 0.02, ece - 0.01)
     said = answer(compared([str(tmp_path / "stock"), str(tmp_path / "ours")]))
     assert said.startswith("ours has a lower ECE")
-    assert "Shown to be worse than stock: ours (Dice -0.02" in said
+    assert "Shown to be worse than stock: ours (DSC -0.02" in said
 
 
 def test_what_is_not_shown_is_not_claimed(tmp_path):
@@ -101,7 +101,7 @@ def test_structures_in_neither_are_absent_not_perfect(tmp_path):
     endpoint = found.endpoint("Dice", "2")
     assert endpoint.methods["ours"].absent == 1
     assert endpoint.differences[0].unpaired == 1
-    assert any("Dice (node): up to 1 cases have a value in one run only" in warning for warning in found.warnings)
+    assert any("DSC (node): up to 1 cases have a value in one run only" in warning for warning in found.warnings)
 
 
 def test_other_cases_are_refused_unless_the_common_ones_are_asked_for(tmp_path):
@@ -295,4 +295,21 @@ def test_a_calibrator_that_keeps_the_labels_has_the_same_dice(tmp_path):
     found = compared([str(tmp_path / "stock"), str(tmp_path / "calibrated")])
     assert found.endpoint("Dice", "foreground").differences[0].same
     assert not found.endpoint("ECE", "foreground").differences[0].same
-    assert "Its Dice is the same." in answer(found)
+    assert "Its DSC is the same in every case." in answer(found)
+    line = next(line for line in short_table(found) if line.startswith("DSC  ") and "calibrated - stock" in line)
+    assert line.split()[-5:] == ["the", "same", "in", "every", "case"]
+    row = next(line for line in markdown(found).splitlines() if "| DSC |" in line and "calibrated - stock" in line)
+    assert row.count("| the same in every case | - |") == 1
+
+
+def test_the_answer_has_a_clause_for_every_method(tmp_path):
+    dice, ece = simulated(1, 60)
+    for name, share in (("stock", 1.0), ("b", 0.8), ("best", 0.5), ("same", 1.0)):
+        write_run(tmp_path / name, dice, ece * share)
+    found = compared([str(tmp_path / name) for name in ("stock", "b", "best", "same")])
+    said = answer(found)
+    assert said.startswith("best has a lower ECE (foreground) than stock: -0.")
+    others = said[said.index("ECE against stock: ") :]
+    b = next(d for d in found.endpoint("ECE", "foreground").differences if d.method == "b")
+    assert others.startswith(f"ECE against stock: b -{-b.paired.mean:.3f} (95 % interval -0.")
+    assert others.endswith("; same the same in every case.")
