@@ -9,6 +9,7 @@ nothing and are left out.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import numpy as np
@@ -65,18 +66,14 @@ def interpolate_on(device: torch.device | str, logits: Tensor, axes: tuple[Axis,
     low, high = (int(of([index for index, _ in pairs])) for of in (np.min, np.max))
     slices = copied(logits[:, low : high + 1], device)
     sides = [_side(axis, slices.device) for axis in axes[1:]]
-    total: Tensor | None = None
-    for index, weights in pairs:
-        place = torch.from_numpy(index - low).to(slices.device, torch.int64)
-        weight = torch.from_numpy(weights).to(slices.device)[:, None, None]
-        slab = slices.index_select(1, place).double() * weight
-        for rows, row_weights in sides[0]:
-            row = slab if rows is None else slab.index_select(2, rows) * row_weights[:, None]
-            for columns, column_weights in sides[1]:
-                term = row if columns is None else row.index_select(3, columns) * column_weights
-                total = term if total is None else total + term
-    assert total is not None
-    return rounded(total, logits.dtype)
+
+    def slabs() -> Iterator[Tensor]:
+        for index, weights in pairs:
+            place = torch.from_numpy(index - low).to(slices.device, torch.int64)
+            weight = torch.from_numpy(weights).to(slices.device)[:, None, None]
+            yield slices.index_select(1, place).double() * weight
+
+    return rounded(_summed(slabs(), sides), logits.dtype)
 
 
 def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -110,21 +107,23 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _plane(logits: Tensor, axes: tuple[Axis, ...], k: int) -> Tensor:
     """One plane (Y, X) of one class (z, y, x)."""
-    z, y, x = axes
-    device = logits.device
-    sides = [_side(axis, device) for axis in (y, x)]
+    z = axes[0]
+    pairs = ((z.first[k], z.before[k]), (z.second[k], z.after[k]))
+    slabs = (logits[int(source)].double() * float(weight) for source, weight in pairs if weight)
+    return rounded(_summed(slabs, [_side(axis, logits.device) for axis in axes[1:]]), logits.dtype)
+
+
+def _summed(slabs: Iterable[Tensor], sides: list[list[tuple[Tensor | None, Tensor]]]) -> Tensor:
+    """Sum, in scipy's order, of slabs float64 (..., y, x) that are weighed along z, interpolated to (..., Y, X)."""
     total: Tensor | None = None
-    for source, weight in ((z.first[k], z.before[k]), (z.second[k], z.after[k])):
-        if not weight:
-            continue
-        slab = logits[int(source)].double() * float(weight)
+    for slab in slabs:
         for rows, row_weights in sides[0]:
-            row = slab if rows is None else slab.index_select(0, rows) * row_weights[:, None]
+            row = slab if rows is None else slab.index_select(-2, rows) * row_weights[:, None]
             for columns, column_weights in sides[1]:
-                term = row if columns is None else row.index_select(1, columns) * column_weights
+                term = row if columns is None else row.index_select(-1, columns) * column_weights
                 total = term if total is None else total + term
     assert total is not None
-    return rounded(total, logits.dtype)
+    return total
 
 
 def _side(axis: Axis, device: torch.device) -> list[tuple[Tensor | None, Tensor]]:
