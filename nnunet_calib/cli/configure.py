@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_calib.training.catalogue import check_may_be_ours, listed_trainers
     from nnunet_calib.training.settings import RefusedSettings, check_of_any, check_settings, default_kernel_size
 
-    settings = dict(_pair(text) for text in args.set)
+    settings = dict(setting_of(text) for text in args.set)
     if args.tr is not None:
         check_may_be_ours(args.tr)
     folder = preprocessed_folder(args.d)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             accepting = [args.tr]
             if (listed := listed_trainers().get(args.tr)) is not None:
                 check_settings(all_settings, listed.loss, listed.fixed, kernel_size)
-        accepting = _trainers_that_start(accepting, all_settings, kernel_size)
+        accepting = trainers_that_start(accepting, all_settings, kernel_size)
     except RefusedSettings as refusal:
         whose = f"{args.tr}: " if args.tr else ""
         raise UsageError(whose + str(refusal).removeprefix("nnunet-calib: ")) from refusal
@@ -95,7 +95,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def setting_of(text: str) -> tuple[str, Any]:
+    """A setting and its value out of ``K=V``.
+
+    Raises:
+        UsageError: it is something else.
+    """
     from nnunet_calib.data.errors import UsageError
 
     key, equals, value = text.partition("=")
@@ -107,7 +112,7 @@ def _pair(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _trainers_that_start(names: list[str], settings: dict[str, Any], kernel_size: list[int]) -> list[str]:
+def trainers_that_start(names: list[str], settings: dict[str, Any], kernel_size: int | list[int]) -> list[str]:
     """Those that take the settings as a training does, which builds the loss; if none does, why the first does not."""
     from nnunet_calib.training.catalogue import listed_trainers
     from nnunet_calib.training.settings import accepting, resolve_settings

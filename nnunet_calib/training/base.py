@@ -27,6 +27,7 @@ from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.curves import append, draw
 from nnunet_calib.training.objective import Objective
 from nnunet_calib.training.settings import (
+    CHECKPOINT_ENDING,
     RESOLVED_KEY,
     SCHEDULE,
     EndedTraining,
@@ -76,6 +77,7 @@ class CalibrationTrainer(nnUNetTrainer):
         self._continue = plans.get("continue_training", False)
         self._loaded_checkpoint = False
         self._steps = 0  # of this epoch
+        self._mirrored: tuple[int, ...] | None = None  # axes, by the training that this one starts from
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._settle_schedule()
 
@@ -178,9 +180,23 @@ class CalibrationTrainer(nnUNetTrainer):
                     raise RefusedSettings("-pretrained_weights and finetune_from are two starts; use one of them")
                 source = self._finetune_source()
             self.initialize()
-            load_weights(_plain(self.network), source)
+            with self._nothing_left_if_refused():
+                self._mirrored = load_weights(_plain(self.network), source, self.dataset_json["labels"])
             self.print_to_log_file(f"nnunet-calib: fine-tuning from {source}")
+        elif self.settings["finetune_from"] is not None:  # its own checkpoint has them
+            self._mirrored = tuple(self.inference_allowed_mirroring_axes or ())
         super().on_train_start()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+        """nnU-Net's, but mirroring only along axes that the network one starts from was mirrored along.
+
+        One that tells left from right by where they are would forget it.
+        """
+        rotation, dummy_2d, patch_size, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self._mirrored is not None and axes is not None:
+            axes = tuple(axis for axis in axes if axis in self._mirrored) or None
+            self.inference_allowed_mirroring_axes = axes
+        return rotation, dummy_2d, patch_size, axes
 
     def on_train_epoch_start(self) -> None:
         """Choose nnU-Net's loss or the objective for this epoch."""
@@ -368,12 +384,18 @@ class CalibrationTrainer(nnUNetTrainer):
         return self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
 
     def _finetune_source(self) -> str:
-        """Final checkpoint of ``finetune_from``, in this configuration or the nearest one that it inherits from.
+        """The file of ``finetune_from``, or of a trainer the final checkpoint.
+
+        That is in this configuration or the nearest one that it inherits from.
 
         Raises:
             RefusedSettings: there is none.
         """
         trainer = self.settings["finetune_from"]
+        if trainer.endswith(CHECKPOINT_ENDING):
+            if not isfile(trainer):
+                raise RefusedSettings(f"finetune_from {trainer}: there is no such file")
+            return trainer
         results = join(self.output_folder_base, "..")
         looked = []
         for configuration in lineage(self.plans_manager.plans, self.configuration_name):

@@ -13,6 +13,9 @@ from nnunet_calib.training import catalogue
 RESOLVED_KEY = "nnunet_calib_resolved"
 """Key at the top of the plans under which a training records what it really used."""
 
+CHECKPOINT_ENDING = ".pth"
+"""What tells a checkpoint's file from a trainer's name in ``finetune_from``."""
+
 # Chosen by measurement, the runs and their spread: docs/results.md. Less Dice calibrates more.
 DICE_WEIGHT = 1.0
 DICE_WEIGHT_OF = {"nacl": 0.6, "meep": 0.6, "focal": 0.6}
@@ -234,9 +237,13 @@ def _learning_rate(name: str, value: Any) -> float:
     return float(value)
 
 
-def _trainer_name(name: str, value: Any) -> str | None:
-    if value is not None and not (isinstance(value, str) and value.isidentifier()):
-        raise ValueError(f"{name} must be the name of a trainer, such as nnUNetTrainer, or null, got {value!r}")
+def _start(name: str, value: Any) -> str | None:
+    named = isinstance(value, str) and (value.isidentifier() or value.endswith(CHECKPOINT_ENDING))
+    if value is not None and not named:
+        raise ValueError(
+            f"{name} must be the name of a trainer, such as nnUNetTrainer, or null, or the path of a checkpoint "
+            f"({CHECKPOINT_ENDING}), got {value!r}"
+        )
     return value
 
 
@@ -246,7 +253,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "num_val_iterations_per_epoch": count,
     "save_every": count,
     "initial_lr": _learning_rate,
-    "finetune_from": _trainer_name,
+    "finetune_from": _start,
     "dice_weight": number,
     "calibrate_from": lambda name, value: number(name, value, maximum=1.0),
     "ramp": lambda name, value: number(name, value, maximum=1.0),

@@ -189,6 +189,72 @@ def test_weights_of_another_architecture_are_refused():
         trainer.on_train_start()
 
 
+# ----------------------------------------------------------------------------------------------- another set of classes
+
+
+def tuned(labels: dict, first: nnUNetTrainer, trainer: str = "StockTrainer", **more) -> nnUNetTrainer:
+    """A training that starts from the file of another's checkpoint, on data with these labels."""
+    given = {"finetune_from": saved(first)} | more
+    made = construct(trainer, given, axes=2)
+    made.dataset_json["labels"] = labels
+    made.label_manager = made.plans_manager.get_label_manager(made.dataset_json)
+    made.on_train_start()
+    return made
+
+
+def probabilities(trainer: nnUNetTrainer, image: torch.Tensor) -> list[torch.Tensor]:
+    trainer.network.eval()
+    with torch.no_grad():
+        return [logits.softmax(dim=1) for logits in trainer.network(image)]
+
+
+def test_with_new_classes_a_network_begins_with_the_probabilities_it_had():
+    first = build("nnUNetTrainer", axes=2)
+    now = tuned({"background": 0, "new": 1, "a": 2, "b": 3, "other": 4}, first)
+    image = torch.randn(1, 1, 16, 16)
+    for before, after in zip(probabilities(first, image), probabilities(now, image), strict=True):
+        assert after.shape[1] == 5
+        torch.testing.assert_close(after[:, [2, 3]], before[:, [1, 2]])
+        for channel in (0, 1, 4):  # background, and the new classes that were part of it
+            torch.testing.assert_close(after[:, channel], before[:, 0] / 3)
+
+
+def test_calibration_losses_start_from_a_file_too():
+    first = stock()
+    now = tuned({"background": 0, "a": 1, "b": 2}, first, "NACLTrainer")
+    assert same(weights_of(now), weights_of(first))
+
+
+def test_classes_are_not_left_out():
+    with pytest.raises(RefusedSettings, match=r"checkpoint_final\.pth knows a class 'b' that this data set lacks"):
+        tuned({"background": 0, "a": 1, "c": 2}, stock())
+
+
+def test_no_class_is_added_to_regions():
+    with pytest.raises(
+        RefusedSettings, match="with regions, or other labels than this data set's, no class can be added"
+    ):
+        tuned({"background": 0, "a": 1}, stock(kind="regions"))
+
+
+def test_a_file_that_is_not_there_is_refused():
+    with pytest.raises(RefusedSettings, match=r"finetune_from nowhere\.pth: there is no such file"):
+        construct("StockTrainer", {"finetune_from": "nowhere.pth"}, axes=2).on_train_start()
+
+
+@pytest.mark.parametrize(("axes", "mirrored"), [(None, None), ((1,), (1,)), ((0, 1), (0, 1))])
+def test_a_network_that_was_not_mirrored_stays_so(axes, mirrored):
+    first = build("nnUNetTrainer", axes=2)
+    first.inference_allowed_mirroring_axes = axes
+    now = tuned({"background": 0, "a": 1, "b": 2}, first)
+    assert now.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] == mirrored
+    assert now.inference_allowed_mirroring_axes == mirrored
+    continued = construct("StockTrainer", now.settings, axes=2, continued=True)
+    continued.load_checkpoint(saved(now, "checkpoint_latest.pth"))
+    continued.on_train_start()
+    assert continued.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] == mirrored
+
+
 class Malicious:
     """Runs a command when it is unpickled without care."""
 

@@ -23,6 +23,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden
 from nnunet_calib.data.images import LabelImage, Place, check_same_geometry, place_of, read_image, read_labels
 from nnunet_calib.fewshot.network.base_model import BaseModel
+from nnunet_calib.prediction.model import TrainedModel
 
 STRUCTURE, IGNORED = 1, 2
 """Values of ``Volume.label``."""
@@ -173,10 +174,7 @@ def read_structures(
     """
     model.check_previous_stage(previous)
     reader = model.plans_manager.image_reader_writer_class
-    image, properties = _read(reader, images)
-    channels = len(model.dataset.content.get("channel_names", model.dataset.content.get("modality", ())))
-    if len(image) != channels:
-        raise InputError(f"{images[0]}: {len(image)} image channels, the model takes {channels}")
+    image, properties = _read(model, images)
     place = place_of(images[0], properties)
     spacing: Any = place.spacing
     stored = _orientation(place.affine)
@@ -234,6 +232,20 @@ def read_structures(
         )
         for structure, own in zip(structures, carried, strict=True)
     ]
+
+
+def read_case(
+    model: TrainedModel, images: Sequence[Path], label: Path
+) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """A case as it is stored: float32 (channels, z, y, x), the reader's properties, and its label map (z, y, x).
+
+    Raises:
+        InputError: files that cannot be used, or do not fit each other.
+    """
+    image, properties = _read(model, images)
+    reader = model.plans_manager.image_reader_writer_class
+    annotated = _read_labels(label, reader, images[0], image, place_of(images[0], properties))
+    return image, properties, annotated.labels
 
 
 def unit_of(image: np.ndarray, place: Place) -> str:
@@ -329,10 +341,13 @@ def _preprocess(
     return volume, labels
 
 
-def _read(reader: type, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
-    image, properties = read_image(images, reader)
+def _read(model: TrainedModel, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    image, properties = read_image(images, model.plans_manager.image_reader_writer_class)
     if not np.isfinite(image).all():
         raise InputError(f"{images[0]}: values that are NaN or infinite")
+    channels = len(model.dataset.content.get("channel_names", model.dataset.content.get("modality", ())))
+    if len(image) != channels:
+        raise InputError(f"{images[0]}: {len(image)} image channels, the model takes {channels}")
     return image, properties
 
 
