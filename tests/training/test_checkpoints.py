@@ -231,9 +231,7 @@ def test_classes_are_not_left_out():
 
 
 def test_no_class_is_added_to_regions():
-    with pytest.raises(
-        RefusedSettings, match="with regions, or other labels .*, no class can be added"
-    ):
+    with pytest.raises(RefusedSettings, match="with regions, or other labels .*, no class can be added"):
         tuned({"background": 0, "a": 1}, stock(kind="regions"))
 
 
