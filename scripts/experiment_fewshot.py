@@ -357,7 +357,7 @@ def tables(study: Study, rows: list[dict]) -> str:
 def _grid_table(rows: list[dict]) -> list[str]:
     lines = [
         "| protocol | head | chunks | extent | mode | entropy | k | pairs | DSC | worst tenth | HD95 mm | missed "
-        "| ECE volume | ECE foreground | of it honest | Brier volume | NLL volume | base DSC change |",
+        "| ECE volume | ECE foreground | if calibrated | Brier volume | NLL volume | base DSC change |",
         "|---" * 18 + "|",
     ]
     whole = sorted(
@@ -393,7 +393,7 @@ def _structure_table(rows: list[dict], novel: tuple[str, ...]) -> list[str]:
 ROW = ("protocol", "head", "chunks", "extent", "mode", "k", "entropy")
 IDENTITY = ("study", "arm", "structure", *ROW)
 SHOWN = (
-    *("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "ECE_foreground_honest"),
+    *("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "ECE_foreground_if_calibrated"),
     *("Brier_volume", "NLL_volume"),
 )
 TABLES = ("grid", "structures")

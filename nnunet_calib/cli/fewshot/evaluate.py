@@ -19,6 +19,8 @@ from nnunet_calib.cli.fewshot.options import (
 )
 from nnunet_calib.data.errors import UsageError
 
+_PUBLISHED = ("repri", "tim", "tim_volume")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the step's arguments."""
@@ -93,6 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="also with the linear head refined on each query, with these weights of the entropy",
     )
+    parser.add_argument(
+        "--refinements",
+        metavar="R",
+        nargs="+",
+        choices=_PUBLISHED,
+        default=[],
+        help=f"also with the linear head refined as published: {', '.join(_PUBLISHED)} (TIM by gradient descent; the "
+        "last with the volume expected in place of equal shares); P2",
+    )
     parser.add_argument("--voxels", metavar="N", type=int, default=30_000, help="of each support (default: 30000)")
     parser.add_argument(
         "-o",
@@ -136,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         [Registration(kind, args.registration_limit) for kind in args.registration],
         args.margin,
         AXES[args.axis],
+        args.refinements,
     )
     images, labels = args.queries or (None, None)
     rows = evaluate_folder(
@@ -155,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         registrations=args.registrations,
         **prediction,
     )
-    names = ("protocol", "head", "registration", "chunks", "extent", "k", "entropy", "pairs")
+    names = ("protocol", "head", "registration", "chunks", "extent", "k", "refinement", "entropy", "pairs")
     numbers = ("Dice", "Dice_worst_tenth", "HD95_median", "ECE_volume", "ECE_foreground", "base_before", "base_after")
     print("  ".join([*names, *numbers]))
     for row in rows:

@@ -54,7 +54,7 @@ def refine_on_query(
     position = torch.from_numpy(fitted.frame.position(alignment(scan.mm(chosen))).astype(np.float32))
     chunk = chunk_weights(fitted.settings, position)
     within = torch.from_numpy(near[chosen])
-    share_expected = None if not expected else expected / (scan.base.size * scan.voxel_mm3)
+    share_expected = None if not expected or objective.predicted else expected / (scan.base.size * scan.voxel_mm3)
     refined: list[Head] = []
     for head, sample, features in zip(fitted.heads, fitted.samples, sampled(chosen), strict=True):
         assert isinstance(head, LinearHead)

@@ -12,8 +12,12 @@ import numpy as np
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.fewshot.measure.scores import summarise
+from nnunet_calib.fewshot.measure.trials import OWN
 
-GROUPS = ("structure", "protocol", "head", "chunks", "extent", "mode", "k", "entropy", "registration", "margin", "axis")
+GROUPS = (
+    *("structure", "protocol", "head", "chunks", "extent", "mode", "k", "refinement", "entropy", "registration"),
+    *("margin", "axis"),
+)
 """What tells the rows of a summary apart."""
 
 
@@ -30,6 +34,8 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text().splitlines():
         try:
             record = json.loads(line)
+            # Until 2026-11 there was one refinement, and only its entropy was told.
+            record.setdefault("refinement", None if record["entropy"] is None else OWN)
             records[identity(record)] = record
         except (json.JSONDecodeError, LookupError, TypeError):
             continue

@@ -16,13 +16,13 @@ CALIBRATION = ("ECE", "Brier", "NLL")
 SECONDS = ("seconds", "seconds_registration")
 """Of the processor: what a query took without the network, and what its registrations took when they were made."""
 
-HONEST = "ECE_foreground_honest"
+IF_CALIBRATED = "ECE_foreground_if_calibrated"
 ORACLE_SCORES = ("Brier_volume_oracle", "NLL_volume_oracle")
 NUMBERS = (
     "Dice",
     "HD95",
     *(f"{score}_{region}" for region in REGIONS for score in CALIBRATION),
-    HONEST,
+    IF_CALIBRATED,
     *ORACLE_SCORES,
 )
 """Keys of ``novel_scores``, in the order of files and tables."""
@@ -48,8 +48,8 @@ def novel_scores(
         ``Dice``, ``HD95`` (mm) and, for the two classes (novel, all else), ``ECE``, ``Brier`` (sum over both, in
         [0, 2]) and ``NLL`` (nats) in the regions ``volume`` and ``foreground`` (union of reference and
         segmentation); with the definitions and empty cases of `nnunet_calib.metrics`; what of the latter ECE a map
-        whose probabilities are all true would have (``honest_foreground_ece``); and Brier and NLL in the volume after
-        the best monotone recalibration (``oracle_recalibration``).
+        whose probabilities are all true would have (``calibrated_foreground_ece``); and Brier and NLL in the volume
+        after the best monotone recalibration (``oracle_recalibration``).
     """
     segmentation = probability > 0.5 if segmentation is None else segmentation
     counted = np.ones(reference.shape, dtype=bool) if counted is None else counted
@@ -63,7 +63,7 @@ def novel_scores(
     for region in REGIONS:
         scores = metrics.scores(statistics[region], ["0", "1"])
         found |= {f"{score}_{region}": scores[score] for score in CALIBRATION}
-    found[HONEST] = honest_foreground_ece(probability[counted], segmentation[counted])
+    found[IF_CALIBRATED] = calibrated_foreground_ece(probability[counted], segmentation[counted])
     return found | oracle_recalibration(probability[counted], reference[counted])
 
 
@@ -94,7 +94,7 @@ def oracle_recalibration(probability: np.ndarray, reference: np.ndarray) -> dict
     return dict(zip(ORACLE_SCORES, (float(brier), float(nll)), strict=True))
 
 
-def honest_foreground_ece(probability: np.ndarray, segmentation: np.ndarray) -> float:
+def calibrated_foreground_ece(probability: np.ndarray, segmentation: np.ndarray) -> float:
     """The ECE in ``foreground`` that is to be expected of a map whose probabilities are all true.
 
         E = sum_{v not segmented} p (1 - p) / (n_segmented + sum_{v not segmented} p)

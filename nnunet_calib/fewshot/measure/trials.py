@@ -10,12 +10,14 @@ from nnunet_calib.fewshot.measure.protocols import PAPER, PAPER_CHUNKS, REAL
 from nnunet_calib.fewshot.measure.registered import REGISTRATION
 from nnunet_calib.fewshot.structure.fitted import SUPERIOR, Settings
 from nnunet_calib.fewshot.structure.heads.adapter import AdapterHead
-from nnunet_calib.fewshot.structure.objective import Objective
+from nnunet_calib.fewshot.structure.objective import PUBLISHED, Objective
 from nnunet_calib.fewshot.structure.prior import MARGIN
 from nnunet_calib.fewshot.task.adapters import FEWEST
 from nnunet_calib.fewshot.volume.registration import Registration
 
 ORACLE = "oracle"
+OWN = "volume"
+"""The refinement that `fit --refine` has: the volume prior as a hinge."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Trial:
         settings: see there; of P1 the extent pairs no chunks.
         k: supports; 1 for P1.
         most_sets: of k supports; all windows if None.
+        refinement: name of the settings' objective, ``OWN`` or of ``PUBLISHED``; None without.
     """
 
     protocol: str
     settings: Settings
     k: int = 1
     most_sets: int | None = None
+    refinement: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """The values of ``GROUPS`` but the structure."""
@@ -45,6 +49,7 @@ class Trial:
             "mode": "hard" if self.protocol == PAPER else settings.mode,
             "k": self.k,
             "entropy": None if settings.objective is None else settings.objective.entropy,
+            "refinement": self.refinement,
             "registration": settings.registration.kind,
             "margin": settings.margin,
             "axis": settings.axis,
@@ -63,9 +68,11 @@ def grid(
     registrations: Sequence[Registration] = (Registration("none"),),
     margin: float = MARGIN,
     axis: int = SUPERIOR,
+    refinements: Sequence[str] = (),
 ) -> list[Trial]:
-    """All combinations; of P1 one chunk number, one support and no extent. Entropies are for linear heads.
+    """All combinations; of P1 one chunk number, one support and no extent.
 
+    Entropies and refinements (of ``PUBLISHED``) are for linear heads in P2.
     Adapters are for P2 with three supports or more, in one chunk. P1 knows no registration. Registration alone is one
     trial for each k and each kind of registration, ``deformable`` if none is named.
 
@@ -79,11 +86,12 @@ def grid(
         for head in heads:
             trials.append(Trial(PAPER, Settings(head, PAPER_CHUNKS, "hard", axis=axis, margin=margin, calibrate=False)))
     if REAL in protocols:
-        for how, head, n, extent, k, entropy in itertools.product(registrations, heads, chunks, extents, ks, entropies):
-            if entropy is None or head == "linear":
-                objective = None if entropy is None else Objective(entropy=entropy)
+        refined: list[str | float | None] = [*entropies, *refinements]
+        for how, head, n, extent, k, one in itertools.product(registrations, heads, chunks, extents, ks, refined):
+            if one is None or head == "linear":
+                objective, name = _objective(one, k)
                 settings = Settings(head, n, mode, extent, axis, margin, objective, registration=how)
-                trials.append(Trial(REAL, settings, k, most_sets))
+                trials.append(Trial(REAL, settings, k, most_sets, name))
         for how, extent, k in itertools.product(registrations, extents, ks):
             if adapted and k >= FEWEST:
                 settings = Settings(AdapterHead.key, 1, mode, extent, axis, margin, registration=how)
@@ -95,3 +103,12 @@ def grid(
     if not trials:
         raise UsageError(f"nothing to try: registration is for protocol P2, adapters too and for k of {FEWEST} or more")
     return trials
+
+
+def _objective(refinement: str | float | None, k: int) -> tuple[Objective | None, str | None]:
+    """A published objective, or ours with a weight of the entropy, and its name; neither for None."""
+    if refinement is None:
+        return None, None
+    if isinstance(refinement, str):
+        return PUBLISHED[refinement](k), refinement
+    return Objective(entropy=refinement), OWN

@@ -17,7 +17,8 @@ maximization for few-shot learning (TIM), NeurIPS 2020.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Objective:
         entropy: of H.
         margin: of the hinge; None: the KL divergence.
         uniform: D = -H(mean p), whatever is expected.
+        predicted: pi is not what the volume prior expects but what the head predicts, as published for RePRI.
     """
 
     support: float = 1.0
@@ -49,6 +51,7 @@ class Objective:
     entropy: float = 0.1
     margin: float | None = MARGIN
     uniform: bool = False
+    predicted: bool = False
 
     def __call__(
         self,
@@ -89,15 +92,15 @@ class Objective:
         return (off.abs() - self.margin).clamp_min(0)
 
 
-def published_repri(supports: int) -> Objective:
-    """RePRI's weights: 1, 1/k, 1/k, and the KL divergence."""
-    return Objective(prior=1 / supports, entropy=1 / supports, margin=None)
+_TIM = Objective(support=0.1, prior=1.0, entropy=0.1, margin=None)
 
-
-TIM = Objective(support=0.1, prior=1.0, entropy=0.1, margin=None)
-"""TIM's weights, held against the volume prior."""
-
-PUBLISHED_TIM = Objective(support=0.1, prior=1.0, entropy=0.1, uniform=True)
+PUBLISHED: dict[str, Callable[[int], Objective]] = {
+    "repri": lambda supports: Objective(prior=1 / supports, entropy=1 / supports, margin=None, predicted=True),
+    "tim": lambda supports: replace(_TIM, uniform=True),
+    "tim_volume": lambda supports: _TIM,
+}
+"""Objectives with the weights of the papers, for k supports, to compare with: RePRI, its KL against shares that it
+estimates itself; TIM by gradient descent (TIM-GD); and TIM with its KL against the volume prior for -H(mean p)."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,7 @@ def refine(
         first = predicted()
         _minimise(parts, lambda: value(first, objective), _BEFORE_UPDATE)
         second = predicted()
-        firmer = Objective(
-            objective.support, objective.prior + 1, objective.entropy, objective.margin, objective.uniform
-        )
+        firmer = replace(objective, prior=objective.prior + 1)
         _minimise(parts, lambda: value(second, firmer), steps - _BEFORE_UPDATE)
     projections, terms, bias = (part.detach() for part in parts)
     return LinearHead(projections, terms, bias, head.row, head.offset)

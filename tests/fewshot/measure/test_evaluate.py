@@ -137,6 +137,15 @@ def test_pairs_that_are_there_are_not_computed_again(supports, evaluated, monkey
     assert repr(run(supports, output, trials)) == repr(rows)
 
 
+def test_published_refinements_are_trials_of_their_own(supports, tmp_path):
+    trials = grid(["linear", "prototype"], [2], ["aligned"], [2], ["P2"], most_sets=1, refinements=["repri", "tim"])
+    rows = run(supports, tmp_path, trials)
+    told = {(row["head"], row["refinement"]): row for row in rows}
+    assert told.keys() == {("linear", None), ("linear", "repri"), ("linear", "tim"), ("prototype", None)}
+    assert told["linear", "repri"]["entropy"] == 0.5  # 1 / k
+    assert len({told["linear", name]["NLL_volume"] for name in (None, "repri", "tim")}) == 3
+
+
 def test_a_line_that_was_cut_off_is_computed_again(supports, evaluated, tmp_path):
     lines = (evaluated[0] / "pairs.jsonl").read_text().splitlines()
     (tmp_path / "pairs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:40]]))

@@ -8,7 +8,7 @@ import pytest
 from nnunet_calib.fewshot.measure.scores import (
     NUMBERS,
     base_dice,
-    honest_foreground_ece,
+    calibrated_foreground_ece,
     mean_dice,
     novel_scores,
     oracle_recalibration,
@@ -87,16 +87,16 @@ def test_pairs_are_summarised_by_group():
     assert three["Dice"] == pytest.approx(0.7)
 
 
-def test_an_honest_map_has_the_ece_in_the_foreground_that_is_foretold():
+def test_a_calibrated_map_has_the_ece_in_the_foreground_that_is_foretold():
     rng = np.random.default_rng(0)
     p = rng.beta(0.3, 2.0, size=(60, 60, 60))
     drawn = [novel_scores(p, rng.random(p.shape) < p, SPACING, p > 0.4)["ECE_foreground"] for _ in range(3)]
-    assert honest_foreground_ece(p, p > 0.4) == pytest.approx(np.mean(drawn), abs=0.005)
-    assert honest_foreground_ece(p, p > 0.4) > 0.1
+    assert calibrated_foreground_ece(p, p > 0.4) == pytest.approx(np.mean(drawn), abs=0.005)
+    assert calibrated_foreground_ece(p, p > 0.4) > 0.1
 
 
 def test_a_sure_map_is_foretold_no_error():
-    assert honest_foreground_ece(np.array([0.0, 1.0]), np.array([False, True])) == 0
+    assert calibrated_foreground_ece(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 
 def test_the_oracle_is_the_best_monotone_recalibration():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnunet_calib.fewshot.structure.heads import LinearHead
-from nnunet_calib.fewshot.structure.objective import PUBLISHED_TIM, TIM, Objective, Query, published_repri, refine
+from nnunet_calib.fewshot.structure.objective import PUBLISHED, Objective, Query, refine
 
 
 def case(seed=0, n=400, m=300):
@@ -39,9 +39,9 @@ def naive(s, y, w, q, v, within, pi, objective, which):
 
 
 OBJECTIVES = [
-    (published_repri(2), "kl"),
-    (TIM, "kl"),
-    (PUBLISHED_TIM, "marginal entropy"),
+    (PUBLISHED["repri"](2), "kl"),
+    (PUBLISHED["tim_volume"](1), "kl"),
+    (PUBLISHED["tim"](1), "marginal entropy"),
     (Objective(), "hinge"),
 ]
 
@@ -76,7 +76,7 @@ def test_the_gradient_in_closed_form():
     s, y, w, q, v, within = case()
     s.requires_grad_()
     q.requires_grad_()
-    published_repri(2)(s, y, w, q, v, within, 0.1).backward()
+    PUBLISHED["repri"](2)(s, y, w, q, v, within, 0.1).backward()
     torch.testing.assert_close(s.grad, w * (s.sigmoid() - y.double()).detach())
     p = q.detach().sigmoid()
     m, slope = v @ p, p * (1 - p)
@@ -141,15 +141,14 @@ def test_entropy_makes_the_head_surer():
 def test_without_a_prior_the_own_prediction_is_the_anchor():
     head, supports, query, _ = fitted(shift=-0.3)
     share = predicted(head, query).sigmoid().mean()
-    after = predicted(refine(head, supports, query, None, published_repri(1)), query)
+    after = predicted(refine(head, supports, query, None, PUBLISHED["repri"](1)), query)
     assert after.sigmoid().mean() == pytest.approx(float(share), abs=0.03)
 
 
 def test_tim_as_published_wants_classes_of_one_size():
     head, supports, query, _ = fitted()
-    shares = [
-        float(predicted(refine(head, supports, query, 0.2, o), query).sigmoid().mean()) for o in (PUBLISHED_TIM, TIM)
-    ]
+    objectives = [PUBLISHED[name](1) for name in ("tim", "tim_volume")]
+    shares = [float(predicted(refine(head, supports, query, 0.2, o), query).sigmoid().mean()) for o in objectives]
     assert shares[0] > 0.3
     assert shares[1] == pytest.approx(0.2, abs=0.05)
 

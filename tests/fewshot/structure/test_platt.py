@@ -1,4 +1,4 @@
-"""Probabilities from left-out supports: known truths recovered, and honest where the head is too sure."""
+"""Probabilities from left-out supports: known truths recovered, and less sure where the head is too sure."""
 
 from functools import partial
 
