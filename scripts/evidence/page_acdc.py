@@ -18,6 +18,8 @@ COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE referen
 NAMES = {
     AGAIN: "stock, a second time",
     "balanced": "NACL with balanced means",
+    "dca-foreground": "DCA over the foreground",
+    "meep-dca": "MEEP and DCA, Dice weight 1",
     "crac": "CRaC",
     "mbls": "MbLS",
     "meepkl": "MEEP, KL",

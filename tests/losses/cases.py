@@ -75,7 +75,6 @@ OPTIONS: list[Case] = [
     ("ace", {"include_background": False}),
     ("ace", {"include_background": False, "soft": True}),
     ("dca", {"weight": 1.0}),
-    ("dca", {"region": "foreground", "weight": 1.0}),
 ]
 
 SHAPES = {"2d": (4, 5), "3d": (3, 2, 4)}

@@ -244,15 +244,13 @@ def shares(p: float, bins: int, width: float, soft: bool) -> list[tuple[int, flo
     return [(upper - 1, 1 - share), (upper, share)]
 
 
-def dca(logits, target, valid=None, *, weight=10.0, region="volume") -> Terms:
+def dca(logits, target, valid=None, *, weight=10.0) -> Terms:
     base = cross_entropy(logits, target, valid)
     confidence, correct = [], []
     for _, z, y in voxels(logits, target, valid):
-        if region == "foreground" and max(range(len(z)), key=z.__getitem__) == y == 0:
-            continue
         confidence.append(math.exp(max(log_softmax(z))))
         correct.append(float(max(range(len(z)), key=z.__getitem__) == y))
-    difference = abs(mean(correct) - mean(confidence)) if correct else 0.0
+    difference = abs(mean(correct) - mean(confidence))
     return {"loss": base + weight * difference, "cross_entropy": base, "difference": difference}
 
 

@@ -10,7 +10,7 @@ from torch import distributed
 
 from .cases import name, problem
 
-CASES = [("meep", {}), ("meep", {"variant": "kl"}), ("dca", {}), ("dca", {"region": "foreground"})]
+CASES = [("meep", {}), ("meep", {"variant": "kl"}), ("dca", {})]
 FORM = "labels"
 ROOT = Path(__file__).parents[2]
 

@@ -3,20 +3,32 @@
 With the optimiser of the papers on MbLS, NACL and CRaC (Adam, first step 1e-3), and with losses under trial.
 """
 
-from evidence_losses import BalancedNACLLoss
+from evidence_losses import BalancedNACLLoss, ForegroundDCALoss, MEEPDCALoss
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerVanillaAdam
 
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.training.base import CalibrationTrainer
 from nnunet_calib.training.trainers import TRAINERS
 
-LOSSES["balanced_nacl"] = BalancedNACLLoss
+LOSSES |= {"balanced_nacl": BalancedNACLLoss, "foreground_dca": ForegroundDCALoss, "meep_dca": MEEPDCALoss}
 
 
 class BalancedNACLTrainer(CalibrationTrainer):
     """NACL with balanced means."""
 
     LOSS = "balanced_nacl"
+
+
+class ForegroundDCATrainer(CalibrationTrainer):
+    """DCA over the foreground."""
+
+    LOSS = "foreground_dca"
+
+
+class MEEPDCATrainer(CalibrationTrainer):
+    """MEEP and DCA."""
+
+    LOSS = "meep_dca"
 
 
 for _trainer in TRAINERS.values():
