@@ -8,8 +8,8 @@ NACL's distance with groups of voxels that weigh the same, however few they are:
 M, the others in whose neighbourhood labels differ; S, the settled rest. In the published form one mean over all voxels
 is mostly one over S, whose logits it pulls to 1 and 0: background that was right to be sure becomes less so.
 
-``ForegroundDCALoss``: both means of DCA over the voxels that the label or the network calls a structure. ``MEEPDCALoss``:
-MEEP makes the wrong voxels doubtful, DCA holds the mean confidence at the accuracy meanwhile.
+``ForegroundDCALoss``: both means of DCA over the voxels that the label or the network calls a structure.
+``MEEPDCALoss``: MEEP makes the wrong voxels doubtful, DCA holds the mean confidence at the accuracy meanwhile.
 """
 
 import torch
