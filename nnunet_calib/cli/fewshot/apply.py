@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if missing := [task for task in args.tasks if not task.exists()]:
         raise InputError(f"{missing[0]}: there is no such task file")
     check_files(args, args.images)
-    from nnunet_calib.fewshot.apply.folder import apply_folder
+    from nnunet_calib.fewshot.apply.folder import apply_folder, wider_views
 
     reports = apply_folder(
         args.model,
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{report['case']:<32} {name:<20} {what:>12}")
             for warning in found["warnings"]:
                 print(f"nnunet-calib fewshot: {report['case']}, {name}: {warning}", file=sys.stderr)
+    if wider := wider_views(reports):
+        print(f"nnunet-calib fewshot: {wider}", file=sys.stderr)
     done = len(reports) - len(broken)
     left = f", {len(broken)} could not be used" if broken else ""
     print(f"{done} {'case' if done == 1 else 'cases'}{left}; written to {args.output}")

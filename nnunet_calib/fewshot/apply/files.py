@@ -23,6 +23,9 @@ from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.files import MEASURES, Volume, to_image_grid, turn_back, voxel_size, write_segmentation
 
 _PACKAGES = ("nnunet-calib", "nnunetv2", "torch", "numpy")
+AXES = ("left to right", "posterior to anterior", "inferior to superior")
+"""The patient axes, as reports name them."""
+
 _OUTSIDE = -40.0  # log odds outside the box that nnU-Net crops to
 _ROWS = 1 << 22  # logits at once
 
@@ -133,6 +136,7 @@ def report_of(volume: Volume, structures: Structures, found: Sequence[Found], vo
             measure: count * step,
             f"expected_{measure}": novel.expected_mm3,
             "share_in_view": one.in_view,
+            "shown_by_supports": dict(zip(AXES, np.round(one.shown, 3).tolist(), strict=True)),
             "presence_score": float(novel.presence) if np.isfinite(novel.presence) else None,
             "presence_limit": fitted.presence_limit,
             "shift_by_volume_prior": novel.shift,

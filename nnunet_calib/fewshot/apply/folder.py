@@ -16,7 +16,7 @@ from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden, read_json, write_whole
 from nnunet_calib.data.model import CHECKPOINT, file_sha256
-from nnunet_calib.fewshot.apply.files import make_folders, report_of, write_case
+from nnunet_calib.fewshot.apply.files import AXES, make_folders, report_of, write_case
 from nnunet_calib.fewshot.apply.query import Structures, find_structures
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
@@ -27,6 +27,9 @@ from nnunet_calib.fewshot.volume.registrar import Registrar
 REPORT_ENDING = ".fewshot.json"
 MADE_FROM = "made_from.json"
 """What all cases of a folder were made from."""
+
+_SHOWN = 0.75
+"""Share of a query's extent along an axis that supports should show: less is told. Images differ by some air around."""
 
 
 def apply_folder(
@@ -134,6 +137,30 @@ def apply_folder(
     volumes = _ahead(read, list(cases), readers)
     bar = tqdm(zip(cases, volumes, strict=True), "cases", len(cases), unit="case", disable=not progress)
     return [segment(case, volume) for case, volume in bar]
+
+
+def wider_views(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """A line where queries show much more of the body than the supports do, for there nothing is found; else None.
+
+    Args:
+        reports: of ``apply_folder``.
+    """
+    told = []
+    for axis in AXES:
+        shown = {
+            report["case"]: min(found["shown_by_supports"][axis] for found in report["structures"].values())
+            for report in reports
+            if "error" not in report
+        }
+        if wider := [case for case in shown if shown[case] < _SHOWN]:
+            worst = min(wider, key=shown.__getitem__)
+            told.append(f"{len(wider)} of {len(shown)} {axis} (of {worst} they show {shown[worst]:.0%})")
+    if not told:
+        return None
+    return (
+        f"cases show much more of the body than the supports: {', '.join(told)}; what no support shows is not found. "
+        "Annotate volumes that show all of it, or crop the images"
+    )
 
 
 def _check_same_results(output: Path, made_from: Mapping[str, Any], replaced: Collection[str]) -> None:

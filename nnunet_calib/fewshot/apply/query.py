@@ -49,6 +49,7 @@ class Found:
         distance: of the query's features from the supports'.
         landmarks: base classes that the query was aligned by.
         in_view: share of the structure that the field of view can hold.
+        shown: float (3,), share of the query's extent along each patient axis that the supports show too.
         carried: what registration brought from the supports.
     """
 
@@ -56,6 +57,7 @@ class Found:
     distance: float
     landmarks: int
     in_view: float
+    shown: np.ndarray
     carried: Carried | None = None
 
 
@@ -133,6 +135,7 @@ def _found(
         task.background.distance(features),
         int(alignment.landmarks[fitted.settings.axis]),
         fitted.share_in_view(scan, alignment),
+        fitted.frame.shown(scan.size, alignment),
         carried,
     )
 

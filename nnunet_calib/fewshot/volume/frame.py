@@ -172,6 +172,20 @@ class Frame:
         found = counts > 0
         return Alignment(np.where(found, scale, ends.scale), np.where(found, shift, ends.shift), counts)
 
+    def shown(self, size: np.ndarray, alignment: Alignment) -> np.ndarray:
+        """Share of a volume's extent along each axis that the supports show too, float64 (3,).
+
+        Along an axis with landmarks of where both lie; without, of how long both are.
+
+        Args:
+            size: float (3,), mm from edge to edge.
+            alignment: of the volume, as ``align`` finds it.
+        """
+        size = np.asarray(size, dtype=np.float64)
+        first, last = alignment(np.zeros(3)), alignment(size)
+        common = (np.minimum(last, self.high) - np.maximum(first, self.low)).clip(min=0)
+        return np.where(alignment.landmarks > 0, common / (last - first), ((self.high - self.low) / size).clip(max=1))
+
     def position(self, mm: np.ndarray) -> np.ndarray:
         """U (..., 3) of places (..., 3) in mm of the frame; [0, 1] inside it."""
         return (mm - self.low) / (self.high - self.low)

@@ -14,7 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_calib.cli.main import main
 from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.fewshot.apply.folder import apply_folder
+from nnunet_calib.fewshot.apply.folder import apply_folder, wider_views
 from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.structure.objective import Objective
@@ -339,6 +339,30 @@ def test_a_smaller_field_of_view_lowers_the_volume_expected(supports, tmp_path):
     assert told["share_in_view"] < 0.9
     assert told["expected_volume_mm3"] < 0.95 * supports.fitted.structure.prior.volume
     assert any("the field of view can hold" in warning for warning in told["warnings"])
+
+
+def test_queries_that_show_more_than_the_supports_are_told_in_one_line(supports, tmp_path):
+    for seed in (0, 1):
+        image, ball = phantom(seed)
+        write_case(tmp_path / "half", f"case_{seed}", seed, image=image[..., :13], structure=ball[..., :13])
+        write_case(tmp_path / "whole", f"query_{seed}", seed + 10)
+    task = tmp_path / "half.fewshot"
+    fit_folder(
+        supports.model,
+        tmp_path / "half" / "images",
+        tmp_path / "half" / "labels",
+        task,
+        structures={"ball": STRUCTURE},
+        progress=False,
+    )
+    reports = apply_folder(supports.model, [task], tmp_path / "whole" / "images", tmp_path / "out", progress=False)
+    assert [0.4 < r["structures"]["ball"]["shown_by_supports"]["left to right"] < 0.7 for r in reports] == [True, True]
+    line = wider_views(reports)
+    assert line is not None
+    assert line.startswith("cases show much more of the body than the supports: 2 of 2 left to right (of query_")
+    assert "inferior" not in line
+    own = apply_folder(supports.model, [task], tmp_path / "half" / "images", tmp_path / "own", progress=False)
+    assert wider_views(own) is None
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "PIR"])

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from nnunet_calib.fewshot.volume.frame import (
+    Alignment,
     Chunks,
+    Frame,
     align,
     frame_of_landmarks,
     frame_of_volumes,
@@ -123,3 +125,11 @@ def test_volumes_are_split_by_their_ends():
     frame, (first, second) = frame_of_volumes([np.array([100.0, 100, 100]), np.array([50.0, 200, 100])])
     assert frame.position(first(np.array([30.0, 30, 30]))) == pytest.approx([0.3, 0.3, 0.3])
     assert frame.position(second(np.array([30.0, 30, 30]))) == pytest.approx([0.6, 0.15, 0.3])
+
+
+def test_what_of_a_volume_the_supports_show():
+    frame = Frame("aligned", np.zeros(3), np.array([100.0, 100.0, 50.0]), {})
+    size = np.array([200.0, 80.0, 100.0])
+    found = Alignment(np.ones(3), np.array([-150.0, 30.0, 20.0]), np.array([3, 3, 0]))
+    # 50 of 200 mm overlap, 70 of 80; nothing is known of where the third lies, but it is twice as long
+    assert frame.shown(size, found).tolist() == [0.25, 0.875, 0.5]
