@@ -35,7 +35,9 @@ from nnunet_calib.data.files import write_whole
 from nnunet_calib.fewshot.measure.protocols import real_episodes, worst_tenth
 from nnunet_calib.fewshot.measure.registered import propagated
 from nnunet_calib.fewshot.measure.scores import novel_scores
-from nnunet_calib.fewshot.structure.fitted import NovelMap, Settings, apply_structure, carry_to, fit_structure
+from nnunet_calib.fewshot.structure.fitted import NovelMap, Settings
+from nnunet_calib.fewshot.structure.from_supports import fit_structure
+from nnunet_calib.fewshot.structure.in_query import apply_structure, carry_to
 from nnunet_calib.fewshot.volume.anatomy import Anatomy, signed_distance
 from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled
 from nnunet_calib.fewshot.volume.registrar import Registrar

@@ -14,8 +14,9 @@ from torch import Tensor
 from nnunet_calib.fewshot.apply.refine import refine_on_query
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
-from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, apply_structure, carry_to
+from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
+from nnunet_calib.fewshot.structure.in_query import apply_structure, carry_to
 from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.atlas import Carried

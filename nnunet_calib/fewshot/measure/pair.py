@@ -16,8 +16,10 @@ from nnunet_calib.fewshot.measure.registered import propagated
 from nnunet_calib.fewshot.measure.scores import novel_scores
 from nnunet_calib.fewshot.measure.trials import Trial
 from nnunet_calib.fewshot.network.base_model import BaseModel
-from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap, apply_structure, carry_to, fit_structure
+from nnunet_calib.fewshot.structure.fitted import FittedStructure, NovelMap
+from nnunet_calib.fewshot.structure.from_supports import fit_structure
 from nnunet_calib.fewshot.structure.heads.adapter import AdapterHead
+from nnunet_calib.fewshot.structure.in_query import apply_structure, carry_to
 from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.fit import nested
 from nnunet_calib.fewshot.volume.atlas import Carried

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
-from nnunet_calib.fewshot.structure.fitted import Settings, expected_without_fit
+from nnunet_calib.fewshot.structure.fitted import Settings
+from nnunet_calib.fewshot.structure.from_supports import expected_without_fit
 from nnunet_calib.fewshot.structure.heads.adapter import AdapterHead
 from nnunet_calib.fewshot.task.adapter_training import AdapterSettings, AnnotatedImage, fit_adapters
 from nnunet_calib.fewshot.volume.files import IGNORED, STRUCTURE, Volume

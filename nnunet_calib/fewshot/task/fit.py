@@ -16,7 +16,8 @@ from nnunet_calib.data.software import installed_versions
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.background import Background
-from nnunet_calib.fewshot.structure.fitted import Settings, fit_structure
+from nnunet_calib.fewshot.structure.fitted import Settings
+from nnunet_calib.fewshot.structure.from_supports import fit_structure
 from nnunet_calib.fewshot.structure.heads import AdapterHead, Head
 from nnunet_calib.fewshot.task.adapters import adapt
 from nnunet_calib.fewshot.task.file import ENDING, Task, thinned, write_tasks

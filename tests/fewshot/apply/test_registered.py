@@ -13,7 +13,8 @@ from nnunet_calib.cli.main import main
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.measure.trials import grid
-from nnunet_calib.fewshot.structure.fitted import Settings, _leave_far
+from nnunet_calib.fewshot.structure.fitted import Settings
+from nnunet_calib.fewshot.structure.in_query import _leave_far
 from nnunet_calib.fewshot.structure.platt import PlattScaling
 from nnunet_calib.fewshot.task.file import read_tasks
 from nnunet_calib.fewshot.volume.atlas import Carried
