@@ -1,6 +1,7 @@
 """Which reference, prediction and probability files belong together."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,18 +75,22 @@ def pair_cases(
             name,
             reference_folder / (name + file_ending),
             prediction_folder / (name + file_ending),
-            next(
-                (
-                    path
-                    for ending in ENDINGS
-                    if is_named(path := prediction_folder / (name + ending))
-                    and path.name not in label_maps  # of a case called x_probabilities
-                ),
-                None,
-            ),
+            probabilities_of(prediction_folder, name, label_maps),
         )
         for name in sorted(predictions)
     ]
+
+
+def probabilities_of(folder: Path, name: str, label_maps: Collection[str] = ()) -> Path | None:
+    """The file of a case's probabilities beside its label map; None without one.
+
+    Args:
+        folder: of the label map.
+        name: of the case.
+        label_maps: names of files that are label maps, such as that of a case called x_probabilities.
+    """
+    paths = (folder / (name + ending) for ending in ENDINGS)
+    return next((path for path in paths if path.name not in label_maps and is_named(path)), None)
 
 
 def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:

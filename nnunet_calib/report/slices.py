@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from nnunet_calib.data.cases import probabilities_of
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import is_named
@@ -74,7 +75,7 @@ def case_pictures(
     image = _read_image(image_file, reader)
     if image.shape != reference.labels.shape:
         raise InputError(f"{image_file}: shape {image.shape} differs from {reference.labels.shape} of its reference")
-    confidence = _confidence(record, dataset, reference.labels.shape)
+    confidence = _confidence(run, case, dataset, reference.labels.shape)
     valid = reference.labels != dataset.ignore_label
     wrong = (reference.labels != prediction.labels) & valid
     found = (reference.labels != 0) | (prediction.labels != 0)
@@ -97,12 +98,12 @@ def _read_image(path: Path, reader: Any) -> np.ndarray:
     return np.asarray(volume[0], dtype=np.float32)
 
 
-def _confidence(record: Any, dataset: Dataset, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Of the top label, or the least sure region; None without a probability file."""
-    file = record.get("probabilities_file")
-    if not file or not is_named(Path(file)):
+def _confidence(run: Run, case: str, dataset: Dataset, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Of the top label, or the least sure region; None without a file of the probabilities that were scored."""
+    file = _probabilities(run, case)
+    if file is None:
         return None
-    stored = ProbabilityFile(Path(file), exclusive=not dataset.has_regions)
+    stored = ProbabilityFile(file, exclusive=not dataset.has_regions)
     stored.check_fits(len(dataset.channels), shape, None)
     confidence = np.full(shape, np.inf if dataset.has_regions else 0.0, dtype=np.float32)
     for channel in stored.channels():
@@ -111,6 +112,16 @@ def _confidence(record: Any, dataset: Dataset, shape: tuple[int, ...]) -> np.nda
         else:
             np.maximum(confidence, channel, out=confidence)
     return confidence
+
+
+def _probabilities(run: Run, case: str) -> Path | None:
+    record = run.records[case]
+    if run.protocol.get("probabilities") == "in memory":  # scored before they were written, if they were
+        return probabilities_of(Path(record["prediction_file"]).parent, case)
+    if run.protocol.get("calibrator"):  # the file holds what was calibrated while it was scored
+        return None
+    file = record.get("probabilities_file")
+    return Path(file) if file and is_named(Path(file)) else None
 
 
 def _choose(wrong: np.ndarray, found: np.ndarray) -> list[int]:

@@ -1,4 +1,6 @@
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -124,3 +126,32 @@ def test_bad_usage_of_diagram_is_one_line(root, capsys, more, complaint):
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def pictured(root, tmp_path, protocol: dict, **record) -> list[str]:
+    """Pictures of the page of the first run, with other words in its summary."""
+    folder = tmp_path / "changed"
+    shutil.copytree(root / "scores" / "stock", folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["protocol"] |= protocol
+    for of in summary["metric_per_case"]:
+        of |= record
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = tmp_path / "page.html"
+    assert main(["report", str(folder), "-o", str(page), "--images", str(root / "images")]) == 0
+    return re.findall(r"data:image/png;base64,[^\"']+", page.read_text())
+
+
+def test_what_was_scored_in_memory_is_pictured_from_the_files_that_were_written(root, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    usual = pictured(root, tmp_path / "a", {})
+    assert pictured(root, tmp_path / "b", {"probabilities": "in memory"}, probabilities_file=None) == usual
+
+
+def test_confidence_is_not_that_of_a_file_that_was_calibrated_while_it_was_scored(root, tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    none = pictured(root, tmp_path / "a", {}, probabilities_file=None)
+    assert pictured(root, tmp_path / "b", {"calibrator": {"method": "temperature", "sha256": "0"}}) == none
+    assert pictured(root, tmp_path / "c", {}) != none
