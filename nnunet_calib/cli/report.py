@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for problem in problems:
         print(f"nnunet-calib report: {problem}", file=sys.stderr)
+    if args.images is None:
+        print("no slices of cases: name the images' folder with --images", file=sys.stderr)
     print(answer(comparison))
     print(f"\nwritten to {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
     return 0

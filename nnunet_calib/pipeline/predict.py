@@ -124,7 +124,10 @@ def predict_folder(
     model.check_previous_stage(Path(previous) if previous else None)
     references = Path(reference) if reference else None
     work = _Work(model, output, wanted, options, references, calibrator, protocol or Protocol())
-    cases = work.find(images, Path(previous) if previous else None)[parts[1] :: parts[0]]
+    cases = work.find(images, Path(previous) if previous else None)
+    for line in work.check_references(cases):
+        on_failure(line)
+    cases = cases[parts[1] :: parts[0]]
     work.prepare_folder(cases)
     kept = [] if fresh else [case.name for case in cases if work.holds(case)]
     failed: dict[str, str] = {}
@@ -222,6 +225,21 @@ class _Work:
             stage = None if previous is None else str(previous / f"{name}{ending}")
             found.append(_Image(name, list(map(str, files)), stage))
         return found
+
+    def check_references(self, cases: Sequence[_Image]) -> Iterator[str]:
+        """A line where some cases have no reference.
+
+        Raises:
+            UsageError: none has: the wrong folder was named.
+        """
+        missing = [] if self.reference is None else [case.name for case in cases if self._pair(case) is None]
+        if missing and len(missing) == len(cases):
+            raise UsageError(f"--reference {self.reference}: no reference of these cases, such as {missing[0]}")
+        if missing:
+            yield (
+                f"--reference {self.reference}: no reference of {len(missing)} of {len(cases)} cases, such as "
+                f"{missing[0]}; they are predicted and not scored"
+            )
 
     def prepare_folder(self, cases: Sequence[_Image]) -> None:
         """Make the folder; remove what a killed run did not finish."""

@@ -35,6 +35,7 @@ STYLE: Any = {
 _GAP = "#b2182b"
 FAINT = 0.005
 """Share of the voxels below which a bin is drawn faintly."""
+_SETTLED = 0.05  # coverage from which a risk counts for the height of its diagram
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -189,7 +190,9 @@ def curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylab
                 marker=MARKERS[i % 8], markersize=4, markevery=0.25,
             )  # fmt: skip
         axes.set(xlim=(0, 1), xlabel=xlabel, ylabel=ylabel)
-        axes.set_ylim(bottom=0)
+        settled = [y[x >= _SETTLED] for x, y in lines.values()]  # the first voxels alone would squash the rest
+        highest = max((float(y.max()) for y in settled if len(y)), default=0.0)
+        axes.set_ylim(0, 1.15 * highest if highest > 0 else None)
         if lines:
             axes.legend(frameon=False, fontsize=8)
     return figure

@@ -21,7 +21,7 @@ from nnunet_calib.metrics import Bins
 from nnunet_calib.report import diagram, figures
 from nnunet_calib.report.comparison import Comparison, Endpoint
 from nnunet_calib.report.reliability import TOP, Reliability, read_reliabilities
-from nnunet_calib.report.slices import CasePictures, case_pictures
+from nnunet_calib.report.slices import CasePictures, case_pictures, scored_probabilities
 from nnunet_calib.report.tables import answer, number, p_value, signed
 
 PICTURED = 8
@@ -140,9 +140,9 @@ def _where_overconfident(comparison: Comparison, reliabilities: Mapping[str, Map
         mean, right = (part[worst] / max(total.n[worst], 1) for part in (total.confidence, total.correct))
         over, under = (part.sum() / max(total.n.sum(), 1) for part in (gap.clip(min=0), (-gap).clip(min=0)))
         said.append(
-            f"{name}: calibration error {over + under:.3f} of all voxels together, of which {over:.3f} is "
-            f"overconfidence and {under:.3f} underconfidence; {share:.0%} of it at a confidence of {mean:.0%}, "
-            f"where {right:.0%} are right" + _worst_class(of, structures)
+            f"{name}: ECE {over + under:.3f} with all voxels pooled (the table: mean over cases), of which "
+            f"{over:.3f} is overconfidence and {under:.3f} underconfidence; {share:.0%} of it at a confidence of "
+            f"{mean:.0%}, where {right:.0%} are right" + _worst_class(of, structures)
         )
     return said
 
@@ -154,7 +154,7 @@ def _worst_class(problems: Mapping[str, Bins], structures: Mapping[str, str]) ->
     if len(errors) < 2:
         return "."
     worst = max(errors, key=lambda name: errors[name])
-    return f". By structure it is largest for {worst} ({errors[worst]:.3f})."
+    return f". Of the structures, {worst} has the largest class-wise error ({errors[worst]:.3f})."
 
 
 def _subgroups(comparison: Comparison) -> list[dict[str, Any]]:
@@ -224,13 +224,14 @@ def _pictures(
     endpoint = next((e for e in comparison.primary if e.metric == "ECE"), comparison.primary[0])
     methods = list(dict.fromkeys([comparison.baseline, *endpoint.best()[:1]]))
     for case in list(dict.fromkeys(line["case"] for line in lines))[:pictured]:
-        slices = None  # every method of a case is shown in the same ones
-        for name in methods:
-            run = next((run for run in comparison.methods[name] if case in run.records), None)
+        slices = None  # every method of a case is shown in the same ones, and with the same panels
+        runs = [next((run for run in comparison.methods[name] if case in run.records), None) for name in methods]
+        middle = any(run is not None and scored_probabilities(run, case) is not None for run in runs)
+        for name, run in zip(methods, runs, strict=True):
             if run is None:
                 continue
             try:
-                shown.append(case_pictures(run, case, images, dataset, slices))
+                shown.append(case_pictures(run, case, images, dataset, slices, middle=middle))
                 slices = shown[-1].slices
             except InputError as error:
                 problems.append(f"no slices of {case} ({name}): {error}")

@@ -47,7 +47,13 @@ class CasePictures:
 
 
 def case_pictures(
-    run: Run, case: str, images: Path, dataset: Dataset, slices: Sequence[int] | None = None
+    run: Run,
+    case: str,
+    images: Path,
+    dataset: Dataset,
+    slices: Sequence[int] | None = None,
+    *,
+    middle: bool = False,
 ) -> CasePictures:
     """Draw slices of a case, by default those with the most wrong voxels, spread over the structures' extent.
 
@@ -57,6 +63,7 @@ def case_pictures(
         images: folder with ``<case>_0000`` in the data set's file ending.
         dataset: of the run.
         slices: to draw, index along the first axis.
+        middle: whether there is a panel for the confidence, empty where it is not known. It is there where it is known.
 
     Raises:
         InputError: a file is missing or cannot be used.
@@ -89,6 +96,8 @@ def case_pictures(
             volume[z][window] for volume in (grey, reference.labels, prediction.labels, wrong)
         )
         shown = None if confidence is None else confidence[z][window]
+        if shown is None and middle:
+            shown = np.ones_like(grey_z)
         pictures.append(_picture(grey_z, reference_z, prediction_z, wrong_z, shown, reference.spacing))
     return CasePictures(case, run.name, [int(z) for z in chosen], pictures)
 
@@ -100,7 +109,7 @@ def _read_image(path: Path, reader: Any) -> np.ndarray:
 
 def _confidence(run: Run, case: str, dataset: Dataset, shape: tuple[int, ...]) -> np.ndarray | None:
     """Of the top label, or the least sure region; None without a file of the probabilities that were scored."""
-    file = _probabilities(run, case)
+    file = scored_probabilities(run, case)
     if file is None:
         return None
     stored = ProbabilityFile(file, exclusive=not dataset.has_regions)
@@ -114,7 +123,8 @@ def _confidence(run: Run, case: str, dataset: Dataset, shape: tuple[int, ...]) -
     return confidence
 
 
-def _probabilities(run: Run, case: str) -> Path | None:
+def scored_probabilities(run: Run, case: str) -> Path | None:
+    """The file of the probabilities that a run scored of a case; None where there is none."""
     record = run.records[case]
     if run.protocol.get("probabilities") == "in memory":  # scored before they were written, if they were
         return probabilities_of(Path(record["prediction_file"]).parent, case)

@@ -149,7 +149,11 @@ def _the_others(comparison: Comparison, endpoint: Endpoint, methods: Sequence[st
     told = [f"{d.method} {SAME if d.same else f'{_effect(d)}, {_p(d)}'}" for d in differences[:_TOLD] if d is not None]
     if len(methods) > _TOLD:
         told.append(f"{len(methods) - _TOLD} more in the table")
-    return f" {endpoint.term} against {comparison.baseline}: {'; '.join(told)}." if told else ""
+    if not told:
+        return ""
+    said = f" {endpoint.term} against {comparison.baseline}: {'; '.join(told)}."
+    between = any(d.baseline != comparison.baseline for d in endpoint.differences)
+    return said if between or len(comparison.methods) < 3 else f"{said} Others are not compared in pairs (--all-pairs)."
 
 
 def _shown_worse(comparison: Comparison) -> str:

@@ -329,3 +329,16 @@ def test_a_damaged_image_is_reported_and_not_predicted(damage, tmp_path, capsys)
     assert "case_0_0000.nii.gz" in capsys.readouterr().err
     assert not (tmp_path / "ours" / "case_0.nii.gz").exists()
     assert (tmp_path / "ours" / "case_1.nii.gz").exists()
+
+
+def test_references_of_other_cases_are_refused_before_anything_is_predicted(tmp_path, capsys):
+    model, images = write_model(tmp_path / "model"), write_images(tmp_path / "images")
+    references = tmp_path / "references"
+    references.mkdir()
+    assert predict(model, images, tmp_path / "out", "--reference", references) == 2
+    assert f"--reference {references}: no reference of these cases, such as case_0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    write_image(references / "case_1.nii.gz", phantom(1, (15, 30, 26))[1].astype(np.uint8), spacing=SPACING)
+    assert predict(model, images, tmp_path / "out", "--reference", references) == 0
+    assert "no reference of 1 of 2 cases, such as case_0; they are predicted and not scored" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["metric_per_case"]) == 1

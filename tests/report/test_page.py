@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import re
 import shutil
@@ -5,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nnunet_calib.cli.main import main
 
@@ -155,3 +158,26 @@ def test_confidence_is_not_that_of_a_file_that_was_calibrated_while_it_was_score
     none = pictured(root, tmp_path / "a", {}, probabilities_file=None)
     assert pictured(root, tmp_path / "b", {"calibrator": {"method": "temperature", "sha256": "0"}}) == none
     assert pictured(root, tmp_path / "c", {}) != none
+
+
+def test_without_images_it_says_how_to_get_slices(root, tmp_path, capsys):
+    assert main(words(root, "-o", tmp_path / "page.html")) == 0
+    assert "no slices of cases: name the images' folder with --images" in capsys.readouterr().err
+    assert main(words(root, "-o", tmp_path / "page.html", "--images", root / "images")) == 0
+    assert "no slices" not in capsys.readouterr().err
+
+
+def test_pictures_of_a_case_have_the_same_panels(root, tmp_path):
+    """One method's probabilities were calibrated while they were scored, and are in no file."""
+    folder = tmp_path / "scores"
+    shutil.copytree(root / "scores" / "ours", folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["protocol"]["calibrator"] = {"method": "temperature", "sha256": "0"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = tmp_path / "page.html"
+    words_ = ["report", f"stock={root}/scores/stock", f"ours={folder}", "-o", str(page), "--images", f"{root}/images"]
+    assert main(words_) == 0
+    found = re.findall(r"data:image/png;base64,([^\"']+)", page.read_text())
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in found]
+    per_case = [set(sizes[i : i + 6]) for i in range(0, len(sizes), 6)]  # three slices of two methods
+    assert [len(of) for of in per_case] == [1] * 4
