@@ -65,6 +65,7 @@ def tune(base: Base, folder: Path, number_: int, steps: int, checkpoint: str) ->
             "initial_lr": RATE,
             "finetune_from": str((base.model / "fold_0" / checkpoint).resolve()),
         },
+        trainer="StockTrainer",
         folds=["0"],
         checkpoint=checkpoint,
         mirroring=False,

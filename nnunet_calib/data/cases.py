@@ -7,9 +7,11 @@ from pathlib import Path
 
 from nnunet_calib.data import nifti
 from nnunet_calib.data.errors import InputError, UsageError
-from nnunet_calib.data.files import is_hidden, is_named
+from nnunet_calib.data.files import is_hidden, is_named, read_json
 from nnunet_calib.data.probabilities import ENDINGS
 
+MADE_FROM = "made_from"
+"""Folder in one of predictions, with a JSON file of each case: what was written of it, and what from."""
 _PROBABILITIES = "_probabilities"  # what NIfTI files of them have after the name of the case, or a case is called
 
 
@@ -91,6 +93,21 @@ def probabilities_of(folder: Path, name: str, label_maps: Collection[str] = ()) 
     """
     paths = (folder / (name + ending) for ending in ENDINGS)
     return next((path for path in paths if path.name not in label_maps and is_named(path)), None)
+
+
+def files_written(folder: Path, name: str) -> list[Path]:
+    """The files that ``predict`` wrote of a case, as its record tells; none without one.
+
+    Args:
+        folder: of the predictions. What a record says lies outside is left out.
+        name: of the case.
+    """
+    try:
+        files = list(read_json(folder / MADE_FROM / f"{name}.json")["files"])
+    except (InputError, LookupError, TypeError):
+        return []
+    paths = [folder / file for file in files if isinstance(file, str)]
+    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
 
 
 def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:

@@ -24,7 +24,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from tqdm import tqdm
 
-from nnunet_calib.data.cases import CaseFiles, find_images
+from nnunet_calib.data.cases import MADE_FROM, CaseFiles, files_written, find_images
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_named, read_json, write_whole
@@ -39,7 +39,6 @@ from nnunet_calib.pipeline.files import FORMATS
 from nnunet_calib.pipeline.predictor import Predictor, one_thread_each
 from nnunet_calib.prediction.model import TrainedModel
 
-MADE_FROM = "made_from"
 """The folder of the records of what each case was made from, in that of the predictions."""
 
 _log = logging.getLogger(__name__)
@@ -294,8 +293,11 @@ class _Work:
 
     def finish(self, case: _Image, prediction: Prediction) -> None:
         """Write a case's files, score it, and last record what they were made from."""
+        before = files_written(self.output, case.name)
         self._record(case).unlink(missing_ok=True)
         labels, files = prediction.write(self.output, self.dataset, self.reader, self.wanted)
+        for file in set(before) - set(files):  # of another setting: they would be taken for this prediction's
+            file.unlink(missing_ok=True)
         if (pair := self._pair(case)) is not None:
 
             def score(pair: CaseFiles):

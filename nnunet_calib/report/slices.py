@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from nnunet_calib.data.cases import probabilities_of
+from nnunet_calib.data.cases import files_written, probabilities_of
 from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import is_named
@@ -63,7 +63,7 @@ def case_pictures(
         images: folder with ``<case>_0000`` in the data set's file ending.
         dataset: of the run.
         slices: to draw, index along the first axis.
-        middle: whether there is a panel for the confidence, empty where it is not known. It is there where it is known.
+        middle: whether there is a panel for the confidence where it is not known, hatched.
 
     Raises:
         InputError: a file is missing or cannot be used.
@@ -96,9 +96,7 @@ def case_pictures(
             volume[z][window] for volume in (grey, reference.labels, prediction.labels, wrong)
         )
         shown = None if confidence is None else confidence[z][window]
-        if shown is None and middle:
-            shown = np.ones_like(grey_z)
-        pictures.append(_picture(grey_z, reference_z, prediction_z, wrong_z, shown, reference.spacing))
+        pictures.append(_picture(grey_z, reference_z, prediction_z, wrong_z, shown, reference.spacing, middle))
     return CasePictures(case, run.name, [int(z) for z in chosen], pictures)
 
 
@@ -127,7 +125,9 @@ def scored_probabilities(run: Run, case: str) -> Path | None:
     """The file of the probabilities that a run scored of a case; None where there is none."""
     record = run.records[case]
     if run.protocol.get("probabilities") == "in memory":  # scored before they were written, if they were
-        return probabilities_of(Path(record["prediction_file"]).parent, case)
+        folder = Path(record["prediction_file"]).parent
+        file = probabilities_of(folder, case)
+        return file if file in files_written(folder, case) else None
     if run.protocol.get("calibrator"):  # the file holds what was calibrated while it was scored
         return None
     file = record.get("probabilities_file")
@@ -164,8 +164,9 @@ def _picture(
     wrong: np.ndarray,
     confidence: np.ndarray | None,
     spacing: Sequence[float],
+    middle: bool,
 ) -> str:
-    """Three panels of one slice as a PNG's data URL, with square millimetres."""
+    """Panels of one slice as a PNG's data URL, with square millimetres; an unknown confidence is hatched."""
     size = np.array(grey.shape) * np.array(spacing[1:])
     scale = np.clip(max(grey.shape), _LEAST, _MOST) / size.max()
     rows, columns = (np.maximum(size * scale, 1)).astype(int)
@@ -188,6 +189,9 @@ def _picture(
     if confidence is not None:
         doubt = 2 * (1 - enlarged(confidence, 1).clip(0.5, 1))
         panels.insert(1, ((1 - doubt) * (_GREYS - 1)).astype(np.uint8))
+    elif middle:
+        row, column = np.indices(base.shape)
+        panels.insert(1, np.where((row + column) % 16 < 3, _GREYS // 2, _GREYS * 3 // 4).astype(np.uint8))
     gap = np.full((len(base), 4), _GREYS - 1, dtype=np.uint8)
     strip = Image.fromarray(np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1))
     greys = np.repeat(np.linspace(0, 255, _GREYS).astype(np.uint8), 3)

@@ -145,15 +145,20 @@ def answer(comparison: Comparison) -> str:
 
 def _the_others(comparison: Comparison, endpoint: Endpoint, methods: Sequence[str]) -> str:
     """A clause for each method that is not named yet, the best first: the reader asks for every one of them."""
-    differences = [_from_baseline(endpoint, name, comparison) for name in methods]
-    told = [f"{d.method} {SAME if d.same else f'{_effect(d)}, {_p(d)}'}" for d in differences[:_TOLD] if d is not None]
-    if len(methods) > _TOLD:
-        told.append(f"{len(methods) - _TOLD} more in the table")
+    found = (_from_baseline(endpoint, name, comparison) for name in methods)
+    differences = [difference for difference in found if difference is not None]
+    told = [f"{d.method} {SAME if d.same else f'{_effect(d)}, {_p(d)}'}" for d in differences[:_TOLD]]
+    if len(differences) > _TOLD:
+        told.append(f"{len(differences) - _TOLD} more in the table")
     if not told:
         return ""
     said = f" {endpoint.term} against {comparison.baseline}: {'; '.join(told)}."
     between = any(d.baseline != comparison.baseline for d in endpoint.differences)
-    return said if between or len(comparison.methods) < 3 else f"{said} Others are not compared in pairs (--all-pairs)."
+    return (
+        said
+        if between or len(comparison.methods) < 3
+        else f"{said} Others are not compared in pairs (compare --all-pairs)."
+    )
 
 
 def _shown_worse(comparison: Comparison) -> str:

@@ -35,7 +35,7 @@ def load_weights(network: nn.Module, checkpoint: str, labels: Mapping[str, Any] 
         content = read_checkpoint(checkpoint)
         weights = content["network_weights"]
         known = content.get("init_args", {}).get("dataset_json", {}).get("labels", labels)
-        if labels is not None and known != labels:
+        if labels is not None and list(known.items()) != list(labels.items()):  # regions are heads in their order
             weights = widened_heads(weights, known, labels, checkpoint)
         network.load_state_dict(weights)
     except InputError as error:

@@ -342,3 +342,14 @@ def test_references_of_other_cases_are_refused_before_anything_is_predicted(tmp_
     assert predict(model, images, tmp_path / "out", "--reference", references) == 0
     assert "no reference of 1 of 2 cases, such as case_0; they are predicted and not scored" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["metric_per_case"]) == 1
+
+
+def test_what_another_setting_wrote_goes_when_a_case_is_predicted_anew(tmp_path):
+    """Else the first run's probabilities would be taken for the second's."""
+    model, images, out = write_model(tmp_path / "model"), write_images(tmp_path / "images", 1), tmp_path / "out"
+    assert predict(model, images, out, "--probabilities", "compact", "--confidence") == 0
+    assert (out / "case_0.nncp").is_file()
+    theirs = out / "case_0.txt"
+    theirs.write_text("a user's own")
+    assert predict(model, images, out) == 0
+    assert sorted(path.name for path in out.rglob("case_0*")) == ["case_0.json", "case_0.nii.gz", "case_0.txt"]

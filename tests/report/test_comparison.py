@@ -312,4 +312,4 @@ def test_the_answer_has_a_clause_for_every_method(tmp_path):
     others = said[said.index("ECE against stock: ") :]
     b = next(d for d in found.endpoint("ECE", "foreground").differences if d.method == "b")
     assert others.startswith(f"ECE against stock: b -{-b.paired.mean:.3f} (95 % interval -0.")
-    assert others.endswith("; same the same in every case. Others are not compared in pairs (--all-pairs).")
+    assert others.endswith("; same the same in every case. Others are not compared in pairs (compare --all-pairs).")

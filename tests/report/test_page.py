@@ -146,10 +146,17 @@ def pictured(root, tmp_path, protocol: dict, **record) -> list[str]:
 
 
 def test_what_was_scored_in_memory_is_pictured_from_the_files_that_were_written(root, tmp_path):
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
     usual = pictured(root, tmp_path / "a", {})
-    assert pictured(root, tmp_path / "b", {"probabilities": "in memory"}, probabilities_file=None) == usual
+    changed = {"probabilities": "in memory"}
+    record = root / "predictions" / "stock" / "made_from"
+    record.mkdir()
+    for i in range(4):
+        (record / f"case_{i:03d}.json").write_text(json.dumps({"files": {f"case_{i:03d}.npz": [0, 0]}}))
+    assert pictured(root, tmp_path / "b", changed, probabilities_file=None) == usual
+    shutil.rmtree(record)  # files of another run, or of no run that is known
+    assert pictured(root, tmp_path / "c", changed, probabilities_file=None) != usual
 
 
 def test_confidence_is_not_that_of_a_file_that_was_calibrated_while_it_was_scored(root, tmp_path):

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n  nnunet-calib fewshot finetune MODEL --images imagesTr --labels labelsTr --label 10 "
         "--name hippocampus -d 901\n\n"
-        "on a CPU, in minutes for small networks:\n"
+        "to try it on a CPU, in minutes for small networks; small structures need more steps:\n"
         "  ... -d 901 --set num_epochs=4 num_iterations_per_epoch=100 initial_lr=0.01 -device cpu"
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         structures=dict(zip(args.name, args.label, strict=True)),
         ignore=args.ignore,
         settings=settings,
+        trainer=args.trainer,
         fold=args.fold,
         **prediction,
     )
@@ -137,7 +138,7 @@ def _checked_settings(args: argparse.Namespace, start: Path) -> dict[str, Any]:
     given = dict(setting_of(text) for text in args.settings)
     if "finetune_from" in given:
         raise UsageError("--set finetune_from: it is MODEL; leave it out")
-    settings = {"num_epochs": EPOCHS, **given, "finetune_from": str(start.resolve())}
+    settings = {"num_epochs": EPOCHS, "save_every": 5, **given, "finetune_from": str(start.absolute())}
     check_may_be_ours(args.trainer)
     try:
         if (listed := listed_trainers().get(args.trainer)) is not None:

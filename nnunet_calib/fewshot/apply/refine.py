@@ -55,6 +55,8 @@ def refine_on_query(
     chunk = chunk_weights(fitted.settings, position)
     within = torch.from_numpy(near[chosen])
     share_expected = None if not expected or objective.predicted else expected / (scan.base.size * scan.voxel_mm3)
+    if objective.uniform:
+        share_expected = 0.5  # it has no part in the objective, and no second stage as RePRI's
     refined: list[Head] = []
     for head, sample, features in zip(fitted.heads, fitted.samples, sampled(chosen), strict=True):
         assert isinstance(head, LinearHead)

@@ -11,7 +11,7 @@ import numpy as np
 
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import write_whole
-from nnunet_calib.fewshot.measure.scores import summarise
+from nnunet_calib.fewshot.measure.scores import IF_CALIBRATED, summarise
 from nnunet_calib.fewshot.measure.trials import OWN
 
 GROUPS = (
@@ -19,6 +19,7 @@ GROUPS = (
     *("margin", "axis"),
 )
 """What tells the rows of a summary apart."""
+_FORMER = "ECE_foreground_honest"  # what IF_CALIBRATED was called until 2026-11
 
 
 def identity(record: Mapping[str, Any]) -> str:
@@ -36,6 +37,8 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             # Until 2026-11 there was one refinement, and only its entropy was told.
             record.setdefault("refinement", None if record["entropy"] is None else OWN)
+            if _FORMER in record:
+                record[IF_CALIBRATED] = record.pop(_FORMER)
             records[identity(record)] = record
         except (json.JSONDecodeError, LookupError, TypeError):
             continue

@@ -58,6 +58,7 @@ def prepare_dataset(
     number: int,
     structures: Mapping[str, int],
     settings: Mapping[str, Any],
+    trainer: str,
     ignore: int | None = None,
     fold: str = "all",
     folds: Sequence[str | int] | None = None,
@@ -79,6 +80,7 @@ def prepare_dataset(
         number: of the data set, 1 to 999, that no other has.
         structures: value in these label maps by name.
         settings: of the training, for the plans.
+        trainer: its name; it must build the network that the model's own trainer built.
         ignore: value of voxels that do not count.
         fold: to be trained, ``all`` or 0 to 4.
         folds: of the model, for the predictions.
@@ -93,12 +95,19 @@ def prepare_dataset(
         InputError: files that cannot be used.
     """
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     model = TrainedModel(model_folder, folds, checkpoint)
     if model.dataset.has_regions:
         raise UsageError(f"{model.folder}: the model has regions, to which no class can be added by fine-tuning")
     if model.previous_stage is not None:
         raise UsageError(f"{model.folder}: a cascade cannot be fine-tuned: its first stage does not know the structure")
+    theirs, ours = (recursive_find_trainer_class_by_name(name) for name in (model.trainer_name, trainer))
+    if theirs.build_network_architecture is not ours.build_network_architecture:
+        raise UsageError(
+            f"{model.folder}: {model.trainer_name} builds a network of its own, which {trainer} does not; name a "
+            "trainer that combines the two with -tr, or use fewshot fit"
+        )
     supports = find_supports(images, labels, model.dataset.file_ending)
     if fold != "all" and len(supports) < _FOLDS:
         raise UsageError(f"--fold {fold}: nnU-Net makes {_FOLDS} folds, of {len(supports)} volumes; use --fold all")
@@ -110,15 +119,17 @@ def prepare_dataset(
         "numTraining": len(supports),
         "dataset": {
             case: {
-                "images": [str(path.resolve()) for path in paths],
+                "images": [str(path.absolute()) for path in paths],
                 "label": f"labelsTr/{case}{model.dataset.file_ending}",
             }
             for case, (paths, _) in supports.items()
         },
     }
-    with _taken_away_if_unfinished(raw, preprocessed):
-        (raw / "labelsTr").mkdir(parents=True)
-        preprocessed.mkdir(parents=True)
+    with _taken_away_if_unfinished() as made:
+        for folder in (raw, preprocessed):
+            folder.mkdir(parents=True)
+            made.append(folder)
+        (raw / "labelsTr").mkdir()
         predictor = ModelPredictor(model, device, step_size=step_size, mirroring=mirroring)
         writer = model.plans_manager.image_reader_writer_class()
         found = set[str]()
@@ -227,10 +238,11 @@ def _preprocess(model: TrainedModel, raw: Path, preprocessed: Path, content: Map
 
 
 @contextmanager
-def _taken_away_if_unfinished(*folders: Path) -> Iterator[None]:
-    """Remove folders that were made within it, if it ends with an error or is interrupted."""
+def _taken_away_if_unfinished() -> Iterator[list[Path]]:
+    """Remove the folders that were put into the list within it, if it ends with an error or is interrupted."""
+    folders: list[Path] = []
     try:
-        yield
+        yield folders
     except BaseException:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,13 @@ def supports(root, cases=5, **options):
 
 
 def prepare(root, model, cases=2, **options):
-    given = {"number": 901, "structures": {"ball": STRUCTURE}, "settings": {}, "progress": False} | options
+    given = {
+        "number": 901,
+        "structures": {"ball": STRUCTURE},
+        "settings": {},
+        "progress": False,
+        "trainer": "StockTrainer",
+    } | options
     return prepare_dataset(model, *supports(root, cases), **given)
 
 
@@ -87,6 +93,16 @@ def test_a_number_that_is_taken_is_refused(folders):
     (folders / "nnUNet_results" / "Dataset901_Other").mkdir()
     with pytest.raises(UsageError, match="-d 901: there is Dataset901_Other already"):
         prepare(folders, write_model(folders / "model"))
+
+
+def test_a_network_that_only_its_own_trainer_builds_is_refused(folders):
+    model = write_model(folders / "model")
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save(content | {"trainer_name": "nnUNetTrainerBN"}, checkpoint)
+    with pytest.raises(UsageError, match="nnUNetTrainerBN builds a network of its own, which StockTrainer does not"):
+        prepare(folders, model)
+    assert not list((folders / "nnUNet_raw").iterdir())
 
 
 @pytest.mark.parametrize(
