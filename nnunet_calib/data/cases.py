@@ -99,15 +99,16 @@ def files_written(folder: Path, name: str) -> list[Path]:
     """The files that ``predict`` wrote of a case, as its record tells; none without one.
 
     Args:
-        folder: of the predictions. What a record says lies outside is left out.
+        folder: of the predictions. What a record says lies outside, or is not named after the case, is left out.
         name: of the case.
     """
     try:
         files = list(read_json(folder / MADE_FROM / f"{name}.json")["files"])
     except (InputError, LookupError, TypeError):
         return []
-    paths = [folder / file for file in files if isinstance(file, str)]
-    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
+    paths = [folder / file for file in files if isinstance(file, str) and ".." not in Path(file).parts]
+    root = folder.resolve()
+    return [path for path in paths if path.name.startswith(name) and path.resolve().is_relative_to(root)]
 
 
 def find_images(folder: Path, file_ending: str) -> dict[str, list[Path]]:

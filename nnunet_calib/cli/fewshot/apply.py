@@ -8,6 +8,7 @@ from nnunet_calib.cli import checks
 from nnunet_calib.cli.fewshot.options import (
     add_prediction,
     add_registrations,
+    add_tasks,
     check_files,
     prediction_of,
     shown_size,
@@ -22,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in one pass of the network. CASE.fewshot.json says what became of each case."
     )
     parser.epilog = "example:\n  nnunet-calib fewshot apply MODEL hippocampus.fewshot -i imagesTs -o segmented"
-    parser.add_argument("model", metavar="MODEL", type=Path, help="the model that the tasks were fitted to")
-    parser.add_argument("tasks", metavar="TASK", type=Path, nargs="+", help="task files, or folders of them")
+    add_tasks(parser)
     parser.add_argument(
         "-i", dest="images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTs"
     )

@@ -11,6 +11,7 @@ from nnunet_calib.cli.fewshot.options import (
     REGISTRATIONS,
     add_prediction,
     add_registrations,
+    add_supports,
     check_files,
     check_labels,
     check_limit,
@@ -34,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example:\n  nnunet-calib fewshot evaluate MODEL --images imagesTr --labels labelsTr --label 10 "
         "--name hippocampus -k 1 3 5 -o evaluated"
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="images of the supports")
-    parser.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps of the supports")
+    add_supports(parser)
     parser.add_argument("--label", metavar="V", type=int, required=True, help="value of the structure in them")
     parser.add_argument("--name", required=True, help="of the structure")
     parser.add_argument(

@@ -8,6 +8,7 @@ from typing import Any
 from nnunet_calib.cli.configure import setting_of, trainers_that_start
 from nnunet_calib.cli.fewshot.options import (
     add_prediction,
+    add_supports,
     check_files,
     check_labels,
     check_structures,
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to try it on a CPU, in minutes for small networks; small structures need more steps:\n"
         "  ... -d 901 --set num_epochs=4 num_iterations_per_epoch=100 initial_lr=0.01 -device cpu"
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTr")
-    parser.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps, named as in labelsTr")
+    add_supports(parser)
     parser.add_argument(
         "--label", metavar="V", type=int, nargs="+", required=True, help="value of the structure in them, or of several"
     )
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="K=V",
-        help=f"settings of the trainer, as in configure (default: num_epochs={EPOCHS}; others as with finetune_from)",
+        help=f"settings, as in configure (default: num_epochs={EPOCHS} save_every=5, and of finetune_from)",
     )
     parser.add_argument(
         "--fold",

@@ -12,6 +12,7 @@ from nnunet_calib.cli.fewshot.options import (
     REGISTRATIONS,
     add_prediction,
     add_registrations,
+    add_supports,
     check_files,
     check_labels,
     check_limit,
@@ -33,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example:\n  nnunet-calib fewshot fit $nnUNet_results/Dataset035_Brain/nnUNetTrainer__nnUNetPlans__3d_fullres "
         "--images imagesTr --labels labelsTr --label 10 --name hippocampus -o hippocampus.fewshot"
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTr")
-    parser.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps, named as in labelsTr")
+    add_supports(parser)
     parser.add_argument(
         "--label", metavar="V", type=int, nargs="+", required=True, help="value of the structure in them, or of several"
     )

@@ -24,6 +24,19 @@ LIMIT_S = 120.0
 AXES = {"lr": 0, "ap": 1, "is": 2}
 
 
+def add_supports(parser: argparse.ArgumentParser) -> None:
+    """The model, and the annotated volumes."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a trained model")
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="images, named as in imagesTr")
+    parser.add_argument("--labels", metavar="DIR", type=Path, required=True, help="label maps, named as in labelsTr")
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """The model, and the tasks that were fitted to it."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="the model that the tasks were fitted to")
+    parser.add_argument("tasks", metavar="TASK", type=Path, nargs="+", help="task files, or folders of them")
+
+
 def add_limit(parser: argparse.ArgumentParser) -> None:
     """Flag of the time that a registration may take."""
     parser.add_argument(

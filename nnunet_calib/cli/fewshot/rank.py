@@ -8,6 +8,7 @@ from nnunet_calib.cli import checks
 from nnunet_calib.cli.fewshot.options import (
     add_prediction,
     add_registrations,
+    add_tasks,
     check_files,
     prediction_of,
 )
@@ -23,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "beside the others and fit again."
     )
     parser.epilog = "example:\n  nnunet-calib fewshot rank MODEL hippocampus.fewshot -i imagesUnlabelled -o ranked"
-    parser.add_argument("model", metavar="MODEL", type=Path, help="the model that the tasks were fitted to")
-    parser.add_argument("tasks", metavar="TASK", type=Path, nargs="+", help="task files, or folders of them")
+    add_tasks(parser)
     parser.add_argument("-i", dest="images", metavar="DIR", type=Path, required=True, help="images without label maps")
     parser.add_argument("-o", dest="output", metavar="OUT", type=Path, required=True, help="folder for the results")
     parser.add_argument("-npp", type=int, default=1, help="images read ahead (default: 1)")
