@@ -181,7 +181,7 @@ class CalibrationTrainer(nnUNetTrainer):
                 source = self._finetune_source()
             self.initialize()
             with self._nothing_left_if_refused():
-                self._mirrored = load_weights(_plain(self.network), source, self.dataset_json["labels"])
+                self._mirrored = load_weights(plain(self.network), source, self.dataset_json["labels"])
             self.print_to_log_file(f"nnunet-calib: fine-tuning from {source}")
         elif self.settings["finetune_from"] is not None:  # its own checkpoint has them
             self._mirrored = tuple(self.inference_allowed_mirroring_axes or ())
@@ -301,8 +301,8 @@ class CalibrationTrainer(nnUNetTrainer):
         arguments = self.my_init_kwargs
         if self.LOSS is not None and (state := self._objective().calibration.state_dict()):
             # As plain numbers: who reads a checkpoint's plans expects JSON.
-            plain = {name: value.tolist() for name, value in state.items()}
-            self.my_init_kwargs = arguments | {"plans": arguments["plans"] | {_STATE_KEY: plain}}
+            numbers = {name: value.tolist() for name, value in state.items()}
+            self.my_init_kwargs = arguments | {"plans": arguments["plans"] | {_STATE_KEY: numbers}}
         try:
             super().save_checkpoint(filename)
         finally:
@@ -449,7 +449,7 @@ def _ours(trainer: type[CalibrationTrainer]) -> type[CalibrationTrainer]:
     return next(base for base in trainer.__mro__ if base.__module__.startswith("nnunet_calib."))
 
 
-def _plain(network: nn.Module) -> nn.Module:
+def plain(network: nn.Module) -> nn.Module:
     """The network inside DDP and compile."""
     if isinstance(network, DistributedDataParallel):
         network = network.module

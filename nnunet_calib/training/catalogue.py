@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from nnunet_calib import losses
+from nnunet_calib import losses, training
 from nnunet_calib._autoload import trainers_folder
 from nnunet_calib.data.errors import UsageError, nearest
 from nnunet_calib.data.host import modules_with_trainers, own_trainer_folders, trainer_folders
@@ -81,7 +81,7 @@ def check_may_be_ours(name: str) -> None:
     Raises:
         UsageError: no module that nnU-Net searches holds the name, or none of them knows this package.
     """
-    if name in listed_trainers():
+    if name in listed_trainers() or name in training.YARDSTICKS:
         return
     folders = other_folders()
     if not modules_with_trainers([name], folders):

@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from nnunet_calib.losses import FILES, KEYS, LOSSES
+from nnunet_calib.training import YARDSTICKS
 from nnunet_calib.training import __all__ as exported
 from nnunet_calib.training.catalogue import check_may_be_ours, listed_trainers, loss_arguments
 from nnunet_calib.training.settings import RefusedSettings, check_of_any, check_settings, resolve_settings
@@ -15,7 +16,7 @@ def test_every_trainer_is_listed_as_it_is():
     said = {name: (t.LOSS, dict(t.FIXED), t.__doc__.splitlines()[0]) for name, t in TRAINERS.items()}
     assert {name: (t.loss, t.fixed, t.summary) for name, t in listed_trainers().items()} == said
     assert list(listed_trainers()) == list(TRAINERS)
-    assert sorted(exported) == sorted(TRAINERS)
+    assert sorted(exported) == sorted([*TRAINERS, *YARDSTICKS])
 
 
 @pytest.mark.parametrize("key", KEYS)

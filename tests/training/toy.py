@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_calib.training.trainers import TRAINERS
+import nnunet_calib.training
 
 KINDS = ("labels", "labels_ignore", "regions", "regions_ignore")
 DATASET, PLANS = "Dataset001_Toy", "nnUNetPlans"
@@ -107,7 +107,7 @@ def construct(
     if settings is not None:
         overrides["nnunet_calib"] = settings
     given = copy.deepcopy(plans(axes, **overrides)) | {"continue_training": continued}
-    of_name = nnUNetTrainer if name == "nnUNetTrainer" else TRAINERS[name]
+    of_name = nnUNetTrainer if name == "nnUNetTrainer" else getattr(nnunet_calib.training, name)
     return (trainer or of_name)(given, configuration, 0, dataset_json(kind), torch.device("cpu"))
 
 
