@@ -17,7 +17,7 @@ from nnunet_calib.fewshot.network.base_model import BaseModel
 
 from ..training.toy import architecture, dataset_json, plans
 
-PATCH = 16
+PATCH = 24  # two windows cover a phantom
 KINDS = ("plain", "residual")
 
 
@@ -34,7 +34,7 @@ def write_model(
     kind: str = "plain",
     folds: tuple[str, ...] = ("0",),
     labels: str = "labels",
-    mirroring: tuple[int, ...] | None = (0, 1),
+    mirroring: tuple[int, ...] | None = (0,),
     spacing: float = 1.0,
     transpose: tuple[int, int, int] = (0, 1, 2),
     reader: str = "SimpleITKIO",
@@ -48,7 +48,7 @@ def write_model(
     network = architecture(axes, features=8)
     if kind == "residual":
         network = residual(network)
-    base: dict[str, Any] = {"spacing": [spacing] * axes, "architecture": network}
+    base: dict[str, Any] = {"spacing": [spacing] * axes, "architecture": network, "patch_size": [PATCH] * axes}
     content = plans(axes, base, **configuration)
     content.pop("continue_training")
     backward = [transpose.index(axis) for axis in range(3)]

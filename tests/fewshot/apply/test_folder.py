@@ -607,7 +607,7 @@ def test_structures_of_one_fit_compete_and_sides_are_told_apart(tmp_path):
     segmented = read(tmp_path / "out" / "query.nii.gz")
     for value, merged in ((5, 3), (6, 4)):
         there, ours = labels == value, segmented == merged
-        assert dice(ours, there) > 0.7
+        assert dice(ours, there) > 0.6
         assert not (ours & (labels == 11 - value)).any()  # never the other side
     p = np.load(tmp_path / "out" / "query.npz")["probabilities"]
     assert len(p) == 5  # background, two classes of the model, left and right

@@ -7,7 +7,9 @@ from torch.nn import functional
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.network.features import DecoderFeatures
 
-from ..hosts import KINDS, PATCH, model
+from ..hosts import KINDS, model
+
+PATCH = 16
 
 
 def forward(of, seed: int = 0):
