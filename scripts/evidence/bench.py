@@ -69,7 +69,7 @@ class Bench:
             f"{multiprocessing.cpu_count()} cores of {platform.machine()}, {gpu}, torch {torch.__version__}"
         )
         if not (self.raw / self.dataset.name).exists():
-            (self.raw / self.dataset.name).symlink_to(self.dataset)
+            self._give_raw(self.raw / self.dataset.name)
         if not self.plans.exists():
             self.stock("prepare", FINGERPRINT, "-d", self.number, "-np", "2")
             self.stock("prepare", PLAN, "-d", self.number)
@@ -91,6 +91,18 @@ class Bench:
         self._link_images(validation)
         for training in self.protocol.trainings:
             self._configure(training)
+
+    def _give_raw(self, folder: Path) -> None:
+        """Let nnU-Net see the data set, or its images with sparse labels."""
+        if (sparse := self.protocol.content.get("sparse")) is None:
+            folder.symlink_to(self.dataset)
+            return
+        dataset = json.loads((self.dataset / "dataset.json").read_text())
+        dataset["labels"]["ignore"] = sparse["ignore"]
+        folder.mkdir()
+        (folder / "imagesTr").symlink_to(self.dataset / "imagesTr")
+        (folder / "labelsTr").symlink_to(self.dataset / sparse["folder"])
+        write_whole(folder / "dataset.json", json.dumps(dataset, indent=1))
 
     def _architecture(self, planned: dict, changed: dict) -> dict:
         architecture = dict(planned["architecture"])

@@ -17,6 +17,9 @@ A training's ``run`` number is that of its start.
 
 ``shift``, where it is there, names a data set of another origin that the networks are tried on: ``name``, ``dataset``,
 ``group``, and ``labels``, its label values to those of the networks.
+
+``sparse``, where it is there, names label maps to train on that leave most voxels unlabelled: their ``folder`` in the
+data set, and the value ``ignore`` of such voxels. Scores, and fits of calibrators, are those on whole references.
 """
 
 import hashlib
@@ -32,7 +35,7 @@ SHARED = "shared "
 NEW = "@new"
 """After a calibrator's name: fitted to other patients of the data set it is tried on, not to that of the networks."""
 _KEYS = {"name", "about", "dataset", "group", "configuration", "validation", "network", "schedule", "methods"}
-_KEYS |= {"test_is_open", "queue", "shift"}
+_KEYS |= {"test_is_open", "queue", "shift", "sparse"}
 _TRAINING_KEYS = {"label", "trainer", "start", "settings", "runs"}
 
 
