@@ -2,14 +2,15 @@
 
 import json
 
-import page_acdc
+from page_acdc import PAIRS
 from pages import Page
+from pairs import COLUMNS
+from pairs import head as head_of_differences
 from scores import called
 from tables import RESULTS, STOCK
 
 from nnunet_calib.posthoc.folders.crossfit import NONE
 
-COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE reference_foreground", "ECE volume")
 ALONE = "`-tr` alone, the first 75% of its pair"
 TRAINERS = ("MEEP", "NACL", "MbLS", "FL")
 CHANGES = ("DSC", "HD95 mm", *COLUMNS[1:])
@@ -77,29 +78,24 @@ def _line(name: str, pairs: list[tuple[dict, dict]]) -> str:
     return f"| {name} | {len(pairs)} | {' | '.join(shown)} |"
 
 
-def trainers() -> list[str]:
-    """Labels on ACDC that are not stock."""
-    return [label for label in page_acdc.ours() if label != page_acdc.AGAIN]
-
-
 def counts() -> list[str]:
     """On ACDC: how many trainers differ from stock plus isotonic in an interval that excludes no difference."""
-    lines = page_acdc.head("better, worse")
+    lines = head_of_differences("better, worse")
     for method in (NONE, "temperature", "isotonic"):
         cells = []
-        for measure in page_acdc.COLUMNS:
-            effects = [page_acdc.ROWS.effect(called(t, method), called(STOCK, "isotonic"), measure) for t in trainers()]
+        for measure in COLUMNS:
+            effects = [PAIRS.rows.effect(called(t, method), called(STOCK, "isotonic"), measure) for t in PAIRS.trainers]
             signs = [(effect.low > 0) - (effect.high < 0) for effect in effects]
             good = 1 if measure == "DSC" else -1
             cells.append(f"{signs.count(good)}, {signs.count(-good)}")
         name = "`-tr` alone" if method == NONE else f"`-tr` and {method}"
-        lines.append(f"| {name}, of {len(trainers())} | {' | '.join(cells)} |")
+        lines.append(f"| {name}, of {len(PAIRS.trainers)} | {' | '.join(cells)} |")
     return lines
 
 
 PAGE = Page(
     RESULTS / "free_step.md",
     {"first pair": first_pair, "both": both, "changes": changes, "counts": counts},
-    page_acdc.ROWS.number,
+    PAIRS.rows.number,
     settings=frozenset({"0.6"}),
 )

@@ -2,22 +2,18 @@
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from page_acdc import COLUMNS, ROWS, digits, free_step, head, with_interval
+from page_acdc import PAIRS
 from pages import Page
+from pairs import COLUMNS, Pairs, head, with_interval
 from scores import called, read_lines
 from tables import RESULTS, STOCK, Rows
 
-from nnunet_calib.posthoc.folders.crossfit import NONE
 from nnunet_calib.report.diagram import COLOURS, MARKERS, STYLE, save
 
+ROWS = PAIRS.rows
 THERE = Rows(ROWS.protocol.shifted())
 SHOWN = ("ECE foreground", "NLL foreground", "ECE reference_foreground", "NLL volume")  # in the figure
 CHECKS = RESULTS / "shift_check.csv"
-
-
-def calibrated() -> list[str]:
-    """Stock on the other data set with calibrators from here and from there."""
-    return free_step(THERE)
 
 
 def changes() -> list[str]:
@@ -28,19 +24,6 @@ def changes() -> list[str]:
             effects = [rows.effect(called(STOCK, method), STOCK, column) for column in COLUMNS]
             cells = [with_interval(effect, column) for effect, column in zip(effects, COLUMNS, strict=True)]
             lines.append(f"| {method} | {place} | {effects[0].patients} | {' | '.join(cells)} |")
-    return lines
-
-
-def trainers() -> list[str]:
-    """Every trainer there, minus stock there."""
-    lines = head("minus stock", "pairs")
-    for label in (label for label in THERE.labels if label != STOCK):
-        cells = []
-        for column in COLUMNS:
-            effect = THERE.effect(called(label, NONE), STOCK, column)
-            each = ", ".join(f"{value:+.{digits(column)}f}" for value in effect.each)
-            cells.append(with_interval(effect, column) + (f"; each {each}" if len(effect.each) > 1 else ""))
-        lines.append(f"| {label} | {len(THERE.numbers_of(label))} | {' | '.join(cells)} |")
     return lines
 
 
@@ -88,7 +71,7 @@ def number(what: str) -> float:
 
 PAGE = Page(
     RESULTS / "shift.md",
-    {"calibrated": calibrated, "changes": changes, "checks": checks},
+    {"calibrated": Pairs(THERE).free_step, "changes": changes, "checks": checks, "trainers": Pairs(THERE).differences},
     number,
     rows=(THERE,),
     figure=figure,

@@ -153,7 +153,7 @@ def all_pages() -> list[Page]:
     import page_free_step
     import page_shift
 
-    losses = Page(RESULTS.parent / "losses.md", {}, page_acdc.ROWS.number, all_marked=False)
+    losses = Page(RESULTS.parent / "losses.md", {}, page_acdc.PAIRS.rows.number, all_marked=False)
     calibrate = Page(
         RESULTS.parent / "calibrate.md",
         {"penalties": penalties, "weights": weights},
