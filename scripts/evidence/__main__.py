@@ -4,9 +4,11 @@
     python scripts/evidence status PROTOCOL.json --data DATA -o WORK
     python scripts/evidence score PROTOCOL.json --data DATA -o WORK [--only PATTERN]
     python scripts/evidence shift PROTOCOL.json --data DATA -o WORK [--only PATTERN]
+    python scripts/evidence test PROTOCOL.json --data DATA -o WORK [--only PATTERN]
 
 ``score`` works on what is predicted, beside a ``run`` that goes on, and writes the rows to docs/results. ``shift``
 predicts the protocol's other data set with what is trained, and scores it with calibrators of the validation patients.
+``test`` does so with the test cases, and refuses while ``test_is_open`` is false: choices come first.
 
 DATA holds the data set in nnU-Net's raw format. Unattended and resumable: what is finished in WORK is not done again,
 an interrupted training goes on from its last checkpoint, and one that fails does not end the others. Trainings have to
@@ -47,8 +49,6 @@ def run_all(bench: Bench, trainings: list[Training], jobs: int) -> int:
                 ended[training.start_name].wait()
             bench.train(training)
             bench.predict(training, "validation")
-            if bench.protocol.content["test_is_open"]:
-                bench.predict(training, "test")
             print(f"done   {training.name}", flush=True)
             return True
         except (OSError, RuntimeError) as error:
@@ -82,7 +82,7 @@ def score_all(bench: Bench, trainings: list[Training], part: str) -> None:
 
     Probabilities take most of the room and may be deleted once they are scored; what is gone is not scored again.
     """
-    protocol = bench.protocol.shifted() if part == "shift" else bench.protocol
+    protocol = bench.protocol.of_part(part)
     known = Rows(protocol).sources()
     for training in trainings:
         predictions, references = bench.predictions(training, part), bench.references(part)
@@ -92,13 +92,32 @@ def score_all(bench: Bench, trainings: list[Training], part: str) -> None:
         file = Rows(protocol).file(training.name)
         if file.exists() and known.get(training.name, {}).items() >= made_from.items():
             continue
-        calibrators = cross_fitted(bench.protocol, predictions, references) if part != "shift" else None
-        if calibrators is None:
+        if part == "validation":
+            calibrators = cross_fitted(bench.protocol, predictions, references)
+        elif part == "test":
+            calibrators = dict.fromkeys(cases_of(predictions), of_validation(bench, training))
+        else:
             calibrators = of_both(bench, protocol, training)
         write_lines(file, score_predictions(predictions, references, calibrators))
         known[training.name] = made_from
         Rows(protocol).write(known)
         print(f"scored {training.name} on {part}", flush=True)
+
+
+def cases_of(predictions: Path) -> list[str]:
+    """Names of the predicted cases."""
+    return [file.name.removesuffix(".nii.gz") for file in sorted(predictions.glob("*.nii.gz"))]
+
+
+def of_validation(bench: Bench, training: Training) -> dict[str, Calibrator]:
+    """By method, what ``calibrate fit`` makes of all validation cases."""
+    fitted = {}
+    for method in bench.protocol.content["methods"]:
+        folder = bench.work / "calibrators" / training.name / method
+        validation = bench.predictions(training, "validation")
+        fit_folder(validation, folder, bench.references("validation"), methods=[method])
+        fitted[method] = load_calibrator(folder)
+    return fitted
 
 
 def of_both(bench: Bench, shifted: Protocol, training: Training) -> dict[str, dict[str, Calibrator]]:
@@ -109,12 +128,7 @@ def of_both(bench: Bench, shifted: Protocol, training: Training) -> dict[str, di
         predictions,
         bench.references("shift"),
     )
-    fitted = {}
-    for method in bench.protocol.content["methods"]:
-        folder = bench.work / "calibrators" / training.name / method
-        validation = bench.predictions(training, "validation")
-        fit_folder(validation, folder, bench.references("validation"), methods=[method])
-        fitted[method] = load_calibrator(folder)
+    fitted = of_validation(bench, training)
     checked = check_folder(bench.work / "calibrators" / training.name / "temperature", predictions)
     kept = {name: value for name, value in checked.items() if name not in ("cases", "without_probabilities")}
     kept |= {"cases": len(checked["cases"]), "unlike": sum(case["unlike"] for case in checked["cases"].values())}
@@ -126,7 +140,7 @@ def of_both(bench: Bench, shifted: Protocol, training: Training) -> dict[str, di
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "status", "score", "shift"))
+    parser.add_argument("verb", choices=("run", "status", "score", "shift", "test"))
     parser.add_argument("protocol", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", dest="work", type=Path, required=True)
@@ -147,12 +161,15 @@ def main() -> int:
     if args.verb == "score":
         score_all(bench, trainings, "validation")
         return 0
-    if args.verb == "shift":
-        bench.map_references()
+    if args.verb in ("shift", "test"):
+        if args.verb == "shift":
+            bench.map_references()
+        elif not protocol.content["test_is_open"]:
+            parser.error(f"{args.protocol}: the test cases are closed; freeze the choices, then set test_is_open")
         for training in trainings:
             if (bench.predictions(training, "validation") / "done").exists():
-                bench.predict(training, "shift")
-                score_all(bench, [training], "shift")
+                bench.predict(training, args.verb)
+                score_all(bench, [training], args.verb)
         return 0
     bench.prepare()
     return min(1, run_all(bench, trainings, args.jobs))

@@ -112,6 +112,14 @@ class Protocol:
         methods = [*self.content["methods"], *(f"{method}{NEW}" for method in self.content["methods"])]
         return Protocol(self.file, self.content | {key: shift[key] for key in ("name", "group")} | {"methods": methods})
 
+    def tested(self) -> "Protocol":
+        """The same trainings on the test cases, with calibrators of the validation cases."""
+        return Protocol(self.file, self.content | {"name": f"{self.name}_test"})
+
+    def of_part(self, part: str) -> "Protocol":
+        """Whose rows are those of ``validation``, ``test`` or ``shift``."""
+        return {"validation": lambda: self, "test": self.tested, "shift": self.shifted}[part]()
+
     def group(self, case: str) -> str:
         """What the cases of one patient have in common."""
         found = re.search(self.content["group"], case)
