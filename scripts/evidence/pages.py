@@ -109,7 +109,7 @@ def of_calibrators(what: str) -> float:
     column, _, name = what.partition(" of ")
     if "/" in name:
         of, method = name.removeprefix("volume ").split("/")
-        lines = "calibrators_volume" if name.startswith("volume ") else "calibrators_acdc"
+        lines = "calibrators_volume" if name.startswith("volume ") else "calibrators_acdc2d"
         wanted = {"of": of, "method": method}
     else:
         method, by = name.split(" by ")

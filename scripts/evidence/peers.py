@@ -1,10 +1,10 @@
-"""Class-conditional calibrators, ours and fiducio's, cross-fitted on a network's validation patients.
+"""Every calibrator of a voxel's own probabilities, ours and fiducio's, cross-fitted on a network's validation cases.
 
     python scripts/evidence/peers.py PROTOCOL.json --data DATA -o WORK --training stock_1
 
 Needs ``pip install fiducio`` (Apache-2.0). All are fitted to the same voxels, drawn at random from each case of the
 other folds, and scored on whole volumes, as every row is. CPU seconds are of one thread: the median fit of a fold, and
-all volumes' calibration and scoring less that of the raw probabilities.
+all volumes' calibration and scoring less that of the raw probabilities. ``local``, which sees neighbours, is left out.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from nnunet_calib.posthoc import CALIBRATORS
 from nnunet_calib.posthoc.folders.crossfit import NONE
 from nnunet_calib.posthoc.maps.calibrator import Calibrator
 
-METHODS = ("temperature", "cmsop", "cmsap")
+METHODS = tuple(name for name in CALIBRATORS if name not in ("auto", "local"))
 THEIRS = {"cmsop": OrderPreservingMatrixScaling, "cmsap": ArgmaxPreservingMatrixScaling}
 OPTIMIZERS = ("adam", "lbfgs")  # the first is fiducio's default
 
@@ -118,7 +118,7 @@ def main() -> int:
             | {"fit_cpu_s": round(fit, 2), "apply_cpu_s": round(max(0.0, taken - 2 * raw), 1) if make else 0.0}
         )
         print(lines[-1], flush=True)
-    write_lines(RESULTS / "calibrators_acdc.csv", lines)
+    write_lines(RESULTS / f"calibrators_{protocol.name}.csv", lines)
     return 0
 
 

@@ -1,0 +1,114 @@
+"""``docs/results/trainers.md``: which trainer, with ``-tr`` alone, beats stock and stock with a calibrator?"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from page_acdc import PAIRS as ACDC
+from pages import Page
+from pairs import AGAIN, COLUMNS, SHOWN, Pairs, head, rows_of, with_interval, written
+from scores import called
+from tables import RESULTS, STOCK, Rows
+
+from nnunet_calib.report.diagram import COLOURS, MARKERS, STYLE, save
+
+TUNED = "ft-"  # fine-tuned from stock's finished network
+SETS: Mapping[str, Pairs] = {
+    "ACDC": ACDC,
+    "Hippocampus": Pairs(rows_of("hippocampus3d"), left_out=(TUNED,)),
+    "Brain": Pairs(rows_of("brain3d")),
+}
+FREE = called(STOCK, "temperature")
+AIMS: tuple[tuple[str, str, str, Callable[[float], bool]], ...] = (
+    ("DSC", "DSC of {} minus stock", "+.3f", lambda value: value >= -0.005),
+    ("ECE foreground", "ECE foreground of {} relative to stock", "+.0%", lambda value: value <= -0.4),
+    ("ECE foreground, stock + temperature", f"ECE foreground of {{}} minus {FREE}", "+.3f", lambda value: value < 0),
+    ("NLL foreground, stock + temperature", f"NLL foreground of {{}} minus {FREE}", "+.3f", lambda value: value < 0),
+    ("NLL volume, stock + temperature", f"NLL volume of {{}} minus {FREE}", "+.4f", lambda value: value <= 0),
+)
+"""What a recommended trainer was to reach: what it is minus, the mark of its number, its form, and the aim."""
+
+
+def measured() -> dict[str, Pairs]:
+    """Data sets with rows."""
+    return {name: pairs for name, pairs in SETS.items() if pairs.rows.trainings}
+
+
+def everywhere() -> list[str]:
+    """Trainers with rows on at least two data sets, stock's second time last."""
+    labels = [label for pairs in measured().values() for label in pairs.trainers]
+    return [*(label for label in dict.fromkeys(labels) if labels.count(label) > 1), AGAIN]
+
+
+def aims() -> list[str]:
+    """Every finalist on every data set against the aim; what falls short is told by its mean."""
+    lines = [f"| minus stock | on | pairs | {' | '.join(name for name, *_ in AIMS)} | short in |"]
+    lines.append("|---" * (len(AIMS) + 4) + "|")
+    for label in everywhere():
+        for name, pairs in measured().items():
+            if label not in pairs.ours:
+                continue
+            values = [pairs.rows.number(what.format(label)) for _, what, *_ in AIMS]
+            cells = [f"{value:{form}}" for value, (_, _, form, _) in zip(values, AIMS, strict=True)]
+            short = sum(not reached(value) for value, (*_, reached) in zip(values, AIMS, strict=True))
+            number = len(pairs.rows.numbers_of(label))
+            lines.append(f"| {written(label)} | {name} | {number} | {' | '.join(cells)} | {short} of {len(AIMS)} |")
+    return lines
+
+
+def tuned() -> list[str]:
+    """Fine-tuned trainers minus stock that was trained on as long."""
+    rows = SETS["Hippocampus"].rows
+    lines = head("fine-tuned, minus stock fine-tuned")
+    for label in (label for label in rows.labels if label.startswith(TUNED) and label != TUNED + STOCK):
+        effects = [rows.effect(label, TUNED + STOCK, column) for column in COLUMNS]
+        cells = [with_interval(effect, column) for effect, column in zip(effects, COLUMNS, strict=True)]
+        lines.append(f"| {written(label.removeprefix(TUNED))} | {' | '.join(cells)} |")
+    return lines
+
+
+def tables() -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """Of the page; ACDC's stand on its own."""
+    yield "aims", aims
+    if any(label.startswith(TUNED) for label in SETS["Hippocampus"].rows.labels):
+        yield "fine-tuned", tuned
+    for name in [name for name in measured() if name != "ACDC"]:
+        for table, made in SETS[name].tables().items():
+            yield f"{name} {table}", made
+
+
+def figure() -> None:
+    """Finalists minus stock of the same pair, and calibrators of stock, on each data set."""
+    free = [called(STOCK, method) for method in ACDC.rows.protocol.content["methods"]]
+    names = [*free, *everywhere()]
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
+        panels = drawn.subplots(1, len(SHOWN))
+        for panel, measure in zip(panels, SHOWN, strict=True):
+            panel.axvline(0, color="0.55", linewidth=0.8, linestyle="--")
+            for place, (data, pairs) in enumerate(measured().items()):
+                how = {"color": ("0.35", *COLOURS)[place], "marker": MARKERS[place], "linestyle": "none"}
+                known = {name: y for y, name in enumerate(names) if name in free or name in pairs.ours}
+                effects = {y + 0.22 * (place - 1): pairs.rows.effect(n, STOCK, measure) for n, y in known.items()}
+                for y, effect in effects.items():
+                    panel.plot([effect.low, effect.high], [y, y], color=how["color"], linewidth=1.2)
+                panel.plot([effect.mean for effect in effects.values()], list(effects), markersize=4, label=data, **how)
+            labels = [name if name in free else written(name) for name in names]
+            panel.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.5, -0.5))
+            panel.set_title(f"{measure}, minus stock", fontsize=9)
+            panel.tick_params(labelsize=8, labelleft=measure == SHOWN[0])
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        save(drawn, RESULTS.parent / "images" / "results_trainers.svg")
+
+
+def number(what: str) -> float:
+    """Marks begin with the data set's name."""
+    data, _, rest = what.partition(" ")
+    return SETS[data].rows.number(rest)
+
+
+def rows() -> tuple[Rows, ...]:
+    return tuple(pairs.rows for name, pairs in measured().items() if name != "ACDC")
+
+
+PAGE = Page(RESULTS / "trainers.md", dict(tables()), number, settings=frozenset({"0.6"}), rows=rows(), figure=figure)
