@@ -20,7 +20,7 @@ from nnunet_calib.cli.fewshot.options import (
 )
 from nnunet_calib.data.errors import UsageError
 
-_PUBLISHED = ("repri", "tim", "tim_volume")
+_PUBLISHED = ("repri", "tim", "tim_adm", "tim_volume")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=_PUBLISHED,
         default=[],
-        help=f"also with the linear head refined as published: {', '.join(_PUBLISHED)} (TIM by gradient descent; the "
-        "last with the volume expected in place of equal shares); P2",
+        help=f"also with the linear head refined as published: {', '.join(_PUBLISHED)} (TIM by gradient "
+        "descent, and by turns; the last with the volume expected in place of equal shares); P2",
     )
     parser.add_argument("--voxels", metavar="N", type=int, default=30_000, help="of each support (default: 30000)")
     parser.add_argument(

@@ -7,6 +7,10 @@ mean p is the share of the query that is predicted, and D holds it against the s
 
     D = KL(mean p || pi),    or as a hinge    D = max(|e| - margin, 0),    e = (pi - mean p) / max(pi, mean p)
 
+TIM-ADM minimises the same by turns: the query's voxels are assigned, then the head is fitted to those and the supports,
+
+    q_c ~ p_c^(1 + l_H) / (sum of p_c^(1 + l_H) over the query)^(1/2),      l_CE CE(support) + (1 + l_H) CE(query; q)
+
 TIM's H(mean p) asks for classes of one size, which voxels never are: it is there to compare with. H sharpens what the
 head is unsure of and costs calibration, so its weight is small, and only voxels within reach of the structure count:
 over a whole volume it is the background's. The head is kept near where it was by a ridge, for its fit would go on.
@@ -19,10 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from nnunet_calib.fewshot.structure.heads.base import balanced, bernoulli_entropy, log_odds, natural_share
 from nnunet_calib.fewshot.structure.heads.linear import CHUNK_RIDGE, LinearHead
@@ -30,6 +35,8 @@ from nnunet_calib.fewshot.structure.prior import MARGIN
 
 _STEPS = 50
 _BEFORE_UPDATE = 10  # of the prior that RePRI takes from its own prediction
+_TURNS = 15  # of ADM, each with a few steps of the head
+_STEPS_A_TURN = 5
 _TINY = 1e-12
 
 
@@ -43,6 +50,7 @@ class Objective:
         entropy: of H.
         margin: of the hinge; None: the KL divergence.
         uniform: D = -H(mean p), whatever is expected.
+        alternating: with ``uniform``, minimised by turns (ADM).
         predicted: pi is not what the volume prior expects but what the head predicts, as published for RePRI.
     """
 
@@ -51,6 +59,7 @@ class Objective:
     entropy: float = 0.1
     margin: float | None = MARGIN
     uniform: bool = False
+    alternating: bool = False
     predicted: bool = False
 
     def __call__(
@@ -97,10 +106,13 @@ _TIM = Objective(support=0.1, prior=1.0, entropy=0.1, margin=None)
 PUBLISHED: dict[str, Callable[[int], Objective]] = {
     "repri": lambda supports: Objective(prior=1 / supports, entropy=1 / supports, margin=None, predicted=True),
     "tim": lambda supports: replace(_TIM, uniform=True),
+    "tim_adm": lambda supports: replace(_TIM, uniform=True, alternating=True),
     "tim_volume": lambda supports: _TIM,
 }
 """Objectives with the weights of the papers, for k supports, to compare with: RePRI, its KL against shares that it
-estimates itself; TIM by gradient descent (TIM-GD); and TIM with its KL against the volume prior for -H(mean p)."""
+estimates itself; TIM by gradient descent (TIM-GD); TIM by turns (TIM-ADM: the published step of the weights is closed
+for prototypes, here it is L-BFGS on the logistic head, and there are 15 turns, not 150); and TIM with its KL against
+the volume prior for -H(mean p)."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +174,14 @@ def refine(
     def changed() -> LinearHead:
         return LinearHead(parts[0], parts[1], parts[2], head.row, head.offset)
 
+    cross_entropy = partial(binary_cross_entropy_with_logits, reduction="none")
+
+    def moved() -> Tensor:
+        away = [((part - old) * scale).square().sum() for part, old, scale in zip(parts, start, scales, strict=True)]
+        return torch.stack(away).sum()
+
     def value(pi: float, terms: Objective) -> Tensor:
         now = changed()
-        moved = sum(
-            ((part - old) * scale).square().sum() for part, old, scale in zip(parts, start, scales, strict=True)
-        )
         return (
             terms(
                 now(f, position, chunk) + shift,
@@ -177,14 +192,26 @@ def refine(
                 query.within,
                 pi,
             )
-            + unit * anchor / 2 * moved
+            + unit * anchor / 2 * moved()
         )
 
     def predicted() -> float:
         with torch.no_grad():
             return float((q_weight @ changed()(q, query.position, query.chunk).sigmoid()).clamp(_TINY, 1 - 1e-6))
 
-    if share is not None:
+    def to_assigned(targets: Tensor) -> Tensor:
+        now = changed()
+        on_support = cross_entropy(now(f, position, chunk) + shift, target.float())
+        on_query = cross_entropy(now(q, query.position, query.chunk), targets)
+        terms = objective.support * (w @ on_support) + (1 + objective.entropy) * (q_weight @ on_query)
+        return terms + unit * anchor / 2 * moved()
+
+    if objective.alternating:
+        for _ in range(_TURNS):
+            with torch.no_grad():
+                targets = assigned(changed()(q, query.position, query.chunk), q_weight, objective.entropy)
+            _minimise(parts, partial(to_assigned, targets), _STEPS_A_TURN)
+    elif share is not None:
         _minimise(parts, lambda: value(share, objective), steps)
     else:
         first = predicted()
@@ -206,6 +233,18 @@ def _minimise(parts: list[Tensor], value, steps: int) -> None:
         return loss
 
     optimiser.step(closure)
+
+
+def assigned(logit: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """The assignment of ADM: q of the structure, in [0, 1].
+
+    Args:
+        logit: float (M,).
+        weight: float (M,) of sum 1.
+        alpha: l_H.
+    """
+    inside, outside = (weight @ ((1 + alpha) * logsigmoid(z)).exp() for z in (logit, -logit))
+    return ((1 + alpha) * logit - 0.5 * (inside.clamp_min(_TINY) / outside.clamp_min(_TINY)).log()).sigmoid()
 
 
 def _entropy(logit: Tensor) -> Tensor:

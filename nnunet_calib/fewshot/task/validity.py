@@ -90,7 +90,8 @@ def _check_objective(objective: Objective) -> None:
     _require(all(_is_number(weight) and weight >= 0 for weight in weights), "weights of the refinement")
     margin = objective.margin
     _require(margin is None or (_is_number(margin) and 0 <= margin < 1), "margin of the refinement")
-    _require(isinstance(objective.uniform, bool) and isinstance(objective.predicted, bool), "refinement")
+    ways = (objective.uniform, objective.alternating, objective.predicted)
+    _require(all(isinstance(way, bool) for way in ways), "refinement")
 
 
 def _check_frame(frame: Frame, settings: Settings) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnunet_calib.fewshot.structure.heads import LinearHead
-from nnunet_calib.fewshot.structure.objective import PUBLISHED, Objective, Query, refine
+from nnunet_calib.fewshot.structure.objective import PUBLISHED, Objective, Query, assigned, refine
 
 
 def case(seed=0, n=400, m=300):
@@ -151,6 +151,27 @@ def test_tim_as_published_wants_classes_of_one_size():
     shares = [float(predicted(refine(head, supports, query, 0.2, o), query).sigmoid().mean()) for o in objectives]
     assert shares[0] > 0.3
     assert shares[1] == pytest.approx(0.2, abs=0.05)
+
+
+def test_tim_by_turns_lowers_tims_objective_and_wants_classes_of_one_size_too():
+    head, supports, query, _ = fitted()
+    turned = refine(head, supports, query, 0.5, PUBLISHED["tim_adm"](1))
+    features, target, weight, position, chunk, _ = supports
+
+    def value(one):
+        logits = (one(features, position, chunk), target, weight / weight.sum(), predicted(one, query))
+        return float(PUBLISHED["tim"](1)(*logits, query.weight / query.weight.sum(), query.within, 0.5))
+
+    assert value(turned) < value(head) - 0.01
+    assert float(predicted(turned, query).sigmoid().mean()) > 0.3
+
+
+def test_the_assignment_of_adm_is_the_papers():
+    z, v = torch.tensor([-2.0, 0.5, 3.0]), torch.tensor([0.2, 0.5, 0.3])
+    p = np.array([[1 / (1 + np.exp(x)), 1 / (1 + np.exp(-x))] for x in z.tolist()])
+    power = p**1.1
+    q = power / np.sqrt((v.numpy()[:, None] * power).sum(axis=0))
+    assert assigned(z, v, 0.1).numpy() == pytest.approx(q[:, 1] / q.sum(axis=1), rel=1e-5)
 
 
 def test_the_head_that_is_given_stays_as_it_is():
