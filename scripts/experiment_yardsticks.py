@@ -1,10 +1,10 @@
 """The published ways to few-shot beside ours: episodic training (PANet, first-order MAML) and refinement on the query.
 
-    python scripts/experiment_yardsticks.py DATA -o WORK [--sets 2] [-k 1 3 5] [--steps 100] [--chk checkpoint_final.pth]
+    python scripts/experiment_yardsticks.py DATA -o WORK [--sets 2] [-k 1 3 5] [--steps 100] [--chk NAME]
     python scripts/experiment_yardsticks.py DATA -o WORK --csv
 
-WORK is that of ``experiment_combined.py --only brain``: its base network, volumes, structures and sets of supports. Every
-trainer starts from the base network and trains on the same data; ``StockTrainer`` does so without episodes, as the
+WORK is that of ``experiment_combined.py --only brain``: its base network, volumes, structures and sets of supports.
+Every trainer starts from the base network and trains on the same data; ``StockTrainer`` does so without episodes, as the
 control. Each network has the head of its paper and ours. Resumable; ``docs/results/fewshot_yardsticks.csv``.
 """
 
