@@ -4,7 +4,7 @@
     python scripts/experiment_yardsticks.py DATA -o WORK --csv
 
 WORK is that of ``experiment_combined.py --only brain``: its base network, volumes, structures and sets of supports.
-Every trainer starts from the base network and trains on the same data; ``StockTrainer`` does so without episodes, as the
+Every trainer starts from the base network and trains on its data; ``StockTrainer`` does so without episodes, as the
 control. Each network has the head of its paper and ours. Resumable; ``docs/results/fewshot_yardsticks.csv``.
 """
 

@@ -25,6 +25,7 @@ from nnunet_calib.pipeline.validation import score_exported, summarise_validatio
 from nnunet_calib.training.catalogue import no_trainer
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.curves import append, draw
+from nnunet_calib.training.new_classes import BATCHES, begin_new_classes
 from nnunet_calib.training.objective import Objective
 from nnunet_calib.training.settings import (
     CHECKPOINT_ENDING,
@@ -40,6 +41,7 @@ from nnunet_calib.training.settings import (
 
 _CUDA = torch.device("cuda")
 _STATE_KEY = "nnunet_calib_state"
+_WEIGHTS_KEY = "nnunet_calib_class_weights"
 _STILL_RISING = 0.05  # of Dice; what a network that has learned its structures does by chance is less
 
 
@@ -78,6 +80,8 @@ class CalibrationTrainer(nnUNetTrainer):
         self._loaded_checkpoint = False
         self._steps = 0  # of this epoch
         self._mirrored: tuple[int, ...] | None = None  # axes, by the training that this one starts from
+        self._new: list[int] = []  # channels of classes that it did not know
+        self._class_weights: list[float] = []  # of cross-entropy at the start, if there are such classes
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._settle_schedule()
 
@@ -181,7 +185,7 @@ class CalibrationTrainer(nnUNetTrainer):
                 source = self._finetune_source()
             self.initialize()
             with self._nothing_left_if_refused():
-                self._mirrored = load_weights(plain(self.network), source, self.dataset_json["labels"])
+                self._mirrored, self._new = load_weights(plain(self.network), source, self.dataset_json["labels"])
             self.print_to_log_file(f"nnunet-calib: fine-tuning from {source}")
         elif self.settings["finetune_from"] is not None:  # its own checkpoint has them
             self._mirrored = tuple(self.inference_allowed_mirroring_axes or ())
@@ -199,8 +203,11 @@ class CalibrationTrainer(nnUNetTrainer):
         return rotation, dummy_2d, patch_size, axes
 
     def on_train_epoch_start(self) -> None:
-        """Choose nnU-Net's loss or the objective for this epoch."""
+        """Choose nnU-Net's loss or the objective for this epoch; begin with new classes before the first."""
+        if self._new and not self._class_weights:
+            self._begin_new_classes()
         super().on_train_epoch_start()
+        self._weigh_classes()
         if self.LOSS is None:
             return
         self._objective().calibration.train()
@@ -211,6 +218,34 @@ class CalibrationTrainer(nnUNetTrainer):
         self._objective().share = first
         coming = "" if first == last else f", its share {first:.2f} to {last:.2f}"
         self.print_to_log_file(f"Objective: {self.LOSS + coming if last > 0 else 'nnU-Net (until calibrate_from)'}")
+
+    def _begin_new_classes(self) -> None:
+        def batches() -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+            for _ in range(BATCHES):
+                batch = next(self.dataloader_train)
+                target = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+                yield batch["data"].to(self.device), [scale.to(self.device) for scale in target]
+
+        network = plain(self.network)
+        known = [i for i in range(self.label_manager.num_segmentation_heads) if i not in self._new]
+        weights = begin_new_classes(network, batches(), known, self._new)
+        if self.is_ddp:  # each process has seen other batches
+            for shared in (weights, *network.parameters()):
+                distributed.broadcast(shared.data, 0)
+        # In the plans they are in the checkpoint, from which an interrupted training goes on.
+        self._class_weights = self.plans_manager.plans[_WEIGHTS_KEY] = weights.tolist()
+        told = ", ".join(f"{weight:.1f}" for weight in self._class_weights)
+        self.print_to_log_file(f"nnunet-calib: rows of new classes fitted; weights of all in cross-entropy: {told}")
+
+    def _weigh_classes(self) -> None:
+        """Weights of the classes in nnU-Net's cross-entropy: those of the start at first, 1 in the second half."""
+        if not self._class_weights:
+            return
+        left = max(0.0, 1 - 2 * self.current_epoch / self.num_epochs)
+        now = torch.tensor([1 + (weight - 1) * left for weight in self._class_weights], device=self.device)
+        for part in self.loss.modules():
+            if isinstance(part, nn.CrossEntropyLoss):
+                part.weight = now
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step, with the objective's share of the loss that this step has."""
@@ -323,6 +358,7 @@ class CalibrationTrainer(nnUNetTrainer):
                 f"--c: the settings of {self.configuration_name} changed since {self.output_folder} was trained "
                 f"({'; '.join(drift)}); put them back, or train a configuration with another name"
             )
+        self._class_weights = self.my_init_kwargs["plans"].get(_WEIGHTS_KEY, [])
         # Until 2026-11 it was among the arguments.
         state = self.my_init_kwargs["plans"].pop(_STATE_KEY, None) or self.my_init_kwargs.pop(_STATE_KEY, None)
         if self.LOSS is not None and state is not None:

@@ -10,11 +10,13 @@ from nnunet_calib.data.checkpoints import read_checkpoint
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.training.settings import RefusedSettings
 
-_HEADS = ".seg_layers."
+HEADS = ".seg_layers."
 """In the names of the weights that make the segmentation; nnU-Net's own rule for what depends on the labels."""
 
 
-def load_weights(network: nn.Module, checkpoint: str, labels: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+def load_weights(
+    network: nn.Module, checkpoint: str, labels: Mapping[str, Any] | None = None
+) -> tuple[tuple[int, ...], list[int]]:
     """Load every weight of an nnU-Net checkpoint, segmentation heads included.
 
     Where the checkpoint knows fewer classes than ``labels``, its heads are widened by `widened_heads`.
@@ -25,7 +27,7 @@ def load_weights(network: nn.Module, checkpoint: str, labels: Mapping[str, Any] 
         labels: of the network to be trained, as in ``dataset.json``; None: the checkpoint's.
 
     Returns:
-        The axes that the checkpoint's training mirrored.
+        The axes that the checkpoint's training mirrored, and the channels of classes that it does not know.
 
     Raises:
         RefusedSettings: the file holds more than weights and plain values, or weights of another architecture or of
@@ -35,8 +37,10 @@ def load_weights(network: nn.Module, checkpoint: str, labels: Mapping[str, Any] 
         content = read_checkpoint(checkpoint)
         weights = content["network_weights"]
         known = content.get("init_args", {}).get("dataset_json", {}).get("labels", labels)
+        new: list[int] = []
         if labels is not None and list(known.items()) != list(labels.items()):  # regions are heads in their order
             weights = widened_heads(weights, known, labels, checkpoint)
+            new = [i for i, name in enumerate(class_names(labels, checkpoint)) if name not in known]
         network.load_state_dict(weights)
     except InputError as error:
         raise RefusedSettings(str(error)) from error
@@ -44,7 +48,7 @@ def load_weights(network: nn.Module, checkpoint: str, labels: Mapping[str, Any] 
         raise RefusedSettings(
             f"{checkpoint} does not fit this network: {' '.join(str(error).split())[:300]}"
         ) from error
-    return tuple(content.get("inference_allowed_mirroring_axes") or ())
+    return tuple(content.get("inference_allowed_mirroring_axes") or ()), new
 
 
 def widened_heads(
@@ -56,8 +60,8 @@ def widened_heads(
 
         w_new = w_background,    b_new = b_background = b - log(n + 1)    for n new classes,
 
-    so the probabilities of all other classes are those of before. Cermelli et al., Modeling the background for
-    incremental learning in semantic segmentation (MiB), CVPR 2020, section 3.3.
+    so the probabilities of all other classes are those of before, until `new_classes` fits its row. Cermelli et al.,
+    Modeling the background for incremental learning in semantic segmentation (MiB), CVPR 2020, section 3.3.
 
     Args:
         weights: of a checkpoint, by name.
@@ -68,7 +72,7 @@ def widened_heads(
     Raises:
         RefusedSettings: a class of ``known`` is not in ``labels``, or there are regions.
     """
-    before, now = _classes(known, checkpoint), _classes(labels, checkpoint)
+    before, now = class_names(known, checkpoint), class_names(labels, checkpoint)
     if missing := [name for name in before if name not in now]:
         raise RefusedSettings(
             f"{checkpoint} knows a class {missing[0]!r} that this data set lacks; classes can be added, not left out"
@@ -78,15 +82,23 @@ def widened_heads(
     shared = [i for i, name in enumerate(now) if name == "background" or name not in before]
     widened = dict(weights)
     for name, weight in weights.items():
-        if _HEADS in name:
+        if HEADS in name:
             widened[name] = weight[rows]
             if name.endswith(".bias"):
                 widened[name][shared] -= math.log(new + 1)
     return widened
 
 
-def _classes(labels: Mapping[str, Any], checkpoint: str) -> list[str]:
-    """Names of the classes in the order of the network's channels."""
+def class_names(labels: Mapping[str, Any], checkpoint: str) -> list[str]:
+    """Names of the classes in the order of the network's channels.
+
+    Args:
+        labels: as in ``dataset.json``.
+        checkpoint: its file, for the message.
+
+    Raises:
+        RefusedSettings: there are regions.
+    """
     if any(not isinstance(value, int) for value in labels.values()):
         raise RefusedSettings(
             f"{checkpoint}: with regions, or other labels than this data set's, no class can be added"

@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings
 
-from .toy import PLANS, architecture, build, construct, prepare_folders
+from .toy import PATCH, PLANS, architecture, build, construct, prepare_folders
 
 MARGIN_2 = {"margin": 2.0, "calibrate_from": 0, "num_epochs": 3, "dice_weight": 1}
 
@@ -217,6 +217,83 @@ def test_with_new_classes_a_network_begins_with_the_probabilities_it_had():
         torch.testing.assert_close(after[:, [2, 3]], before[:, [1, 2]])
         for channel in (0, 1, 4):  # background, and the new classes that were part of it
             torch.testing.assert_close(after[:, channel], before[:, 0] / 3)
+
+
+def bright_voxels(axes: int = 2, rare: int = 3) -> dict:
+    """A batch in which a few bright voxels are the class 3, and the others 0; the classes 1 and 2 are nowhere."""
+    image = torch.randn(2, 1, *(PATCH,) * axes)
+    label = torch.zeros(2, 1, *(PATCH,) * axes, dtype=torch.int16)  # as nnU-Net gives them
+    for one in range(2):
+        corner = torch.randint(PATCH - rare, (axes,)).tolist()
+        place = tuple(slice(c, c + rare) for c in corner)
+        image[one, 0][place] += 6
+        label[one, 0][place] = 3
+    return {"data": image, "target": [label, label[:, :, ::2, ::2], label[:, :, ::4, ::4]]}
+
+
+def begun(first: nnUNetTrainer, trainer: str = "StockTrainer", **more) -> nnUNetTrainer:
+    """A fine-tuning with one new class, at its first step."""
+    now = tuned({"background": 0, "a": 1, "b": 2, "new": 3}, first, trainer, **more)
+    now.dataloader_train = iter(bright_voxels, None)
+    now.on_train_epoch_start()
+    return now
+
+
+def test_a_new_class_begins_where_it_is():
+    torch.manual_seed(0)
+    first = build("nnUNetTrainer", axes=2)
+    now = begun(first, num_epochs=4)
+    given = bright_voxels()
+    finest, inside = probabilities(now, given["data"])[0][:, 3], given["target"][0][:, 0] == 3
+    share = float(inside.float().mean())
+    assert finest[inside].mean() > 2 * finest[~inside].mean()
+    assert 0.5 * 0.1 / 1.1 < float(finest[~inside].mean()) + share < 0.3  # it counts as a tenth of the others
+    # what was known is as it was, up to what the new class takes
+    before, after = probabilities(first, given["data"])[0], probabilities(now, given["data"])[0][:, :3]
+    torch.testing.assert_close(after / after.sum(dim=1, keepdim=True), before)
+    assert "rows of new classes fitted" in Path(now.log_file).read_text()
+
+
+def test_rare_classes_weigh_more_at_first_and_as_others_from_the_middle_on():
+    now = begun(build("nnUNetTrainer", axes=2), num_epochs=4)
+    weighted = next(part for part in now.loss.modules() if isinstance(part, torch.nn.CrossEntropyLoss))
+    first = 0.1 * PATCH**2 / 9
+    seen = []
+    for epoch in range(4):
+        now.current_epoch = epoch
+        now.on_train_epoch_start()
+        seen.append(weighted.weight.tolist())
+    half = 1 + (first - 1) / 2
+    expected = [[1, 1, 1, first], [1, 1, 1, half], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert [pytest.approx(one, rel=0.05) for one in expected] == seen
+    assert np.isfinite(now.train_step(bright_voxels())["loss"])
+
+
+def test_a_fine_tuning_that_goes_on_keeps_the_weights_of_its_start():
+    now = begun(build("nnUNetTrainer", axes=2), num_epochs=4)
+    continued = construct("StockTrainer", now.settings, axes=2, continued=True)
+    continued.dataset_json["labels"] = now.dataset_json["labels"]
+    continued.label_manager = continued.plans_manager.get_label_manager(continued.dataset_json)
+    continued.load_checkpoint(saved(now, "checkpoint_latest.pth"))
+    before = weights_of(continued)
+    continued.on_train_start()
+    continued.on_train_epoch_start()
+    assert same(weights_of(continued), before)
+    weights = [part.weight for part in continued.loss.modules() if isinstance(part, torch.nn.CrossEntropyLoss)]
+    assert weights[0].tolist() == pytest.approx([1 + (w - 1) * 0.5 for w in now._class_weights])
+
+
+def test_without_new_classes_nothing_is_fitted_or_weighted():
+    now = tuned({"background": 0, "a": 1, "b": 2}, first := stock())
+    now.on_train_epoch_start()
+    assert same(weights_of(now), weights_of(first))
+    assert all(part.weight is None for part in now.loss.modules() if isinstance(part, torch.nn.CrossEntropyLoss))
+
+
+def test_with_a_calibration_loss_the_rows_are_fitted_too():
+    now = begun(build("nnUNetTrainer", axes=2), "NACLTrainer", num_epochs=4)
+    assert np.isfinite(now.train_step(bright_voxels())["loss"])
+    assert now._class_weights[3] > 1
 
 
 def test_calibration_losses_start_from_a_file_too():
