@@ -7,6 +7,7 @@ process writes what it saw to FOLDER/rank_R.json.
 """
 
 import copy
+import itertools
 import json
 import os
 import sys
@@ -79,6 +80,19 @@ def follow(kind: str) -> dict:
     return {name: value.calibration.multipliers.tolist() for name, value in (("gathered", loss), ("expected", both))}
 
 
+def begin() -> dict:
+    """What a class that is new to the network begins with, fitted to batches of both processes."""
+    trainer = construct("StockTrainer", {"num_epochs": 2}, axes=2, trainer=on_cpu(TRAINERS["StockTrainer"]))
+    torch.manual_seed(0)
+    trainer.initialize()
+    seeds = itertools.count(100 * dist.get_rank())
+    trainer.dataloader_train = (batch(trainer, "labels", seed=seed) for seed in seeds)
+    trainer._new = [2]
+    trainer.on_train_epoch_start()
+    rows = [weights.double().sum().item() for weights in trainer.network.parameters()]
+    return {"rows": rows, "class_weights": trainer._class_weights}
+
+
 def ignore_but_first_row(target: torch.Tensor, kind: str) -> None:
     if kind.startswith("regions"):
         target[:, -1, 1:] = True
@@ -92,6 +106,7 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     seen = {f"{name}-{kind}": train(name, kind) for name in TRAINERS for kind in KINDS}
     seen |= {f"multipliers-{kind}": follow(kind) for kind in KINDS}
+    seen["begun"] = begin()
     Path(folder, f"rank_{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

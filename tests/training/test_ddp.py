@@ -47,3 +47,9 @@ def test_multipliers_follow_the_voxels_of_all_processes(ranks, kind):
     for gathered, expected in zip(first["gathered"], first["expected"], strict=True):
         assert gathered == pytest.approx(expected, rel=1e-5)
     assert max(max(row) for row in first["gathered"]) > 1e-3
+
+
+def test_new_classes_begin_alike_in_both_processes(ranks):
+    first, second = (rank["begun"] for rank in ranks)
+    assert first == second
+    assert len(first["class_weights"]) == 3
