@@ -1,6 +1,6 @@
 """The published ways to few-shot beside ours: episodic training (PANet, first-order MAML) and refinement on the query.
 
-    python scripts/experiment_yardsticks.py DATA -o WORK [--sets 2] [-k 1 3 5] [--steps 100] [--chk NAME]
+    python scripts/experiment_yardsticks.py DATA -o WORK [--sets 1] [-k 1 3] [--steps 75] [--chk NAME]
     python scripts/experiment_yardsticks.py DATA -o WORK --csv
 
 WORK is that of ``experiment_combined.py --only brain``: its base network, volumes, structures and sets of supports.
@@ -30,11 +30,11 @@ from nnunet_calib.fewshot.measure.protocols import REAL
 from nnunet_calib.fewshot.measure.trials import Trial, grid
 
 BASE = "base"
-TRAINERS = ("StockTrainer", "PANetTrainer", "MAMLTrainer")
+TRAINERS = ("PANetTrainer", "MAMLTrainer", "StockTrainer")
 CONFIGURATION = "episodic"
 STEPS_AN_EPOCH = 25
 RATE = 0.01
-REFINEMENTS = ("repri", "tim", "tim_adm", "tim_volume")
+REFINEMENTS = ("repri", "tim", "tim_adm")
 TABLE = "fewshot_yardsticks.csv"
 
 
@@ -113,9 +113,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("-o", dest="work", metavar="WORK", type=Path, required=True)
-    parser.add_argument("-k", type=int, nargs="+", default=[1, 3, 5], help="supports (default: 1 3 5)")
-    parser.add_argument("--sets", type=int, default=2, help="of k supports (default: 2)")
-    parser.add_argument("--steps", type=int, default=100, help="of every trainer (default: 100)")
+    parser.add_argument("-k", type=int, nargs="+", default=[1, 3], help="supports (default: 1 3)")
+    parser.add_argument("--sets", type=int, default=1, help="of k supports (default: 1)")
+    parser.add_argument("--steps", type=int, default=75, help="of every trainer (default: 75)")
     parser.add_argument("--chk", default=CHECKPOINT, help="of the base network")
     parser.add_argument("--csv", action="store_true", help=f"write docs/results/{TABLE} from what is in WORK")
     args = parser.parse_args()

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example:\n  nnunet-calib fewshot finetune MODEL --images imagesTr --labels labelsTr --label 10 "
         "--name hippocampus -d 901\n\n"
         "to try it on a CPU, in minutes for small networks; small structures need more steps:\n"
-        "  ... -d 901 --set num_epochs=4 num_iterations_per_epoch=100 initial_lr=0.01 -device cpu"
+        "  ... -d 901 --set num_epochs=8 num_iterations_per_epoch=50 initial_lr=0.01 -device cpu"
     )
     add_supports(parser)
     parser.add_argument(
