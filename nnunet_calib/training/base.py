@@ -83,6 +83,7 @@ class CalibrationTrainer(nnUNetTrainer):
         self._new: list[int] = []  # channels of classes that it did not know
         self._class_weights: list[float] = []  # of cross-entropy at the start, if there are such classes
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.plans_manager.plans.pop(_WEIGHTS_KEY, None)  # of another training, whose plans these were
         self._settle_schedule()
 
     def initialize(self) -> None:

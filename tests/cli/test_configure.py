@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nnunet_calib._autoload import trainers_folder
 from nnunet_calib.cli.main import main
 
 
@@ -198,3 +199,10 @@ def test_missing_variables_and_plans_are_one_line(plans_file, monkeypatch, capsy
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 4
     assert "nnUNet_preprocessed is not set" in errors[3]
+
+
+def test_trainers_to_compare_with_are_configured_though_no_list_has_them(plans_file, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
+    assert configure("--set", "num_epochs=10", "finetune_from=StockTrainer", "-tr", "PANetTrainer") == 0
+    assert configure("--set", "margin=3", "-tr", "MAMLTrainer") == 2
+    assert "unknown setting 'margin'" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_calib.training import StockTrainer
 from nnunet_calib.training.checkpoint import load_weights
 from nnunet_calib.training.settings import RESOLVED_KEY, RefusedSettings
 
-from .toy import PATCH, PLANS, architecture, build, construct, prepare_folders
+from .toy import PATCH, PLANS, architecture, build, construct, dataset_json, plans, prepare_folders
 
 MARGIN_2 = {"margin": 2.0, "calibrate_from": 0, "num_epochs": 3, "dice_weight": 1}
 
@@ -281,6 +282,15 @@ def test_a_fine_tuning_that_goes_on_keeps_the_weights_of_its_start():
     assert same(weights_of(continued), before)
     weights = [part.weight for part in continued.loss.modules() if isinstance(part, torch.nn.CrossEntropyLoss)]
     assert weights[0].tolist() == pytest.approx([1 + (w - 1) * 0.5 for w in now._class_weights])
+
+
+def test_weights_of_another_training_in_the_plans_are_not_ones_own():
+    given = plans(2) | {"nnunet_calib_class_weights": [1.0, 9.0]}
+    trainer = StockTrainer(given, "small", 0, dataset_json("labels"), torch.device("cpu"))
+    trainer.initialize()
+    continued = construct("StockTrainer", axes=2, continued=True)
+    continued.load_checkpoint(saved(trainer, "checkpoint_latest.pth"))
+    assert continued._class_weights == []
 
 
 def test_without_new_classes_nothing_is_fitted_or_weighted():
