@@ -68,6 +68,8 @@ class Study:
     kernels: list[list[int]]
     epochs: int
     steps: int
+    configuration: str = "3d_fullres"
+    batch: int = 2
 
     @property
     def novel(self) -> tuple[str, ...]:
@@ -189,7 +191,7 @@ class Base:
             self.write_data()
         done = self.plans.with_name("preprocessed.done")
         if not done.exists():
-            words = ["-d", self.number, "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
+            words = ["-d", self.number, "-c", self.study.configuration, "-np", "1", "-npfp", "1"]
             self.call("plan", [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), *words])
             done.touch()
         cases = self.training_cases()
@@ -198,7 +200,7 @@ class Base:
         write_whole(self.plans.with_name("splits_final.json"), json.dumps(split, indent=1))
         there = read_plans(self.plans)["configurations"]
         if "small" not in there:
-            study, architecture = self.study, there["3d_fullres"]["architecture"]
+            study, architecture = self.study, there[self.study.configuration]["architecture"]
             stages = len(study.features)
             architecture["arch_kwargs"] |= {
                 "n_stages": stages,
@@ -210,8 +212,8 @@ class Base:
             }
             settings = {"num_epochs": study.epochs, "num_iterations_per_epoch": study.steps}
             settings |= {"num_val_iterations_per_epoch": 5, "save_every": 1}
-            overrides = {"batch_size": 2, "patch_size": study.patch, "architecture": architecture}
-            add_configuration(self.plans, "small", "3d_fullres", settings, overrides)
+            overrides = {"batch_size": study.batch, "patch_size": study.patch, "architecture": architecture}
+            add_configuration(self.plans, "small", study.configuration, settings, overrides)
 
     def finish(self) -> None:
         """Train, predict the queries and score them, each step only if it is not done yet."""
