@@ -131,7 +131,8 @@ def main() -> None:
             (labels / f"{case}.nii.gz").symlink_to(dataset / "labelsTr" / f"{case}.nii.gz")
     task, found = work / f"{NAME}.fewshot", work / "found"
     annotated = ("--images", str(work / "supports"), "--labels", str(labels), "--label", str(NEW), "--name", NAME)
-    run("nnunet-calib", "fewshot", "fit", str(model), *annotated, "-o", str(task), "-device", "cpu")
+    alone = ("--registration", "none", "-device", "cpu")
+    run("nnunet-calib", "fewshot", "fit", str(model), *annotated, "-o", str(task), *alone)
     wanted = ("-i", str(work / "queries"), "-o", str(found), "--save_probabilities", "-device", "cpu")
     run("nnunet-calib", "fewshot", "apply", str(model), str(task), *wanted)
 

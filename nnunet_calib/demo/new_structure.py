@@ -59,6 +59,7 @@ class NewStructure:
         options = ["-device", self.device, "--disable_tta"]
         supports = ["--images", str(self.folder / "imagesTr"), "--labels", str(self.folder / "labelsTr")]
         cyst = ["--label", str(phantom.NEW_LABELS["cyst"]), "--name", "cyst"]
+        cyst += ["--registration", "none"]  # it may lie anywhere
         queries = ["-i", str(self.folder / "imagesTs"), "-o", str(self.segmented), "--save_probabilities"]
         scored = [str(self.folder / "labelsTs"), str(self.segmented), "-o", str(self.scores)]
         return [

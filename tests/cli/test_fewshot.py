@@ -34,6 +34,7 @@ def test_two_commands_segment_a_new_structure(made, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "case_0" in printed
     assert "Dice by the others 0." in printed
+    assert "note: the task holds the images and label maps of its supports" in printed  # registered by default
     assert f"written to {tmp_path / 'ball.fewshot'}" in printed
     words = apply(made, tmp_path / "out")
     words[words.index(str(made.task))] = str(tmp_path / "ball.fewshot")

@@ -57,16 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="H",
         nargs="+",
         choices=(*HEADS, "registration"),
-        default=["linear", "prototype"],
+        default=["linear", "prototype", "registration"],
         help=f"of {', '.join(HEADS)} (this one in P2 with k > 2), and registration: labels that registration carries, "
-        "without a head or a network, in P2 (default: linear prototype)",
+        "without a head or a network, in P2 (default: linear prototype registration)",
     )
     parser.add_argument(
         "--registration",
         nargs="+",
         choices=REGISTRATIONS,
-        default=["none"],
-        help="of the supports, in P2: heads with each of these; registration alone with each but none (default: none)",
+        default=["none", "deformable"],
+        help="of the supports, in P2: heads with each of these; registration alone with each but none (default: none "
+        "deformable)",
     )
     add_registrations(parser, limit=True)
     parser.add_argument("--ignore", metavar="V", type=int, help="value of voxels that do not count")

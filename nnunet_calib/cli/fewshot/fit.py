@@ -89,9 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--registration",
         choices=REGISTRATIONS,
-        default="none",
+        default="deformable",
         help="register the supports to each other and to every query, and weigh their labels there against the head: "
-        "takes seconds a pair, and the task file then holds the supports' images (default: none)",
+        "takes seconds a pair, and the task file then holds the supports' images; none: for structures that lie "
+        "anywhere, and for a task without images (default: deformable)",
     )
     add_registrations(parser, limit=True)
     parser.add_argument(
@@ -164,5 +165,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{which}{support['case']:<32} {shown_size(support):>14}{by_others}")
         for note in told["notes"]:
             print(f"note: {which}{note}")
+    if settings.registered:
+        print("note: the task holds the images and label maps of its supports; --registration none leaves them out")
     print(f"written to {task_file(args.output, *args.name)}")
     return 0

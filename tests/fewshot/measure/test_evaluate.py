@@ -174,6 +174,7 @@ def test_the_command_writes_and_prints_the_table(supports, tmp_path, capsys):
         "features",
         "pairs.csv",
         "pairs.jsonl",
+        "registrations",
         "summary.json",
     }
 
