@@ -5,7 +5,7 @@
 
 WORK is that of ``experiment_combined.py --only brain``: its base network, volumes, structures and sets of supports.
 Every trainer starts from the base network and trains on its data; ``StockTrainer`` does so without episodes, as the
-control. Each network has the head of its paper and ours. Resumable; ``docs/results/fewshot_yardsticks.csv``.
+control. Resumable; ``docs/results/fewshot_yardsticks.csv``.
 """
 
 import argparse
@@ -63,10 +63,14 @@ def train(base: Base, trainer: str, steps: int, checkpoint: str) -> Path:
 
 
 def trials(network: str, ks: list[int], sets: int) -> list[Trial]:
-    """Our head, and prototypes in one chunk; of the base network the papers' refinements besides."""
-    refinements = REFINEMENTS if network == BASE else ()
-    ours = grid(["linear"], [12], ["aligned"], ks, [REAL], most_sets=sets, refinements=refinements)
-    return ours + grid(["prototype"], [1], ["aligned"], ks, [REAL], most_sets=sets)
+    """Of a network the head of its paper; without episodes ours and prototypes, and of the base the refinements."""
+    tried: list[Trial] = []
+    if network != "PANetTrainer":
+        refinements = REFINEMENTS if network == BASE else ()
+        tried += grid(["linear"], [12], ["aligned"], ks, [REAL], most_sets=sets, refinements=refinements)
+    if network != "MAMLTrainer":
+        tried += grid(["prototype"], [1], ["aligned"], ks, [REAL], most_sets=sets)
+    return tried
 
 
 def evaluate(base: Base, network: str, model: Path, tried: list[Trial], checkpoint: str) -> None:
