@@ -1,12 +1,12 @@
 """Does ``fewshot rank`` put first what is segmented worst? The expected error of every case beside the true one.
 
-    python scripts/check_ranking.py WORK/brain_035/combined/pairs.jsonl [--csv]
+    python scripts/check_ranking.py WORK/brain_035/combined/pairs.jsonl [...] [--csv]
 
-The pairs are of ``experiment_combined.py`` or of ``fewshot evaluate``. As in ``rank``, the need of a case is 1 minus
-the expected Dice, 1 where the structure is called absent, the mean over structures; its error is 1 minus the true Dice,
-the mean over the same. A row of ``docs/results/fewshot_ranking.csv`` has for a head and k Spearman's correlation of the
-two over the cases of each set of supports, the mean over sets, how often the case that is put first is the worst, and
-the correlation over all pairs of a case and a structure.
+The pairs are of ``experiment_combined.py`` or of ``fewshot evaluate``; files are told apart by the folder above. As in
+``rank``, the need of a case is 1 minus the expected Dice, 1 where the structure is called absent, the mean over
+structures; its error is 1 minus the true Dice, the mean over the same. A row of ``docs/results/fewshot_ranking.csv`` has
+for a head and k Spearman's correlation of the two over the cases of each set of supports, the mean over sets, how often
+the case that is put first is the worst, and the correlation over all pairs of a case and a structure.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TABLE = "fewshot_ranking.csv"
 FEWEST = 3  # cases that can be in an order that says anything
 
 
-def rows(records: list[dict]) -> list[dict]:
+def rows(study: str, records: list[dict]) -> list[dict]:
     """A row for every head with probabilities, registration and k."""
     arms = defaultdict(list)
     for record in records:
@@ -48,6 +48,7 @@ def rows(records: list[dict]) -> list[dict]:
         every = np.array([value for cases in sets.values() for values in cases.values() for value in values]).T
         made.append(
             {
+                "study": study,
                 "head": head,
                 "registration": how,
                 "k": k,
@@ -68,10 +69,10 @@ def rows(records: list[dict]) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="pairs.jsonl")
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, nargs="+", help="pairs.jsonl")
     parser.add_argument("--csv", action="store_true", help=f"write docs/results/{TABLE}")
     args = parser.parse_args()
-    text = csv_text(rows(read_pairs(args.pairs)))
+    text = csv_text([row for file in args.pairs for row in rows(file.parent.parent.name, read_pairs(file))])
     if args.csv:
         write_whole(FOLDER / TABLE, text)
     print(text, end="")
