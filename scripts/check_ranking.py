@@ -2,11 +2,11 @@
 
     python scripts/check_ranking.py WORK/brain_035/combined/pairs.jsonl [...] [--csv]
 
-The pairs are of ``experiment_combined.py`` or of ``fewshot evaluate``; files are told apart by the folder above. As in
-``rank``, the need of a case is 1 minus the expected Dice, 1 where the structure is called absent, the mean over
+The pairs are of ``experiment_combined.py`` or of ``fewshot evaluate``; files are told apart by the folder above. As
+in ``rank``, the need of a case is 1 minus the expected Dice, 1 where the structure is called absent, the mean over
 structures; its error is 1 minus the true Dice, the mean over the same. A row of ``docs/results/fewshot_ranking.csv``
-has for a head and k Spearman's correlation of the two over the cases of each set of supports, the mean over sets, how often
-the case that is put first is the worst, and the correlation over all pairs of a case and a structure.
+has for a head and k Spearman's correlation of the two over the cases of each set of supports, the mean over sets, how
+often the case that is put first is the worst, and the correlation over all pairs of a case and a structure.
 """
 
 import argparse
