@@ -53,11 +53,6 @@ def csv_text(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def run_of(name: str) -> int:
-    """Which run of its route a row is."""
-    return int(name.partition("_run")[2] or 1)
-
-
 def day(file: Path) -> str:
     """When a file was written."""
     return date.fromtimestamp(file.stat().st_mtime).isoformat()

@@ -102,9 +102,9 @@ def figure() -> None:
 
 
 def number(what: str) -> float:
-    """Marks begin with the data set's name."""
+    """Marks may begin with the data set's name; ACDC without."""
     data, _, rest = what.partition(" ")
-    return SETS[data].rows.number(rest)
+    return SETS[data].rows.number(rest) if data in SETS else ACDC.rows.number(what)
 
 
 def rows() -> tuple[Rows, ...]:

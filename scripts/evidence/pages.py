@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scores import read_lines
 from tables import RESULTS, Rows
 
 from nnunet_calib.data.files import write_whole
@@ -99,68 +98,18 @@ class Page:
                     yield f"{self.file.name}: no row gives the {number} of {line.strip()[:80]!r}"
 
 
-def of_calibrators(what: str) -> float:
-    """Numbers of the calibrators' rows: on ACDC, and on a simulated volume.
-
-    - ``NLL volume of fiducio adam/cmsop``, of ``peers.py``;
-    - ``memory_gb of volume fiducio/cmsop``, of ``compare_fiducio.py --slices``;
-    - ``NLL volume of temperature by case``, the mean over the networks of ``weights.py``.
-    """
-    column, _, name = what.partition(" of ")
-    if "/" in name:
-        of, method = name.removeprefix("volume ").split("/")
-        lines = "calibrators_volume" if name.startswith("volume ") else "calibrators_acdc2d"
-        wanted = {"of": of, "method": method}
-    else:
-        method, by = name.split(" by ")
-        lines, wanted = "calibrators_weights", {"method": method, "by": by}
-    found = [float(line[column]) for line in read_lines(RESULTS / f"{lines}.csv") if line.items() >= wanted.items()]
-    if not found:
-        raise KeyError(what)
-    return sum(found) / len(found)
-
-
-def penalties() -> list[str]:
-    """Held-out NLL of class-conditional calibrators, by network."""
-    lines = read_lines(RESULTS / "calibrators_penalties.csv")
-    networks = list(dict.fromkeys(line["training"] for line in lines))
-    shown = [f"| NLL of the volume | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
-    ours = [("", "temperature", "")] + [("", m, p) for m in ("cmsop", "cmsap") for p in ("0.0001", "0.1", "1000")]
-    for of, method, penalty in [*ours, ("fiducio lbfgs", "cmsop", ""), ("fiducio lbfgs", "cmsap", "")]:
-        wanted = {"of": of, "method": method, "penalty": penalty}
-        values = [f"{float(line['NLL volume']):.4f}" for line in lines if line.items() >= wanted.items()]
-        name = {"cmsop": "order kept", "cmsap": "arg-max kept"}[method] if of else f"`{method}`"
-        name = f"fiducio, {name}" if of else f"{name}, penalties {penalty}" if penalty else name
-        shown.append(f"| {name} | {' | '.join(values)} |")
-    return shown
-
-
-def weights() -> list[str]:
-    """Held-out scores of fits that count every case, or every voxel, the same: means over networks."""
-    columns = ("NLL volume", "ECE volume", "NLL foreground", "ECE foreground")
-    shown = [f"| every case, every voxel | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for method in dict.fromkeys(line["method"] for line in read_lines(RESULTS / "calibrators_weights.csv")):
-        both = [[of_calibrators(f"{column} of {method} by {by}") for by in ("case", "voxel")] for column in columns]
-        digits = [4 if column.endswith("volume") else 3 for column in columns]
-        cells = [f"{case:.{d}f}, {voxel:.{d}f}" for (case, voxel), d in zip(both, digits, strict=True)]
-        shown.append(f"| `{method}` | {' | '.join(cells)} |")
-    return shown
-
-
 def all_pages() -> list[Page]:
     """Every page that is written from rows."""
     import page_acdc
+    import page_calibration
     import page_free_step
     import page_shift
+    import page_trainers
 
-    losses = Page(RESULTS.parent / "losses.md", {}, page_acdc.PAIRS.rows.number, all_marked=False)
-    calibrate = Page(
-        RESULTS.parent / "calibrate.md",
-        {"penalties": penalties, "weights": weights},
-        of_calibrators,
-        all_marked=False,
-    )
-    return [page_free_step.PAGE, page_acdc.PAGE, page_shift.PAGE, losses, calibrate]
+    losses = Page(RESULTS.parent / "losses.md", {}, page_trainers.number, all_marked=False)
+    readme = Page(RESULTS.parents[1] / "README.md", {}, page_trainers.number, all_marked=False)
+    own = [page.PAGE for page in (page_free_step, page_acdc, page_trainers, page_shift, page_calibration)]
+    return [*own, page_calibration.REFERENCE, losses, readme]
 
 
 def main() -> int:
