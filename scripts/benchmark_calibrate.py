@@ -41,7 +41,7 @@ from nnunet_calib.posthoc.folders.apply import apply_folder
 
 CLASSES, SHAPE = 14, (100, 512, 512)
 SPACING = (0.8, 0.8, 3.0)  # mm, x y z
-METHODS = ("temperature", "vector", "ensemble", "dirichlet")
+METHODS = ("temperature", "vector", "isotonic", "dirichlet")
 TOO_SURE = 2.0
 KINDS = ("float32", "float16")
 MARKS = (

@@ -10,7 +10,7 @@ from nnunet_calib.cli.words import counted
 
 HELP = "calibrated probabilities from a trained model: fit a calibrator, apply it, check where it is used"
 
-_METHODS = ("temperature", "classwise", "ensemble", "cmsop", "cmsap", "vector", "isotonic", "dirichlet", "local")
+_METHODS = ("temperature", "classwise", "cmsop", "cmsap", "vector", "isotonic", "dirichlet", "local")
 _REGIONS = ("volume", "foreground", "boundary")
 _SCORES = ("NLL", "Brier", "ECE", "CECE")
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["auto"],
         help=f"one or more of {', '.join(_METHODS)}; of several the best on cases it was not fitted on is kept, "
         "or a simpler one that is not told from it; "
-        "auto (default): all that change no label, without ensemble and local (minutes); in the foreground "
+        "auto (default): all that change no label, without local (minutes); in the foreground "
         "temperature only; any: those that may change labels too",
     )
     fit.add_argument("--region", choices=_REGIONS, default="volume", help="voxels to fit on (default: volume)")

@@ -26,7 +26,6 @@ from nnunet_calib.posthoc.maps import CALIBRATORS
 from nnunet_calib.posthoc.maps.calibrator import FILE_NAME, Calibrator
 
 AUTO, ANY = "auto", "any"
-_NOT_TRIED = {"ensemble"}  # never better than one temperature: docs/results/free_step.md
 
 
 def auto_methods(region: str, *, keep_labels: bool = True) -> tuple[str, ...]:
@@ -39,7 +38,6 @@ def auto_methods(region: str, *, keep_labels: bool = True) -> tuple[str, ...]:
         name
         for name, method in CALIBRATORS.items()
         if not method.margin
-        and name not in _NOT_TRIED
         and (method.keeps_labels or not keep_labels)
         and not (region == "foreground" and method.tells_classes_apart)
     )

@@ -10,7 +10,6 @@ from nnunet_calib.data.files import read_json
 from nnunet_calib.posthoc.maps.calibrator import Calibrator, file_of, log_probabilities
 from nnunet_calib.posthoc.maps.classwise import ClasswiseTemperature
 from nnunet_calib.posthoc.maps.dirichlet import DirichletCalibration
-from nnunet_calib.posthoc.maps.ensemble import EnsembleTemperature
 from nnunet_calib.posthoc.maps.isotonic import IsotonicCalibration
 from nnunet_calib.posthoc.maps.local import LocalTemperature
 from nnunet_calib.posthoc.maps.preserving import ArgmaxPreservingScaling, OrderPreservingScaling
@@ -22,7 +21,6 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
     for calibrator in (
         TemperatureScaling,
         ClasswiseTemperature,
-        EnsembleTemperature,
         OrderPreservingScaling,
         ArgmaxPreservingScaling,
         VectorScaling,
@@ -56,7 +54,6 @@ __all__ = [
     "Calibrator",
     "ClasswiseTemperature",
     "DirichletCalibration",
-    "EnsembleTemperature",
     "IsotonicCalibration",
     "LocalTemperature",
     "OrderPreservingScaling",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_calib.posthoc.maps.temperature import fit_temperature
-from nnunet_calib.posthoc.maps.tempered import ALONE, TemperedCalibrator, check_temperature
+from nnunet_calib.posthoc.maps.tempered import TemperedCalibrator, check_temperature
 
 
 class ClasswiseTemperature(TemperedCalibrator):
@@ -43,5 +43,5 @@ class ClasswiseTemperature(TemperedCalibrator):
     def _check_parameters(self, parameters, classes):
         check_temperature(parameters["temperature"], () if self.multilabel else (classes,))
 
-    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float | list[float], tuple[float, ...]]:
-        return parameters["temperature"], ALONE
+    def _temperature(self, parameters: Mapping[str, Any]) -> float | list[float]:
+        return parameters["temperature"]

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 
 from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
 from nnunet_calib.posthoc.maps.calibrator import softmax
-from nnunet_calib.posthoc.maps.tempered import ALONE, TemperedCalibrator, check_temperature
+from nnunet_calib.posthoc.maps.tempered import TemperedCalibrator, check_temperature
 
 BOUNDS = (0.05, 20.0)
 """Temperatures that are looked at. All predictions right: 0 would fit best; all wrong: infinity."""
@@ -67,8 +67,8 @@ class TemperatureScaling(TemperedCalibrator):
     def _check_parameters(self, parameters, classes):
         check_temperature(parameters["temperature"], ())
 
-    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
-        return float(parameters["temperature"]), ALONE
+    def _temperature(self, parameters: Mapping[str, Any]) -> float:
+        return float(parameters["temperature"])
 
 
 def fit_temperature(z: np.ndarray, y: np.ndarray, w: np.ndarray, bounds: tuple[float, float] = BOUNDS) -> float:

@@ -1,6 +1,6 @@
-"""What all temperatures have in common: softened, raw and uniform probabilities mixed.
+"""What all temperatures have in common.
 
-    p' = w_1 softmax(z / T) + w_2 softmax(z) + w_3 / C,    w on the simplex,    softmax(z / T) = p^(1/T) / sum p^(1/T)
+    p' = softmax(z / T) = p^(1/T) / sum p^(1/T)
 
 The order of the classes in a voxel stays. What is stored in float16 or float32 is calibrated in float32: p' differs by
 less than 1e-6 from what float64 gives. Where T may be below 1, p is first divided by its maximum over the classes, for
@@ -23,9 +23,6 @@ from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numb
 _ADDED = 8  # classes
 _ROUNDED_DOWN = 1 - 2.0**-24  # half the spacing of float32, and four times sooner than nextafter
 
-ALONE = (1.0, 0.0, 0.0)
-"""Weights w of a temperature and nothing else."""
-
 
 def check_temperature(temperature: Any, shape: tuple[int, ...]) -> None:
     """Refuse what is no temperature, or not one for each class (ValueError)."""
@@ -35,20 +32,18 @@ def check_temperature(temperature: Any, shape: tuple[int, ...]) -> None:
 
 
 class TemperedCalibrator(VoxelwiseCalibrator):
-    """A calibrator of one temperature, or one for each predicted class, and weights."""
+    """A calibrator of one temperature, or one for each predicted class."""
 
     keeps_labels = True
     keeps_order = True
 
     @abstractmethod
-    def _mixture(self, parameters: Mapping[str, Any]) -> tuple[ArrayLike, tuple[float, ...]]:
-        """T, one or (C,), and w."""
+    def _temperature(self, parameters: Mapping[str, Any]) -> ArrayLike:
+        """T, one or (C,)."""
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
-        temperature, weights = self._mixture(parameters)
-        own = np.asarray(temperature, dtype=np.float64)
-        soft = softmax(z / (own[z.argmax(axis=0)] if own.ndim else own))
-        return soft if weights == ALONE else weights[0] * soft + weights[1] * softmax(z) + weights[2] / len(z)
+        own = np.asarray(self._temperature(parameters), dtype=np.float64)
+        return softmax(z / (own[z.argmax(axis=0)] if own.ndim else own))
 
     def calibrate(self, probabilities: np.ndarray, dtype: DTypeLike | None = None) -> np.ndarray:
         """As ``Calibrator.calibrate``; float32 but for what was stored in float64."""
@@ -60,34 +55,29 @@ class TemperedCalibrator(VoxelwiseCalibrator):
         # a row of floors: numpy takes four times as long to compare with a single number
         inside = np.maximum(p, np.full(p.shape[1], smallest_probability(stored), dtype=np.float32), order="C")
         if not self.multilabel:
-            calibrated = _mixed(inside, *self._mixture(self.parameters[0]))
+            calibrated = _softened(inside, self._temperature(self.parameters[0]))
         else:
             both = np.stack([np.maximum(1 - p, np.float32(smallest_complement(stored))), inside])
             if self.shared_by_regions:
-                calibrated = _mixed(both.reshape(2, -1), *self._mixture(self.parameters[0]))[1]
+                calibrated = _softened(both.reshape(2, -1), self._temperature(self.parameters[0]))[1]
             else:
                 pairs = zip(both.swapaxes(0, 1), self.parameters, strict=True)
-                calibrated = np.stack([_mixed(region, *self._mixture(own))[1] for region, own in pairs])
+                calibrated = np.stack([_softened(region, self._temperature(own))[1] for region, own in pairs])
         return calibrated.reshape(probabilities.shape)
 
 
-def _mixed(p: np.ndarray, temperature: ArrayLike, weights: tuple[float, ...]) -> np.ndarray:
+def _softened(p: np.ndarray, temperature: ArrayLike) -> np.ndarray:
     """``TemperedCalibrator._calibrate`` of probabilities float32 (C, N) above 0 that need not add up to 1.
 
     They are overwritten: to set memory aside for each step would take longer than the steps.
     """
     powers = 1 / np.asarray(temperature, dtype=np.float64)
-    raw = None if weights == ALONE else p * _share(weights[1], p)
     if powers.ndim or powers > 1:
         p /= p.max(axis=0)
     own = _of_voxels(powers, p)
     soft = _raised(p, own)
-    soft *= _share(weights[0], soft)
-    if raw is None:
-        return soft
-    soft += raw
-    soft += np.float32(weights[2] / len(p))
-    return np.minimum(soft, 1, out=soft)  # rounded
+    soft *= _inverse_of_sum(soft)
+    return soft
 
 
 @functools.cache
@@ -110,14 +100,14 @@ def _raised(p: np.ndarray, powers: np.ndarray) -> np.ndarray:
     return np.exp(p, out=p)
 
 
-def _share(weight: float, p: np.ndarray) -> np.ndarray:
-    """Weight by sum over the classes, float32 (N,), rounded down: no share of 1 of the sum comes out above 1.
+def _inverse_of_sum(p: np.ndarray) -> np.ndarray:
+    """1 by the sum over the classes, float32 (N,), rounded down: no share of it comes out above 1.
 
     Only so many are added in float32; many small summands would be lost beside a large one.
     """
     parts = [p[c : c + _ADDED].sum(axis=0) for c in range(0, len(p), _ADDED)]
     total = np.sum(parts, axis=0, dtype=np.float64)
-    return np.asarray(weight * _ROUNDED_DOWN / total, dtype=np.float32)
+    return np.asarray(_ROUNDED_DOWN / total, dtype=np.float32)
 
 
 def _of_voxels(powers: np.ndarray, relative: np.ndarray) -> np.ndarray:

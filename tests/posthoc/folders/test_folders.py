@@ -179,7 +179,7 @@ def test_an_ignore_label(tmp_path, method):
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
-@pytest.mark.parametrize("method", ["temperature", "classwise", "ensemble", "vector", "isotonic", "dirichlet"])
+@pytest.mark.parametrize("method", ["temperature", "classwise", "vector", "isotonic", "dirichlet"])
 def test_probabilities_of_exactly_0_and_1(tmp_path, method, kind):
     """A network that is sure everywhere, rightly in most voxels: finite, sums of 1, less sure than before."""
     made = Folders(tmp_path, labels=LABELS)

@@ -11,7 +11,6 @@ from nnunet_calib.posthoc import (
     CALIBRATORS,
     ClasswiseTemperature,
     DirichletCalibration,
-    EnsembleTemperature,
     IsotonicCalibration,
     TemperatureScaling,
     VectorScaling,
@@ -60,14 +59,6 @@ def test_temperature_by_ece(vectors, name, temperature, best):
     fitted = TemperatureScaling(criterion="ece").fit(z, y)
     assert fitted.temperature == temperature
     assert ece(fitted.apply(z), y) == pytest.approx(best, rel=1e-5)
-
-
-@pytest.mark.parametrize(("name", "weights"), [("A2", [0, 0.07952, 0.92048]), ("B3", [0, 0, 1])])
-def test_ensemble_as_the_authors(vectors, name, weights):
-    """uncbiag/LTS: T = 5, the end of its range."""
-    fitted = EnsembleTemperature(bounds=(0.05, 5)).fit(*vectors[name])
-    assert fitted.parameters[0]["temperature"] == 5
-    assert fitted.parameters[0]["weights"] == pytest.approx(weights, abs=2e-5)
 
 
 def test_temperature_is_recovered():

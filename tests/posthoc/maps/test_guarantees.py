@@ -9,9 +9,9 @@ from nnunet_calib.posthoc.maps.calibrator import log_softmax, softmax
 from ..simulated import drawn, logits
 
 VOXELWISE = [key for key in CALIBRATORS if key != "local"]
-LABELS = {"temperature", "classwise", "ensemble", "cmsop", "cmsap"}
-ORDER = {"temperature", "classwise", "ensemble", "cmsop"}
-REGIONS = {"temperature", "classwise", "ensemble", "cmsop", "cmsap"}
+LABELS = {"temperature", "classwise", "cmsop", "cmsap"}
+ORDER = {"temperature", "classwise", "cmsop"}
+REGIONS = {"temperature", "classwise", "cmsop", "cmsap"}
 
 
 def trial(seed: int = 0):

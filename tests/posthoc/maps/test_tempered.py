@@ -5,7 +5,6 @@ import pytest
 
 from nnunet_calib.posthoc import (
     ClasswiseTemperature,
-    EnsembleTemperature,
     TemperatureScaling,
     calibrate_case,
     log_probabilities,
@@ -31,13 +30,11 @@ def with_parameters(calibrator, channels: int, parameters: list[dict]):
 
 
 def every(channels: int, temperature: float, multilabel: bool):
-    """Calibrators of the three methods with about that temperature."""
+    """Calibrators of both methods with about that temperature."""
     own = (temperature * np.linspace(1, 1.5, channels)).tolist()
     yield with_parameters(TemperatureScaling(multilabel=multilabel), channels, [{"temperature": temperature}])
     classwise = [{"temperature": t} for t in own] if multilabel else [{"temperature": own}]
     yield with_parameters(ClasswiseTemperature(multilabel=multilabel), channels, classwise)
-    mixed = {"temperature": temperature, "weights": [0.6, 0.3, 0.1]}
-    yield with_parameters(EnsembleTemperature(multilabel=multilabel), channels, [mixed])
 
 
 def probabilities(channels: int, sure: float, multilabel: bool, kind: type) -> np.ndarray:
