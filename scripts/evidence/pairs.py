@@ -17,7 +17,8 @@ AGAIN = "again"  # stock once more from the checkpoint of its pair
 COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE reference_foreground", "ECE volume")
 NAMES = {
     AGAIN: "stock, a second time",
-    "balanced": "NACL with balanced means",
+    "balanced": "NACL with balanced means, Dice weight 1",
+    "nacl-dice1": "NACL, Dice weight 1",
     "dca-foreground": "DCA over the foreground",
     "meep-dca": "MEEP and DCA, Dice weight 1",
     "crac": "CRaC",

@@ -53,6 +53,8 @@ OPTIONS: list[Case] = [
     *[("nacl", {**options, "on": "probabilities", "penalty": "l2", "weight": 0.5}) for _, options in NACL_PRIORS],
     ("nacl", {"on": "probabilities"}),
     ("nacl", {"penalty": "l2"}),
+    *[("nacl", {**options, "balanced": True}) for _, options in NACL_PRIORS],
+    ("nacl", {"balanced": True, "on": "probabilities", "penalty": "l2", "weight": 0.5, "kernel_size": 5}),
     ("nacl", {"prior": "gaussian", "sigma": 0.6}),
     ("nacl", {"prior": "gaussian", "sigma": 0.6, "border": "zero"}),
     ("meep", {"variant": "kl"}),

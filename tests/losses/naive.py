@@ -126,15 +126,21 @@ def nacl(
     prior="mean",
     sigma=1.0,
     border="replicate",
+    balanced=False,
 ) -> Terms:
     base = cross_entropy(logits, target, valid)
     q = neighbourhood(target, logits.shape[1], valid, prior, kernel_size, sigma, border)
     power = {"l1": 1, "l2": 2}[penalty]
-    distances = []
-    for (image, *position), z, _ in voxels(logits, target, valid):
+    distances: dict[str, list[float]] = {"wrong": [], "mixed": [], "settled": []}
+    for (image, *position), z, y in voxels(logits, target, valid):
         pulled = {"logits": z, "probabilities": [math.exp(value) for value in log_softmax(z)]}[on]
-        distances += [abs(q[(image, c, *position)] - value) ** power for c, value in enumerate(pulled)]
-    return {"loss": base + weight * mean(distances), "cross_entropy": base, "penalty": mean(distances)}
+        shares = [q[(image, c, *position)] for c in range(len(z))]
+        wrong = max(range(len(z)), key=z.__getitem__) != y
+        group = "wrong" if wrong else "mixed" if max(shares) < 1 - 1e-4 else "settled"
+        distances[group].append(mean([abs(q_c - value) ** power for q_c, value in zip(shares, pulled, strict=True)]))
+    groups = [distances["wrong"], distances["mixed"]] if balanced else [sum(distances.values(), [])]
+    pull = sum(map(mean, groups))
+    return {"loss": base + weight * pull, "cross_entropy": base, "penalty": pull}
 
 
 def meep(logits, target, valid=None, *, weight=0.3, variant="entropy", binary=False) -> Terms:

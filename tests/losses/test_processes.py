@@ -10,7 +10,7 @@ from torch import distributed
 
 from .cases import name, problem
 
-CASES = [("meep", {}), ("meep", {"variant": "kl"}), ("dca", {})]
+CASES = [("meep", {}), ("meep", {"variant": "kl"}), ("dca", {}), ("nacl", {"balanced": True})]
 FORM = "labels"
 ROOT = Path(__file__).parents[2]
 

@@ -53,7 +53,7 @@ def test_what_only_the_constructor_knows_is_refused_by_the_full_check():
         ({"margn": 3}, "unknown setting 'margn'; did you mean margin (of MbLSTrainer, CRaCTrainer)?"),
         ({"Num_Epochs": 3}, "unknown setting 'Num_Epochs'; did you mean num_epochs (of every trainer)?"),
         ({"dice": 0}, "did you mean dice_weight (of every trainer but StockTrainer)?"),
-        ({"xyzzy": 3}, "unknown setting 'xyzzy'; there are alpha, binary, bins, border"),
+        ({"xyzzy": 3}, "unknown setting 'xyzzy'; there are alpha, balanced, binary, bins, border"),
         (
             {"margin": 3, "alpha": 0.1, "num_epochs": 5},
             "no trainer has all of these settings: margin is of MbLSTrainer, CRaCTrainer; alpha is of LSTrainer",

@@ -3,20 +3,21 @@
 With the optimiser of the papers on MbLS, NACL and CRaC (Adam, first step 1e-3), and with losses under trial.
 """
 
-from evidence_losses import BalancedNACLLoss, ForegroundDCALoss, MEEPDCALoss
+from evidence_losses import ForegroundDCALoss, MEEPDCALoss
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerVanillaAdam
 
 from nnunet_calib.losses import LOSSES
 from nnunet_calib.training.base import CalibrationTrainer
 from nnunet_calib.training.trainers import TRAINERS
 
-LOSSES |= {"balanced_nacl": BalancedNACLLoss, "foreground_dca": ForegroundDCALoss, "meep_dca": MEEPDCALoss}
+LOSSES |= {"foreground_dca": ForegroundDCALoss, "meep_dca": MEEPDCALoss}
 
 
 class BalancedNACLTrainer(CalibrationTrainer):
-    """NACL with balanced means."""
+    """NACL with balanced means, and the weights that trainers had where it was under trial."""
 
-    LOSS = "balanced_nacl"
+    LOSS = "nacl"
+    FIXED = {"balanced": True}
 
 
 class ForegroundDCATrainer(CalibrationTrainer):
