@@ -26,6 +26,8 @@ NAMES = {
     "meepkl": "MEEP, KL",
     "softace": "soft ACE",
     "meep-dice1": "MEEP, Dice weight 1",
+    "meep-late": "MEEP from 90 % of the epochs on",
+    "meep-late-dice1": "MEEP from 90 % on, Dice weight 1",
 }
 SHOWN = ("DSC", "ECE foreground", "NLL foreground", "NLL volume")  # in figures
 
