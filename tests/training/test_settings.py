@@ -47,7 +47,7 @@ def names_of_settings(name: str) -> list[str]:
     return list(resolve_settings({}, TRAINERS[name].LOSS, TRAINERS[name].FIXED, [3, 3, 3]))
 
 
-FLAGS = {"class_mean", "binary", "ignore_absent_classes", "include_background"}
+FLAGS = {"class_mean", "binary", "balanced", "ignore_absent_classes", "include_background"}
 EVERY_SETTING = [(name, key) for name in TRAINERS for key in names_of_settings(name)]
 
 
