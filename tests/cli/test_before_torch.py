@@ -88,7 +88,7 @@ def command_lines(root: Path) -> list[tuple[list[str], int, str]]:
         (["evalute"], 2, "did you mean evaluate?"),
         (["trainers", "MbLsTrainr"], 2, "did you mean MbLSTrainer?"),
         ([*configure, "--set", "margn=3"], 2, "did you mean margin (of MbLSTrainer, CRaCTrainer)?"),
-        ([*configure, "--set", "margn=3", "-tr", "NACLTrainer"], 2, "allowed: border, calibrate_from"),
+        ([*configure, "--set", "margn=3", "-tr", "NACLTrainer"], 2, "allowed: balanced, border, calibrate_from"),
         ([*configure, "--set", "margin=much"], 2, "margin must be a number of at least 0"),
         ([*configure, "--set", "kernel_size=2"], 2, "kernel_size must be a positive odd integer"),
         ([*configure, "-tr", "NACLTrainr"], 2, "did you mean NACLTrainer?"),

@@ -5,7 +5,7 @@ from types import MethodType
 import pytest
 import torch
 
-from nnunet_calib.losses import CalibrationLoss
+from nnunet_calib.losses import CalibrationLoss, NACLLoss
 from nnunet_calib.losses.voxelwise import Voxels
 
 from .cases import FORMS, OPTIONS, Problem, name, problem
@@ -69,3 +69,20 @@ def test_a_term_that_does_not_depend_on_the_logits_has_no_slope(form):
 def test_the_slope_of_a_region_at_zero_is_that_of_the_sigmoid():
     given = Problem("regions", torch.zeros(1, 1, 2, 1).double(), torch.tensor([[[[True], [False]]]]), None)
     assert by_autograd(given, ("ce", {}))[2].flatten().tolist() == [-0.25, 0.25]
+
+
+def test_balanced_means_are_the_sum_over_their_groups_and_so_is_their_slope():
+    """Against the definition, with torch's own cross-entropy and autograd."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4, 12, 12, generator=generator).requires_grad_()
+    y = torch.zeros(2, 1, 12, 12, dtype=torch.long)
+    y[:, :, 3:8, 2:9], y[0, :, 4:6] = 1, 2
+    windows = torch.nn.functional.pad(y.float(), (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
+    q = torch.stack([(windows == c).float().mean(dim=(-1, -2))[:, 0] for c in range(4)], dim=1)
+    wrong = z.argmax(dim=1, keepdim=True) != y
+    mixed = (q.amax(dim=1, keepdim=True) < 1) & ~wrong
+    d = (z - q).abs().mean(dim=1, keepdim=True)
+    expected = torch.nn.functional.cross_entropy(z, y[:, 0]) + 0.03 * (d[wrong].mean() + d[mixed].mean())
+    found = NACLLoss(weight=0.03, balanced=True)(z, y)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (found, expected)))

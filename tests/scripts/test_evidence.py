@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import torch
 
 from nnunet_calib.evaluation import evaluate_folder
 
@@ -163,26 +162,3 @@ def test_a_case_is_scored_as_evaluate_does_and_calibrated_by_other_patients_alon
     assert again[case]["temperature"].state() == calibrators[case]["temperature"].state()
     strangers = [name for name in calibrators if calibrators[name] is not calibrators[case]]
     assert all(again[n]["temperature"].state() != calibrators[n]["temperature"].state() for n in strangers)
-
-
-def test_the_balanced_penalty_is_the_sum_of_its_groups_means_and_so_is_its_slope(monkeypatch):
-    """Against the definition, with torch's own cross-entropy and autograd."""
-    monkeypatch.syspath_prepend(str(EVIDENCE / "trainers"))
-    losses = importlib.import_module("evidence_losses")
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 4, 12, 12, generator=generator).requires_grad_()
-    y = torch.zeros(2, 1, 12, 12, dtype=torch.long)
-    y[:, :, 3:8, 2:9], y[0, :, 4:6] = 1, 2
-    windows = torch.nn.functional.pad(y.float(), (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
-    q = torch.stack([(windows == c).float().mean(dim=(-1, -2))[:, 0] for c in range(4)], dim=1)
-    wrong = z.argmax(dim=1, keepdim=True) != y
-    mixed = (q.amax(dim=1, keepdim=True) < 1) & ~wrong
-    settled = ~wrong & ~mixed
-    for with_settled in (False, True):
-        d = (z - q).abs().mean(dim=1, keepdim=True)
-        means = d[wrong].mean() + d[mixed].mean() + (d[settled].mean() if with_settled else 0)
-        expected = torch.nn.functional.cross_entropy(z, y[:, 0]) + 0.03 * means
-        found = losses.BalancedNACLLoss(weight=0.03, settled=with_settled)(z, y)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in (found, expected)))
-    sys.modules.pop("evidence_losses")

@@ -238,7 +238,14 @@ def test_an_architecture_without_kernels_has_neighbourhoods_of_three():
         ("MbLSTrainer", {"margin": 1, "weight": 0.5, "penalty": "l2"}, MbLSLoss),
         (
             "NACLTrainer",
-            {"weight": 0.5, "on": "probabilities", "prior": "gaussian", "sigma": 0.8, "border": "background"},
+            {
+                "weight": 0.5,
+                "on": "probabilities",
+                "prior": "gaussian",
+                "sigma": 0.8,
+                "border": "zero",
+                "balanced": False,
+            },
             NACLLoss,
         ),
         ("MEEPTrainer", {"weight": 0.7, "binary": True}, MEEPLoss),
