@@ -42,7 +42,7 @@ def figure() -> None:
     with rc_context(STYLE):
         sets = measured()
         drawn = Figure(figsize=(9, 0.8 + 0.24 * max(map(len, sets.values()))), layout="constrained")
-        panels = drawn.subplots(1, len(sets), squeeze=False)[0]
+        panels = drawn.subplots(1, len(sets), sharex=True, squeeze=False)[0]
         for panel, (name, lines) in zip(panels, sets.items(), strict=True):
             raw, shown = lines[0], lines[1:]
             for place, (measure, colour) in enumerate((("NLL volume", "0.35"), ("NLL foreground", COLOURS[0]))):
