@@ -111,4 +111,11 @@ def rows() -> tuple[Rows, ...]:
     return tuple(pairs.rows for name, pairs in measured().items() if name != "ACDC")
 
 
-PAGE = Page(RESULTS / "trainers.md", dict(tables()), number, settings=frozenset({"0.6"}), rows=rows(), figure=figure)
+PAGE = Page(
+    RESULTS / "trainers.md",
+    dict(tables()),
+    number,
+    settings=frozenset({"0.6", "0.3", "2.5", "0.1"}),
+    rows=rows(),
+    figure=figure,
+)
