@@ -15,7 +15,7 @@ from nnunet_calib.data.files import whole_file
 from nnunet_calib.fewshot.volume.anatomy import Anatomy
 from nnunet_calib.fewshot.volume.registration import Registration, Warp, register
 
-_VERSION = 2  # of what a registration computes; older files of a cache are not looked at
+_VERSION = 3  # of what a registration computes; older files of a cache are not looked at
 
 
 class Registrar:

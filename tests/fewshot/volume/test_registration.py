@@ -200,3 +200,20 @@ def test_what_was_masked_out_is_as_dark_as_the_darkest():
     seen = Anatomy.of_arrays(image, np.zeros(image.shape, np.uint8), (1.0, 1.0, 1.0)).image
     assert seen[:4].max() < -2
     assert seen[4:] == pytest.approx(image[4:], abs=2e-3)
+
+
+@pytest.mark.parametrize("how", [AFFINE, DEFORMABLE])
+def test_intensities_that_lead_away_from_the_models_classes_are_not_followed(how):
+    """A large bright body that lies the same in both, and beside it a dim heart, which lies 20 mm further on."""
+    grid = (np.indices(SHAPE) + 0.5) * np.reshape(SPACING, (3, 1, 1, 1))
+
+    def volume(along: float) -> tuple[Anatomy, np.ndarray]:
+        body = np.square((grid - np.reshape([36, 36, 16], (3, 1, 1, 1))) / np.reshape([30, 30, 13], (3, 1, 1, 1)))
+        heart = np.square(grid - np.reshape([36, along, 48], (3, 1, 1, 1))).sum(axis=0) < 9**2
+        image = 4.0 * (body.sum(axis=0) < 1) + 0.3 * heart + np.random.default_rng(0).normal(0, 0.05, SHAPE)
+        return Anatomy(image.astype(np.float32), heart.astype(np.uint8), SPACING), heart
+
+    (fixed, there), (moving, here) = volume(26.0), volume(46.0)
+    blind = [Anatomy(one.image, np.zeros(SHAPE, np.uint8), SPACING) for one in (fixed, moving)]
+    assert dice(carried(register(*blind, how), fixed, moving, here), there) < 0.2
+    assert dice(carried(register(fixed, moving, how), fixed, moving, here), there) > 0.7
