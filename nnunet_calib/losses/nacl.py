@@ -156,9 +156,11 @@ def _groups(v: Voxels, q: SoftTarget) -> Tensor:
     """Valid voxels that are wrong, and the others of a mixed neighbourhood: bool (2, b, 1 or R regions, *s)."""
     if isinstance(v, Regions):
         inside = q.rows(v.images, v.rows, range(1, 2))
-        largest = torch.maximum(inside, 1 - inside if q.sums_to_one else q.rows(v.images, v.rows, range(1)))
+        outside = 1 - inside if q.sums_to_one else q.rows(v.images, v.rows, range(1))
+        largest, total = torch.maximum(inside, outside), inside + outside
     else:
-        largest = q.rows(v.images, v.rows, range(v.classes)).amax(dim=1, keepdim=True)
+        shares = q.rows(v.images, v.rows, range(v.classes))
+        largest, total = shares.amax(dim=1, keepdim=True), shares.sum(dim=1, keepdim=True)
     wrong = wrong_voxels(v)
-    mixed = (largest < _ONE_CLASS) & ~wrong
+    mixed = (largest < _ONE_CLASS * total) & ~wrong  # beyond the border voxels may be of no class
     return torch.stack([wrong, mixed if v.valid is None else mixed & v.valid])

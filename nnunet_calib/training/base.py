@@ -36,6 +36,7 @@ from nnunet_calib.training.settings import (
     asked_schedule,
     default_kernel_size,
     loss_arguments,
+    loss_defaults,
     resolve_settings,
 )
 
@@ -367,12 +368,12 @@ class CalibrationTrainer(nnUNetTrainer):
             self._objective().calibration.load_state_dict(tensors)
 
     def _drift(self, recorded: Mapping[str, Any]) -> list[str]:
-        """What differs from the settings of the checkpoint; one that it does not know had its default then."""
+        """What differs from the settings of the checkpoint; what it does not know was the loss' own default."""
         current = self.plans_manager.plans[RESOLVED_KEY]
-        defaults = self.check_settings(
-            {"finetune_from": recorded.get("finetune_from")},
-            default_kernel_size(self.plans_manager.plans, self.configuration_name),
-        )
+        kernel_size = default_kernel_size(self.plans_manager.plans, self.configuration_name)
+        defaults = self.check_settings({"finetune_from": recorded.get("finetune_from")}, kernel_size)
+        if self.LOSS is not None:  # an argument may be newer than the training: then the loss was as its class has it
+            defaults |= loss_defaults(self.LOSS, self.FIXED, kernel_size)
         before = {"trainer": None, **defaults, **recorded}
         return [f"{k} was {v!r}, now {current.get(k)!r}" for k, v in before.items() if current.get(k) != v]
 

@@ -6,9 +6,9 @@ the structure in both, all else its background. The network is that of the plans
 that few-shot heads read (`nnunet_calib.fewshot.network.features`), so the model is used like any other:
 
     nnUNetv2_train DATASET CONFIGURATION FOLD -tr PANetTrainer      with finetune_from in the configuration
-    nnunet-calib fewshot fit MODEL --head prototype ...
+    nnunet-calib fewshot fit MODEL --head prototype --chunks 1 --registration none ...
 
-Compared in docs/results/fewshot.md; nothing else here is trained in this way.
+Not measured yet; nothing else here is trained in this way.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_calib.data.errors import InputError
 from nnunet_calib.fewshot.network.features import STAGES, check_decoder, full_precision
 from nnunet_calib.fewshot.structure.heads.linear import LinearHead
 from nnunet_calib.fewshot.structure.heads.prototype import ALPHA
@@ -25,7 +26,7 @@ from nnunet_calib.training.base import CalibrationTrainer, plain
 from nnunet_calib.training.settings import RefusedSettings
 
 FEWEST = 20
-"""Voxels of a class that a patch must hold to be a support or a query of it."""
+"""Voxels of a class, and of what is not it, that a patch must hold to be a support or a query of it."""
 
 _SAMPLED = 4000  # voxels of a support, at most a half of them of the structure
 
@@ -59,7 +60,10 @@ class EpisodicTrainer(CalibrationTrainer):
         if self.label_manager.has_regions:
             raise RefusedSettings(f"{type(self).__name__}: episodes are made of labels; this data set has regions")
         network = plain(self.network)
-        check_decoder(network, type(network).__name__)
+        try:
+            check_decoder(network, type(network).__name__)
+        except InputError as error:
+            raise RefusedSettings(str(error)) from error
         return WithEpisodes(super()._build_loss(), self.episode, network.decoder, self.label_manager.ignore_label)
 
 
@@ -144,15 +148,17 @@ def _drawn(labels: Tensor, ignore_label: int | None) -> tuple[int, list[int]] | 
     """A class, and two of the patches (B, *S) that hold it; None if no class is in two."""
     values, number = labels.unique(return_inverse=True)
     counts = torch.stack([torch.bincount(one.flatten(), minlength=len(values)) for one in number])
+    known = counts if ignore_label is None else counts * (values != ignore_label)
+    usable = (counts >= FEWEST) & (known.sum(dim=1, keepdim=True) - counts >= FEWEST)  # structure and background
     shared = [
         i
         for i, value in enumerate(values.tolist())
-        if value > 0 and value != ignore_label and int((counts[:, i] >= FEWEST).sum()) > 1
+        if value > 0 and value != ignore_label and int(usable[:, i].sum()) > 1
     ]
     if not shared:
         return None
     i = shared[int(torch.randint(len(shared), ()))]
-    there = (counts[:, i] >= FEWEST).nonzero()[:, 0]
+    there = usable[:, i].nonzero()[:, 0]
     return int(values[i]), there[torch.randperm(len(there))[:2].to(there.device)].tolist()
 
 

@@ -16,7 +16,8 @@ RESOLVED_KEY = "nnunet_calib_resolved"
 CHECKPOINT_ENDING = ".pth"
 """What tells a checkpoint's file from a trainer's name in ``finetune_from``."""
 
-# Chosen on validation cases: docs/results/trainers.md. Less Dice calibrates more, and costs Dice.
+# Dice of MEEP and NACL, and balanced means: chosen on validation cases (docs/results/trainers.md); the rest in older
+# runs, on test cases. Less Dice calibrates more, and costs Dice.
 DICE_WEIGHT = 1.0
 DICE_WEIGHT_OF = {"focal": 0.6}
 CALIBRATE_FROM = 0.75
@@ -107,7 +108,7 @@ def default_settings(
             "ramp": RAMP,
             "deep_supervision": "all",
             **loss_defaults(loss, fixed, kernel_size),
-            **ARGUMENTS_OF.get(loss, {}),
+            **{name: value for name, value in ARGUMENTS_OF.get(loss, {}).items() if name not in fixed},
         }
     return defaults
 

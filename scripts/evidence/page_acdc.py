@@ -10,7 +10,7 @@ PAGE = Page(
     RESULTS / "acdc.md",
     PAIRS.tables(),
     PAIRS.rows.number,
-    settings=frozenset({"0.6", "1.5625", "2.5", "0.0392", "0.0411"}),
+    settings=frozenset({"0.6", "1.5625", "2.5"}),
     rows=(PAIRS.rows,),
     figure=lambda: PAIRS.figure("acdc"),
 )

@@ -17,17 +17,19 @@ AGAIN = "again"  # stock once more from the checkpoint of its pair
 COLUMNS = ("DSC", "NLL volume", "NLL foreground", "ECE foreground", "ECE reference_foreground", "ECE volume")
 NAMES = {
     AGAIN: "stock, a second time",
-    "balanced": "NACL with balanced means, Dice weight 1",
-    "nacl-dice1": "NACL, Dice weight 1",
+    "balanced": "NACL (default: balanced means)",
+    "nacl": "NACL, balanced=false, Dice weight 0.6",
+    "nacl-dice1": "NACL, balanced=false",
+    "meep": "MEEP, Dice weight 0.6",
     "dca-foreground": "DCA over the foreground",
-    "meep-dca": "MEEP and DCA, Dice weight 1",
+    "meep-dca": "MEEP and DCA",
     "crac": "CRaC",
     "mbls": "MbLS",
-    "meepkl": "MEEP, KL",
+    "meepkl": "MEEP, KL, Dice weight 0.6",
     "softace": "soft ACE",
-    "meep-dice1": "MEEP, Dice weight 1",
-    "meep-late": "MEEP from 90 % of the epochs on",
-    "meep-late-dice1": "MEEP from 90 % on, Dice weight 1",
+    "meep-dice1": "MEEP (default)",
+    "meep-late": "MEEP from 90 % of the epochs on, Dice weight 0.6",
+    "meep-late-dice1": "MEEP from 90 % of the epochs on",
 }
 SHOWN = ("DSC", "ECE foreground", "NLL foreground", "NLL volume")  # in figures
 

@@ -136,7 +136,7 @@ def nacl(
         pulled = {"logits": z, "probabilities": [math.exp(value) for value in log_softmax(z)]}[on]
         shares = [q[(image, c, *position)] for c in range(len(z))]
         wrong = max(range(len(z)), key=z.__getitem__) != y
-        group = "wrong" if wrong else "mixed" if max(shares) < 1 - 1e-4 else "settled"
+        group = "wrong" if wrong else "mixed" if max(shares) < (1 - 1e-4) * sum(shares) else "settled"
         distances[group].append(mean([abs(q_c - value) ** power for q_c, value in zip(shares, pulled, strict=True)]))
     groups = [distances["wrong"], distances["mixed"]] if balanced else [sum(distances.values(), [])]
     pull = sum(map(mean, groups))

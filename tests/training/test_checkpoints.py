@@ -99,6 +99,18 @@ def test_continuing_with_other_settings_is_refused_in_one_line(settings, drift):
     assert "\n" not in str(caught.value)
 
 
+def test_a_training_from_before_an_argument_was_there_had_the_loss_as_its_class_has_it():
+    """The trainer's own default is newer: NACL had no balanced means, and its trainer 0.6 of nnU-Net's Dice."""
+    former = {"num_epochs": 3, "dice_weight": 0.6}
+    checkpoint = saved(build("NACLTrainer", {**former, "balanced": False}, axes=2))
+    content = torch.load(checkpoint, weights_only=False)
+    del content["init_args"]["plans"][RESOLVED_KEY]["balanced"]
+    torch.save(content, checkpoint)
+    construct("NACLTrainer", {**former, "balanced": False}, axes=2, continued=True).load_checkpoint(checkpoint)
+    with pytest.raises(RefusedSettings, match="balanced was False, now True"):
+        construct("NACLTrainer", former, axes=2, continued=True).load_checkpoint(checkpoint)
+
+
 def test_validation_with_other_settings_is_no_drift():
     checkpoint = saved(build("MbLSTrainer", MARGIN_2, axes=2))
     construct("MbLSTrainer", {**MARGIN_2, "margin": 3.0}, axes=2, continued=False).load_checkpoint(checkpoint)

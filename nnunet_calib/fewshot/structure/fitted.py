@@ -54,7 +54,7 @@ class Settings:
         objective: of the refinement on the query; None: no refinement.
         calibrate: fit slope and bias to left-out supports where there are two or more.
         options: arguments of ``Head.fit``.
-        registration: of the supports to each other and to queries.
+        registration: of the supports to each other and to queries; the command's default is deformable.
     """
 
     head: str = "linear"

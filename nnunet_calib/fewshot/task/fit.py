@@ -68,7 +68,7 @@ def fit_folder(
         output: the task file, or a folder for NAME.fewshot, of several names joined by ``+``.
         structures: label value of each structure, by its name.
         ignore: label value of voxels that do not count.
-        settings: choices; the defaults if None.
+        settings: choices; if None the defaults, without registration, unlike the command.
         inside: base labels that the structures may override; those that each is found in if None.
         folds: of the base model; all if None.
         checkpoint: its name in each fold.
