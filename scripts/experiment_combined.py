@@ -55,14 +55,16 @@ def trials(ks: Sequence[int], sets: int) -> list[Trial]:
     return alone + grid(["linear", "registration"], [12], ["aligned"], ks, [REAL], most_sets=sets, registrations=hows)
 
 
-def evaluate(base: Base, tried: Sequence[Trial], checkpoint: str) -> None:
-    """A line for every pair that has none yet."""
+def evaluate(
+    base: Base, tried: Sequence[Trial], checkpoint: str, model: Path | None = None, folder: str = "combined"
+) -> None:
+    """A line for every pair that has none yet; of the base network, or of one that was trained on from it."""
     for name in base.novel:
         evaluate_folder(
-            base.model,
+            model or base.model,
             base.new / "images",
             base.new / "labels",
-            base.folder / "combined",
+            base.folder / folder,
             name=name,
             value=base.labels[name],
             trials=tried,

@@ -17,14 +17,13 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from experiment_combined import means, short
-from experiment_fewshot import STUDIES, VOXELS, Base
+from experiment_combined import evaluate, means, short
+from experiment_fewshot import STUDIES, Base
 from kept import FOLDER, csv_text
 
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.model import CHECKPOINT
 from nnunet_calib.data.plans import add_configuration, read_plans
-from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.measure.pairs import read_pairs
 from nnunet_calib.fewshot.measure.protocols import REAL
 from nnunet_calib.fewshot.measure.trials import Trial, grid
@@ -73,26 +72,6 @@ def trials(network: str, ks: list[int], sets: int) -> list[Trial]:
     return tried
 
 
-def evaluate(base: Base, network: str, model: Path, tried: list[Trial], checkpoint: str) -> None:
-    for name in base.novel:
-        evaluate_folder(
-            model,
-            base.new / "images",
-            base.new / "labels",
-            base.folder / "yardsticks" / network,
-            name=name,
-            value=base.labels[name],
-            trials=tried,
-            base_labels=base.new / "base",
-            folds=["0"],
-            checkpoint=checkpoint,
-            mirroring=False,
-            voxels=VOXELS,
-            progress=False,
-        )
-    print(network, "done", flush=True)
-
-
 def table(base: Base) -> str:
     """CSV: means over pairs and structures of each network, head, refinement and k."""
     rows = []
@@ -129,10 +108,10 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     os.environ.update(base.environment)
-    evaluate(base, BASE, base.model, trials(BASE, args.k, args.sets), args.chk)
+    evaluate(base, trials(BASE, args.k, args.sets), args.chk, folder=f"yardsticks/{BASE}")
     for trainer in TRAINERS:
         model = train(base, trainer, args.steps, args.chk)
-        evaluate(base, trainer, model, trials(trainer, args.k, args.sets), CHECKPOINT)
+        evaluate(base, trials(trainer, args.k, args.sets), CHECKPOINT, model, f"yardsticks/{trainer}")
     return 0
 
 

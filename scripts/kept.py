@@ -8,7 +8,6 @@ import io
 import json
 import math
 import re
-from datetime import date
 from pathlib import Path
 
 from nnunet_calib.data.files import write_whole
@@ -51,11 +50,6 @@ def csv_text(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def day(file: Path) -> str:
-    """When a file was written."""
-    return date.fromtimestamp(file.stat().st_mtime).isoformat()
 
 
 def machines(rows: list[dict]) -> dict[str, str]:
