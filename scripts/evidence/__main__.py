@@ -30,6 +30,7 @@ from protocol import NEW, Protocol, Training, checksum
 from scores import cross_fitted, read_lines, score_predictions, write_lines
 from tables import RESULTS, Rows
 
+from nnunet_calib.evaluation.protocol import Protocol as Options
 from nnunet_calib.posthoc import Calibrator, load_calibrator
 from nnunet_calib.posthoc.folders.check import check_folder
 from nnunet_calib.posthoc.folders.fit import fit_folder
@@ -98,7 +99,8 @@ def score_all(bench: Bench, trainings: list[Training], part: str) -> None:
             calibrators = dict.fromkeys(cases_of(predictions), of_validation(bench, training))
         else:
             calibrators = of_both(bench, protocol, training)
-        write_lines(file, score_predictions(predictions, references, calibrators))
+        options = Options(nacl=bool(protocol.content.get("nacl")))
+        write_lines(file, score_predictions(predictions, references, calibrators, options))
         known[training.name] = made_from
         Rows(protocol).write(known)
         print(f"scored {training.name} on {part}", flush=True)

@@ -4,7 +4,7 @@ from pages import Page
 from pairs import Pairs, rows_of
 from tables import RESULTS
 
-PAIRS = Pairs(rows_of("acdc2d"), left_out=("paper-",))
+PAIRS = Pairs(rows_of("acdc2d"))
 
 PAGE = Page(
     RESULTS / "acdc.md",

@@ -29,23 +29,23 @@ AIMS: tuple[tuple[str, str, str, Callable[[float], bool]], ...] = (
 """What a recommended trainer was to reach: what it is minus, the mark of its number, its form, and the aim."""
 
 
-def measured() -> dict[str, Pairs]:
+def measured(sets: Mapping[str, Pairs] = SETS) -> dict[str, Pairs]:
     """Data sets with rows."""
-    return {name: pairs for name, pairs in SETS.items() if pairs.rows.trainings}
+    return {name: pairs for name, pairs in sets.items() if pairs.rows.trainings}
 
 
-def everywhere() -> list[str]:
+def everywhere(sets: Mapping[str, Pairs]) -> list[str]:
     """Trainers with rows on at least two data sets, stock's second time last."""
-    labels = [label for pairs in measured().values() for label in pairs.trainers]
+    labels = [label for pairs in sets.values() for label in pairs.trainers]
     return [*(label for label in dict.fromkeys(labels) if labels.count(label) > 1), AGAIN]
 
 
-def aims() -> list[str]:
+def aims(sets: Mapping[str, Pairs]) -> list[str]:
     """Every finalist on every data set against the aim; what falls short is told by its mean."""
     lines = [f"| minus stock | on | pairs | {' | '.join(name for name, *_ in AIMS)} | short in |"]
     lines.append("|---" * (len(AIMS) + 4) + "|")
-    for label in everywhere():
-        for name, pairs in measured().items():
+    for label in everywhere(sets):
+        for name, pairs in sets.items():
             if label not in pairs.ours:
                 continue
             values = [pairs.rows.number(what.format(label)) for _, what, *_ in AIMS]
@@ -69,7 +69,7 @@ def tuned() -> list[str]:
 
 def tables() -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """Of the page; ACDC's stand on its own."""
-    yield "aims", aims
+    yield "aims", lambda: aims(measured())
     if any(label.startswith(TUNED) for label in SETS["Hippocampus"].rows.labels):
         yield "fine-tuned", tuned
     for name in [name for name in measured() if name != "ACDC"]:
@@ -77,28 +77,28 @@ def tables() -> Iterator[tuple[str, Callable[[], list[str]]]]:
             yield f"{name} {table}", made
 
 
-def figure() -> None:
+def figure(sets: Mapping[str, Pairs], name: str) -> None:
     """Finalists minus stock of the same pair, and calibrators of stock, on each data set."""
     free = [called(STOCK, method) for method in ACDC.rows.protocol.content["methods"]]
-    names = [*free, *everywhere()]
+    names = [*free, *everywhere(sets)]
     with rc_context(STYLE):
         drawn = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
         panels = drawn.subplots(1, len(SHOWN))
         for panel, measure in zip(panels, SHOWN, strict=True):
             panel.axvline(0, color="0.55", linewidth=0.8, linestyle="--")
-            for place, (data, pairs) in enumerate(measured().items()):
+            for place, (data, pairs) in enumerate(sets.items()):
                 how = {"color": ("0.35", *COLOURS)[place], "marker": MARKERS[place], "linestyle": "none"}
-                known = {name: y for y, name in enumerate(names) if name in free or name in pairs.ours}
-                effects = {y + 0.22 * (place - 1): pairs.rows.effect(n, STOCK, measure) for n, y in known.items()}
+                ys = {label: y for y, label in enumerate(names) if label in free or label in pairs.ours}
+                effects = {y + 0.22 * (place - 1): pairs.rows.effect(t, STOCK, measure) for t, y in ys.items()}
                 for y, effect in effects.items():
                     panel.plot([effect.low, effect.high], [y, y], color=how["color"], linewidth=1.2)
                 panel.plot([effect.mean for effect in effects.values()], list(effects), markersize=4, label=data, **how)
-            labels = [name if name in free else written(name) for name in names]
+            labels = [label if label in free else written(label) for label in names]
             panel.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.5, -0.5))
             panel.set_title(f"{measure}, minus stock", fontsize=9)
             panel.tick_params(labelsize=8, labelleft=measure == SHOWN[0])
         drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-        save(drawn, RESULTS.parent / "images" / "results_trainers.svg")
+        save(drawn, RESULTS.parent / "images" / f"results_{name}.svg")
 
 
 def number(what: str) -> float:
@@ -117,5 +117,5 @@ PAGE = Page(
     number,
     settings=frozenset({"0.6", "0.3", "2.5", "0.1"}),
     rows=rows(),
-    figure=figure,
+    figure=lambda: figure(measured(), "trainers"),
 )

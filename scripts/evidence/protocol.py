@@ -20,6 +20,8 @@ A training's ``run`` number is that of its start.
 
 ``sparse``, where it is there, names label maps to train on that leave most voxels unlabelled: their ``folder`` in the
 data set, and the value ``ignore`` of such voxels. Scores, and fits of calibrators, are those on whole references.
+
+``nacl``, where it is true, adds the numbers of the NACL code (``evaluate --protocol nacl``) to the rows.
 """
 
 import hashlib
@@ -35,7 +37,7 @@ SHARED = "shared "
 NEW = "@new"
 """After a calibrator's name: fitted to other patients of the data set it is tried on, not to that of the networks."""
 _KEYS = {"name", "about", "dataset", "group", "configuration", "validation", "network", "schedule", "methods"}
-_KEYS |= {"test_is_open", "queue", "shift", "sparse"}
+_KEYS |= {"test_is_open", "queue", "shift", "sparse", "nacl"}
 _TRAINING_KEYS = {"label", "trainer", "start", "settings", "runs"}
 
 

@@ -30,12 +30,16 @@ REGION = "volume"  # calibrators are fitted to all voxels
 OVERLAP = ("Dice", "HD95", "n_ref", "n_pred")
 CALIBRATION = ("ECE", "CECE", "NLL", "Brier")
 REGIONS = ("volume", "foreground", "reference_foreground")
+PAPERS = ("DSC", "HD", "ECE", "CECE")  # of the NACL code
 FIRST = ("method", "case", "changed")
 """First columns of a row file: calibrator, case, and how many voxels have another label than the network's."""
 
 
 def score_predictions(
-    predictions: Path, references: Path, calibrators: Mapping[str, Mapping[str, Calibrator]]
+    predictions: Path,
+    references: Path,
+    calibrators: Mapping[str, Mapping[str, Calibrator]],
+    options: Options | None = None,
 ) -> list[dict]:
     """Lines of a row file.
 
@@ -43,7 +47,9 @@ def score_predictions(
         predictions: label maps and probabilities.
         references: label maps of the same names.
         calibrators: by case and by name.
+        options: of the evaluation.
     """
+    options = options or Options()
     dataset, cases, reader = opened(predictions, references)
     lines = []
     for files in cases:
@@ -57,7 +63,8 @@ def score_predictions(
             else:
                 whole = calibrate_file(calibrator, stored, dataset, None if calibrator.keeps_labels else labels)
             decided = replace(prediction, labels=labels)
-            record = score(files, dataset, reference, decided, Options(), [(slice(None), whole)]).record
+            again = iter(whole) if options.nacl else None
+            record = score(files, dataset, reference, decided, options, [(slice(None), whole)], channels=again).record
             changed = int(np.count_nonzero(labels != prediction.labels))
             lines.append({"method": method, "case": files.name, "changed": changed, **_numbers(record, dataset)})
     return lines
@@ -92,7 +99,7 @@ def _numbers(record: dict, dataset: Dataset) -> dict[str, float]:
         kept |= {f"{metric} {structure}": record["metrics"][structure][metric] for metric in OVERLAP}
     for region in REGIONS:
         kept |= {f"{metric} {region}": record["calibration"][region][metric] for metric in CALIBRATION}
-    return kept
+    return kept | {f"{metric} nacl": record["nacl"][metric] for metric in PAPERS if "nacl" in record}
 
 
 def write_lines(file: Path, lines: Iterable[Mapping]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from protocol import Protocol, checksum
-from scores import CALIBRATION, REGIONS, as_csv, called, read_lines, write_lines
+from scores import CALIBRATION, PAPERS, REGIONS, as_csv, called, read_lines, write_lines
 
 from nnunet_calib.metrics.intervals import Bootstrap
 from nnunet_calib.posthoc.folders.crossfit import NONE
@@ -26,6 +26,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 STOCK = "stock"
 MEASURES = ("DSC", "HD95", *(f"{metric} {region}" for region in REGIONS for metric in CALIBRATION))
 """Numbers of a case: DSC and HD95 are the mean over its structures."""
+PAPER_MEASURES = tuple(f"{metric} nacl" for metric in PAPERS)
+"""Further ones of protocols that ask for them."""
 
 _WHAT = re.compile(r"(.+?) of (\S+)( (minus|relative to) (\S+))?(?: (low|high|smallest|largest))?")
 SOURCES = ("checkpoint", "predictions", "references", "settings", "date", "machine")
@@ -57,6 +59,10 @@ class Rows:
         self.index = folder / f"{protocol.name}.csv"
         self.differences = folder / f"{protocol.name}_differences.csv"
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return MEASURES + (PAPER_MEASURES if self.protocol.content.get("nacl") else ())
+
     def file(self, training: str) -> Path:
         return self.folder / self.protocol.name / f"{training}.csv"
 
@@ -84,12 +90,12 @@ class Rows:
 
     @cached_property
     def values(self) -> dict[tuple[str, str], np.ndarray]:
-        """By training and calibrator, float (cases, ``MEASURES``)."""
+        """By training and calibrator, float (cases, ``measures``)."""
         found = {}
         for training, lines in self.lines.items():
             for method in dict.fromkeys(line["method"] for line in lines):
                 own = {line["case"]: line for line in lines if line["method"] == method}
-                found[training, method] = np.array([measures(own[case]) for case in self.cases])
+                found[training, method] = np.array([measures(own[case], self.measures) for case in self.cases])
         return found
 
     def changed(self, training: str, method: str) -> int:
@@ -105,7 +111,7 @@ class Rows:
         return list(dict.fromkeys(self.protocol.training(name).label for name in self.trainings))
 
     def of(self, name: str, numbers: tuple[int, ...]) -> np.ndarray:
-        """Of ``meep+isotonic``: float (runs, cases, ``MEASURES``).
+        """Of ``meep+isotonic``: float (runs, cases, ``measures``).
 
         Raises:
             KeyError: it was not scored.
@@ -114,14 +120,14 @@ class Rows:
         return np.stack([self.values[f"{label}_{number}", method or NONE] for number in numbers])
 
     def _effects(self, name: str, baseline: str | None, table: np.ndarray) -> dict[str, Effect]:
-        """Of values or differences (runs, cases, ``MEASURES``); infinite ones, of missed structures, are left out."""
+        """Of values or differences (runs, cases, ``measures``); infinite ones, of missed structures, are left out."""
         key = (name, baseline)
         if key not in self._known:
             finite = np.where(np.isfinite(table), table, np.nan)
             by_patient = by_unit(finite.mean(axis=0), [self.protocol.group(case) for case in self.cases])
             found = Bootstrap.of_means(by_patient)
             each_run = np.nanmean(finite, axis=1).T
-            columns = zip(MEASURES, found.estimate, found.intervals(), found.known, each_run, strict=True)
+            columns = zip(self.measures, found.estimate, found.intervals(), found.known, each_run, strict=True)
             self._known[key] = {
                 measure: Effect(float(mean), low, high, tuple(each.tolist()), int(known))
                 for measure, mean, (low, high), known, each in columns
@@ -149,7 +155,7 @@ class Rows:
         lines = []
         for (name, method), table in self.values.items():
             training = self.protocol.training(name)
-            means = dict(zip(MEASURES, table.mean(axis=0).tolist(), strict=True))
+            means = dict(zip(self.measures, table.mean(axis=0).tolist(), strict=True))
             lines.append(
                 {"training": name, "label": training.label, "run": training.run, "trainer": training.trainer}
                 | {"method": method, "cases": len(table), "changed": self.changed(name, method), **means}
@@ -166,7 +172,7 @@ class Rows:
                 for baseline in dict.fromkeys((STOCK, called(STOCK, method))):
                     if name == baseline:
                         continue
-                    for measure in MEASURES:
+                    for measure in self.measures:
                         effect = self.effect(name, baseline, measure)
                         lines.append(
                             {"label": label, "method": method, "minus": baseline, "measure": measure}
@@ -213,8 +219,8 @@ class Rows:
         write_lines(self.differences, self.difference_lines())
 
 
-def measures(line: Mapping[str, str]) -> list[float]:
-    """``MEASURES`` of a line of a row file."""
+def measures(line: Mapping[str, str], wanted: tuple[str, ...] = MEASURES) -> list[float]:
+    """Those of a line of a row file."""
     structures = [column.partition(" ")[2] for column in line if column.startswith("Dice ")]
     overlap = [float(np.mean([float(line[f"{metric} {s}"]) for s in structures])) for metric in ("Dice", "HD95")]
-    return [*overlap, *(float(line[measure]) for measure in MEASURES[2:])]
+    return [*overlap, *(float(line[measure]) for measure in wanted[2:])]

@@ -137,6 +137,21 @@ def test_the_tables_are_means_and_differences_by_patient_of_the_row_files(module
     assert len(list(tables.Rows(acdc, tmp_path).wrong())) == 1
 
 
+def test_numbers_of_the_papers_are_those_of_evaluate(module, tmp_path):
+    made = predictions(tmp_path)
+    scores, tables = module("scores"), module("tables")
+    content = {"name": "x", "group": "case_[0-9]+", "methods": [], "queue": [], "nacl": True}
+    protocol = module("protocol").Protocol(tmp_path / "x.json", content)
+    options = scores.Options(nacl=True)
+    none = dict.fromkeys((f.name[:-7] for f in made.reference.glob("*.nii.gz")), {})
+    lines = scores.score_predictions(made.prediction, made.reference, none, options)
+    summary = evaluate_folder(made.reference, made.prediction, tmp_path / "scores", processes=1, protocol=options)
+    for record, line in zip(summary["metric_per_case"], lines, strict=True):
+        assert [line[f"{name} nacl"] for name in scores.PAPERS] == [record["nacl"][name] for name in scores.PAPERS]
+    assert tables.Rows(protocol).measures[-4:] == ("DSC nacl", "HD nacl", "ECE nacl", "CECE nacl")
+    assert tables.measures(lines[0], tables.Rows(protocol).measures)[-1] == lines[0]["CECE nacl"]
+
+
 def test_a_case_is_scored_as_evaluate_does_and_calibrated_by_other_patients_alone(module, tmp_path):
     made = predictions(tmp_path)
     scores = module("scores")
