@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -52,8 +53,13 @@ def test_pairs_start_from_stock_of_the_same_run(acdc):
     assert (nacl.shares, nacl.start_name) == (True, "stock_2")
 
 
-def test_the_test_cases_are_closed(acdc):
-    assert acdc.content["test_is_open"] is False
+@pytest.mark.usefixtures("module")
+def test_test_cases_that_are_closed_stay_so(monkeypatch, tmp_path, capsys):
+    words = ["evidence", "test", str(EVIDENCE / "protocols" / "scribbles2d.json"), "--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "-o", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EVIDENCE / "__main__.py"), run_name="__main__")
+    assert "the test cases are closed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
