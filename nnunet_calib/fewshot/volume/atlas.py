@@ -4,7 +4,10 @@
     d(v)     = sum_j w_j d_j / sum_j w_j
     r(v)     = logit( sum_j w_j sigmoid(d_j / s) / sum_j w_j ),    s the mean voxel of the grid, mm
 
-w_j is 1, or 0 where the annotation of the support does not count. With s = 0 the sign of r were a majority vote; a few
+w_j(v) = ( m_j(v) / var + e )^-2 says how alike the query and the support are around v: m_j is the mean squared
+difference of the two images after their quantiles are matched, in a Gaussian window, var the variance of the query
+(Artaechevarria et al., Combination strategies in multi-atlas image segmentation, TMI 2009). Where the annotation of the
+support does not count it is all but 0. With s = 0 the sign of r were that of the vote; a few
 millimetres say that a border is not carried more exactly than that. Beyond the field of view of a support its distance
 is that of the nearest edge, less the way there: a structure that the edge cuts does not end with it.
 """
@@ -30,6 +33,10 @@ _FEWEST = 100  # voxels of a class from which it says how well volumes lie on ea
 _NEAR_MM = 15.0
 _EVERY = 7  # voxel of those near a border
 _SLOPES = (0.1, 4.0)
+_WINDOW = 1.5  # standard deviation of the window that images are compared in, voxels
+_POWER = 2.0
+_LEAST = 1e-2  # e: differences below a hundredth of the variance are noise
+_LEVELS = np.linspace(0, 100, 65)  # percentiles that are matched
 _UNKNOWN = 1e-3  # weight of a support where its annotation does not count: it decides where no other says anything
 
 
@@ -101,10 +108,12 @@ def carry(
     warps = []
     for support in supports:
         warp = registrar(fixed, support.anatomy, how)
-        maps = [support.distance] if support.known is None else [support.distance, support.known]
-        (distance, *known), beyond = warp.carry(fixed, support.anatomy, maps)
+        maps = [support.distance, support.anatomy.image, *([] if support.known is None else [support.known])]
+        (distance, image, *known), beyond = warp.carry(fixed, support.anatomy, maps)
         distance = np.maximum(distance - beyond, -CAP_MM)
-        weight = np.maximum(known[0], _UNKNOWN) if known else 1.0
+        weight = _likeness(fixed.image, image) if len(supports) > 1 else np.ones(fixed.shape)
+        if known:
+            weight *= np.maximum(known[0], _UNKNOWN)
         vote += weight / (1 + np.exp(-distance / scale))
         mean += weight * distance
         total += weight
@@ -116,6 +125,13 @@ def carry(
     share = (vote / total).clip(1e-12, 1 - 1e-12)
     log_odds = np.log(share / (1 - share)).astype(np.float32)
     return Carried(log_odds, (mean / total).astype(np.float32), nearest, tuple(warps), found)
+
+
+def _likeness(image: np.ndarray, carried: np.ndarray) -> np.ndarray:
+    """w_j float64 (*R) of the query's image and a support's that was carried to it, both (*R)."""
+    matched = np.interp(carried, np.percentile(carried, _LEVELS), np.percentile(image, _LEVELS))
+    apart = ndimage.gaussian_filter(np.square(image - matched), _WINDOW, mode="nearest")
+    return (apart / max(float(np.var(image)), 1e-12) + _LEAST) ** -_POWER
 
 
 def agreement(fixed: Anatomy, moving: Anatomy, warp: Warp) -> float:

@@ -1,7 +1,10 @@
 """What registration carries from supports to a query, where the map is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from nnunet_calib.fewshot.volume.anatomy import Anatomy, signed_distance
 from nnunet_calib.fewshot.volume.atlas import CAP_MM, Labelled, agreement, carry, sampled
@@ -33,6 +36,38 @@ def test_the_vote_of_three_is_the_majority():
     majority = np.sum(inside, axis=0) >= 2
     assert sure.any()
     assert ((carried.log_odds > 0) == majority)[sure].all()
+
+
+def test_the_support_that_looks_like_the_query_decides():
+    """Two supports say different things on each side; the query looks like one on the left, the other on the right."""
+    drawn = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
+    query = drawn[0]
+    left = np.arange(SHAPE[2]) < 6
+    looks = np.where(left, query, drawn[1]), np.where(left, drawn[2], query)
+    supports = [
+        replace(one, anatomy=replace(EMPTY, image=image))
+        for one, image in zip((box(1, 5), box(7, 11)), looks, strict=True)
+    ]
+    carried = carry(replace(EMPTY, image=query), supports, Registration(), stays)
+    inside = [support.distance.astype(np.float32) > 0 for support in supports]
+    far = np.abs(np.arange(SHAPE[2]) - 5.5) > 3  # beyond the window
+    assert ((carried.log_odds > 0) == np.where(left, *inside))[..., far].all()
+
+
+def test_votes_weigh_as_published():
+    """Two supports, their images off by known differences everywhere; the brightness of one is another scale's."""
+    query = np.random.default_rng(0).permutation(np.linspace(0, 1, np.prod(SHAPE))).reshape(SHAPE).astype(np.float32)
+    half = box(2, 6), box(6, 10)
+    supports = [
+        replace(half[0], anatomy=replace(EMPTY, image=5 * query + 3)),
+        replace(half[1], anatomy=replace(EMPTY, image=1 - query)),
+    ]
+    carried = carry(replace(EMPTY, image=query), supports, Registration(), stays)
+    apart = ndimage.gaussian_filter(np.square(2 * query - 1), 1.5, mode="nearest") / query.var()
+    weights = np.array([np.full(SHAPE, 0.01**-2), (apart + 0.01) ** -2])
+    p = [1 / (1 + np.exp(-support.distance.astype(float) / 2 ** (1 / 3))) for support in half]
+    share = (weights * p).sum(axis=0) / weights.sum(axis=0)
+    assert 1 / (1 + np.exp(-carried.log_odds)) == pytest.approx(share, abs=1e-3)
 
 
 def test_one_support_gives_its_own_distances():
