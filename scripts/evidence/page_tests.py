@@ -19,7 +19,7 @@ def tables() -> Iterator[tuple[str, Callable[[], list[str]]]]:
 
 
 def number(what: str) -> float:
-    """Marks begin with the data set's name."""
+    """Marks begin with the data set's name: ``Brain DSC of stock``."""
     data, _, rest = what.partition(" ")
     return TESTS[data].rows.number(rest)
 

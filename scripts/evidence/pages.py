@@ -105,12 +105,13 @@ def all_pages() -> list[Page]:
     import page_free_step
     import page_shift
     import page_sparse
+    import page_tests
     import page_trainers
 
     losses = Page(RESULTS.parent / "losses.md", {}, page_trainers.number, all_marked=False)
-    readme = Page(RESULTS.parents[1] / "README.md", {}, page_trainers.number, all_marked=False)
+    readme = Page(RESULTS.parents[1] / "README.md", {}, page_tests.number, all_marked=False)
     choose = Page(RESULTS.parent / "choose.md", {}, page_trainers.number, all_marked=False)
-    own = [page.PAGE for page in (page_free_step, page_acdc, page_trainers, page_sparse, page_shift, page_calibration)]
+    own = [page.PAGE for page in (page_free_step, page_acdc, page_trainers, page_tests, page_sparse, page_shift, page_calibration)]
     return [*own, page_calibration.REFERENCE, losses, choose, readme]
 
 
