@@ -111,7 +111,8 @@ def all_pages() -> list[Page]:
     losses = Page(RESULTS.parent / "losses.md", {}, page_trainers.number, all_marked=False)
     readme = Page(RESULTS.parents[1] / "README.md", {}, page_tests.number, all_marked=False)
     choose = Page(RESULTS.parent / "choose.md", {}, page_trainers.number, all_marked=False)
-    own = [page.PAGE for page in (page_free_step, page_acdc, page_trainers, page_tests, page_sparse, page_shift, page_calibration)]
+    trained = (page_free_step, page_acdc, page_trainers, page_tests, page_sparse)
+    own = [page.PAGE for page in (*trained, page_shift, page_calibration)]
     return [*own, page_calibration.REFERENCE, losses, choose, readme]
 
 
