@@ -4,8 +4,10 @@
     python scripts/experiment_heart.py DATA -o WORK --csv
 
 DATA holds ``Dataset027_ACDC`` and ``Dataset019_MSCMRbSSFP``. Eight patients of each, end-diastole in ACDC, are supports
-and queries: from the same data set, and from the other. MS-CMR's labels get ACDC's values. ACDC's slices have a nominal
-spacing, so distances are told in no table. Resumable; ``--csv`` writes ``docs/results/fewshot_heart.csv``.
+and queries: from the same data set, and from the other. MS-CMR's labels get ACDC's values. The public copy of ACDC has
+nominal spacing and axes: distances are told in no table, and MS-CMR's volumes are laid like those of ACDC, slices from
+base to apex in the same axes, or they would lie across them. Resumable; ``--csv`` writes
+``docs/results/fewshot_heart.csv``.
 """
 
 import argparse
@@ -51,9 +53,16 @@ STRUCTURE = "rv"
 ARMS = tuple(itertools.product(("ACDC", "MS-CMR"), repeat=2))  # supports, queries
 
 
+def laid_as(axes: tuple[float, ...], image: SimpleITK.Image) -> SimpleITK.Image:
+    """The same voxels with the axes of another volume."""
+    image.SetDirection(axes)
+    return image
+
+
 def write_cases(base: Base, data: Path) -> None:
-    """The eight cases of each data set, at the network's spacing and with ACDC's values."""
+    """The eight cases of each data set, at the network's spacing, with ACDC's values and axes."""
     ends = sorted((base.source / "labelsTs").glob("*_frame01.nii.gz"))[:CASES]
+    axes = SimpleITK.ReadImage(str(ends[0])).GetDirection()
     others = sorted((data / OTHER / "labelsTs").glob("*.nii.gz"))[:CASES]
     for name, labels, values in (("ACDC", ends, {1: 1, 2: 2, 3: 3}), ("MS-CMR", others, TO_ACDC)):
         for file in labels:
@@ -65,8 +74,10 @@ def write_cases(base: Base, data: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             scan = SimpleITK.ReadImage(str(file.parents[1] / "imagesTs" / f"{case}_0000.nii.gz"))
             image = resampled(scan, base.study.spacing, nearest=False)
-            SimpleITK.WriteImage(image, str(base.folder / name / "images" / f"{case}_0000.nii.gz"))
             given = resampled(SimpleITK.ReadImage(str(file)), base.study.spacing, nearest=True)
+            if name == "MS-CMR":
+                image, given = (laid_as(axes, one[:, :, ::-1]) for one in (image, given))
+            SimpleITK.WriteImage(image, str(base.folder / name / "images" / f"{case}_0000.nii.gz"))
             voxels = SimpleITK.GetArrayFromImage(given)
             mapped = np.zeros(voxels.shape, np.uint8)
             for value, ours in values.items():
