@@ -103,6 +103,43 @@ def test_where_an_annotation_does_not_count_the_others_decide():
     assert both.log_odds[4, 5, 9] > alone.log_odds[4, 5, 9] + 1  # where it counts it has its say
 
 
+def test_a_support_that_says_nothing_has_no_vote_however_alike_it_looks():
+    """The query looks like the support that was not annotated, and not at all like the other."""
+    drawn = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    nowhere = np.zeros(SHAPE, bool)
+    annotated = replace(box(2, 6), anatomy=replace(EMPTY, image=drawn[1]))
+    alike = replace(box(8, 11, nowhere), anatomy=replace(EMPTY, image=drawn[0]))
+    query = replace(EMPTY, image=drawn[0])
+    both = carry(query, [annotated, alike], Registration(), stays)
+    assert both.log_odds == pytest.approx(carry(query, [annotated], Registration(), stays).log_odds, abs=0.1)
+
+    def far(_, moving, how):  # the alike support lies beside the query
+        return Warp(np.eye(3), np.array([0, 0, 50.0 if moving.image is drawn[0] else 0.0]))
+
+    beside = replace(alike, known=None)
+    both = carry(query, [annotated, beside], Registration(), far)
+    assert both.log_odds == pytest.approx(carry(query, [annotated], Registration(), stays).log_odds, abs=0.1)
+
+
+def test_how_much_is_masked_out_does_not_say_how_alike_volumes_are():
+    """The same tissue with more of its rim masked out is as like the query as before, away from the rim."""
+    shape, drawn = (24, 24, 24), np.random.default_rng(0)
+    tissue = ndimage.gaussian_filter(drawn.normal(size=(2, *shape)), (0, 1, 1, 1)).astype(np.float32) * 5 + 5
+    inside = np.zeros((2, *shape), bool)
+    inside[0, 2:-2, 2:-2, 2:-2] = inside[1, 4:-4, 4:-4, 4:-4] = True
+    images = [
+        np.where(part, one, -9).astype(np.float32)
+        for part, one in zip(inside[[0, 1, 0]], tissue[[0, 0, 1]], strict=True)
+    ]
+    query, masked, other = (Anatomy(image, np.zeros(shape, np.uint8), (1.0, 1.0, 1.0)) for image in images)
+    place = np.indices(shape)[2] - 11.5
+    left = Labelled(masked, -place.astype(np.float16))  # it says that the left half is the structure
+    right = Labelled(other, place.astype(np.float16))
+    carried = carry(query, [left, right], Registration(), stays)
+    deep = (slice(10, 14), slice(10, 14))
+    assert ((carried.log_odds > 0) == (place < 0))[deep][..., 9:15].all()
+
+
 def test_maps_are_read_at_voxels_of_a_finer_grid():
     grid = np.broadcast_to(np.arange(6, dtype=np.float32) * 2 + 1, (4, 4, 6)).copy()
     index = np.ravel_multi_index(np.array([[3, 3, 3], [2, 2, 2], [1, 6, 11]]), (8, 8, 12))
