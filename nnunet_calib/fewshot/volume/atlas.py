@@ -131,7 +131,7 @@ def carry(
 
 
 def _likeness(image: np.ndarray, carried: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """w_j float64 (*R) of the query's image and a support's that was carried to it, both (*R); ``seen``: where it is."""
+    """w_j float64 (*R) of the query's image and a support's that was carried to it, both (*R), seen where it is."""
     if not seen.any():
         return np.full(image.shape, _UNKNOWN)
     (dark, quantiles), (own_dark, own_quantiles) = _quantiles(image), _quantiles(carried[seen])

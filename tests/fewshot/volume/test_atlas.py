@@ -114,7 +114,7 @@ def test_a_support_that_says_nothing_has_no_vote_however_alike_it_looks():
     assert both.log_odds == pytest.approx(carry(query, [annotated], Registration(), stays).log_odds, abs=0.1)
 
     def far(_, moving, how):  # the alike support lies beside the query
-        return Warp(np.eye(3), np.array([0, 0, 50.0 if moving.image is drawn[0] else 0.0]))
+        return Warp(np.eye(3), np.array([0, 0, 50.0 if np.array_equal(moving.image, query.image) else 0.0]))
 
     beside = replace(alike, known=None)
     both = carry(query, [annotated, beside], Registration(), far)
