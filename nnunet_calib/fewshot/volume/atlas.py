@@ -6,9 +6,8 @@
 
 w_j(v) = ( m_j(v) / var + e )^-2 says how alike the query and the support are around v: m_j is the mean squared
 difference of the two images after their quantiles are matched, in a Gaussian window, var the variance of the query
-(Artaechevarria et al., Combination strategies in multi-atlas image segmentation, TMI 2009). What is masked out, one
-value in many voxels, has no part in the quantiles. Where the annotation of the support does not count, and beyond its
-field of view, w_j is all but 0. With s = 0 the sign of r were that of the vote; a few
+(Artaechevarria et al., Combination strategies in multi-atlas image segmentation, TMI 2009). Where the annotation of the
+support does not count it is all but 0. With s = 0 the sign of r were that of the vote; a few
 millimetres say that a border is not carried more exactly than that. Beyond the field of view of a support its distance
 is that of the nearest edge, less the way there: a structure that the edge cuts does not end with it.
 """
@@ -38,7 +37,6 @@ _WINDOW = 1.5  # standard deviation of the window that images are compared in, v
 _POWER = 2.0
 _LEAST = 1e-2  # e: differences below a hundredth of the variance are noise
 _LEVELS = np.linspace(0, 100, 65)  # percentiles that are matched
-_PLATEAU = 0.01  # share of voxels of one value that is no chance
 _UNKNOWN = 1e-9  # factor where a support says nothing: it decides where no other says anything
 VOTE = 2  # of the way supports vote, for results that are kept; 1: one vote each
 
@@ -134,22 +132,11 @@ def _likeness(image: np.ndarray, carried: np.ndarray, seen: np.ndarray) -> np.nd
     """w_j float64 (*R) of the query's image and a support's that was carried to it, both (*R), seen where it is."""
     if not seen.any():
         return np.full(image.shape, _UNKNOWN)
-    (dark, quantiles), (own_dark, own_quantiles) = _quantiles(image), _quantiles(carried[seen])
-    matched = np.interp(carried, own_quantiles, quantiles)
-    if own_dark is not None:
-        matched[carried == own_dark] = image.min() if dark is None else dark
+    # of a value that many voxels have, such as what is masked out, the lowest of its quantiles counts: dark is dark
+    own, first = np.unique(np.percentile(carried[seen], _LEVELS), return_index=True)
+    matched = np.interp(carried, own, np.percentile(image[seen], _LEVELS)[first])
     apart = ndimage.gaussian_filter(np.square(image - matched), _WINDOW, mode="nearest")
-    weight = (apart / max(float(np.var(image)), 1e-12) + _LEAST) ** -_POWER
-    return np.where(seen, weight, weight * _UNKNOWN)
-
-
-def _quantiles(image: np.ndarray) -> tuple[float | None, np.ndarray]:
-    """The one value that a plateau has, None without, and quantiles of the rest."""
-    values, counts = np.unique(image, return_counts=True)
-    most = int(counts.argmax())
-    if counts[most] < _PLATEAU * image.size or len(values) == 1:
-        return None, np.percentile(image, _LEVELS)
-    return float(values[most]), np.percentile(image[image != values[most]], _LEVELS)
+    return (apart / max(float(np.var(image)), 1e-12) + _LEAST) ** -_POWER
 
 
 def agreement(fixed: Anatomy, moving: Anatomy, warp: Warp) -> float:
