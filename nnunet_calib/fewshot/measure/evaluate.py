@@ -29,6 +29,7 @@ from nnunet_calib.fewshot.measure.trials import Trial
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
 from nnunet_calib.fewshot.structure.fitted import FittedStructure
+from nnunet_calib.fewshot.volume.atlas import VOTE
 from nnunet_calib.fewshot.volume.files import find_supports
 from nnunet_calib.fewshot.volume.registrar import Registrar
 from nnunet_calib.fewshot.volume.support import FEWEST_VOXELS
@@ -244,7 +245,7 @@ def evaluate_folder(
     cache = FeatureCache(output / "features", model, predictor, options)
     software = installed_versions(_PACKAGES)
     chosen = {"ignore": ignore, "inside": None if inside is None else sorted(set(inside))}
-    run = _hash([model.fingerprint(), list(model.folds), options, voxels, chosen, software])
+    run = _hash([model.fingerprint(), list(model.folds), options, voxels, chosen, software, VOTE])
     registered = any(trial.settings.registered for trial in trials)
     registrar = Registrar((registrations or output / "registrations") if registered else None)
     evaluate_structure(
