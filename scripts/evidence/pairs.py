@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from pages import Page
 from protocol import Protocol
 from scores import called
 from tables import RESULTS, STOCK, Effect, Rows
@@ -141,3 +142,14 @@ class Pairs:
                 if measure != shown[0]:
                     panel.tick_params(labelleft=False)
             save(drawn, RESULTS.parent / "images" / f"results_{name}.svg")
+
+    def page(self, name: str) -> Page:
+        """``docs/results/<name>.md``, of this protocol alone."""
+        return Page(
+            RESULTS / f"{name}.md",
+            self.tables(),
+            self.rows.number,
+            settings=frozenset({"0.6", "1.5625", "2.5"}),
+            rows=(self.rows,),
+            figure=lambda: self.figure(name),
+        )
