@@ -37,7 +37,7 @@ from nnunet_calib.fewshot.volume.registration import Registration
 ENDING = ".fewshot"
 # 2: the background of each support; 3: the supports' volumes, for registration; 4: several structures; 5: supports
 # vote by how alike they look
-_FORMAT = 5
+_FORMAT = 6
 _KEY = "nnunet_calib_fewshot"
 _COMPARED = ("classes", "plans", "trainer", "configuration")
 _KEPT = 1000  # voxels of the structure, and of background, of each support: what a head is refined with

@@ -1,21 +1,24 @@
 """What registration carries from the supports to a query: how far each voxel is inside the structure.
 
     d_j(v)   signed distance to the structure of support j in mm, above 0 inside, at the place of v in that support
-    d(v)     = sum_j w_j d_j / sum_j w_j
-    r(v)     = logit( sum_j w_j sigmoid(d_j / s) / sum_j w_j ),    s the mean voxel of the grid, mm
+    d(v)     = sum_ju w_ju d_j(v + u) / sum_ju w_ju
+    r(v)     = logit( sum_ju w_ju sigmoid(d_j(v + u) / s) / sum_ju w_ju ),    s the mean voxel of the grid, mm
 
-w_j(v) = ( m_j(v) / var + e )^-2 says how alike the query and the support are around v: m_j is the mean squared
-difference of the two images after their quantiles are matched, in a Gaussian window, var the variance of the query
-(Artaechevarria et al., Combination strategies in multi-atlas image segmentation, TMI 2009). Where the annotation of the
-support does not count it is all but 0. With s = 0 the sign of r were that of the vote; a few
+u is none or one of the 18 voxels that touch v at a face or an edge: a registration is off by about a voxel, and the
+images say where to (non-local label fusion; Coupe et al., Patch-based segmentation using expert priors, NeuroImage
+2011). w_ju(v) = ( m_ju(v) / var + e )^-3 says how alike the query around v and the support around v + u are: m_ju is
+the mean squared difference of the two images after their quantiles are matched, in a Gaussian window, var the variance
+of the query (Artaechevarria et al., Combination strategies in multi-atlas image segmentation, TMI 2009). Where the
+annotation of the support does not count it is all but 0. With s = 0 the sign of r were that of the vote; a few
 millimetres say that a border is not carried more exactly than that. Beyond the field of view of a support its distance
 is that of the nearest edge, less the way there: a structure that the edge cuts does not end with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy import ndimage, optimize
@@ -33,12 +36,14 @@ _FEWEST = 100  # voxels of a class from which it says how well volumes lie on ea
 _NEAR_MM = 15.0
 _EVERY = 7  # voxel of those near a border
 _SLOPES = (0.1, 4.0)
-_WINDOW = 1.5  # standard deviation of the window that images are compared in, voxels
-_POWER = 2.0
+_WINDOW = 0.7  # standard deviation of the window that images are compared in, voxels
+_POWER = 3
 _LEAST = 1e-2  # e: differences below a hundredth of the variance are noise
-_LEVELS = np.linspace(0, 100, 65)  # percentiles that are matched
-_UNKNOWN = 1e-9  # factor where a support says nothing: it decides where no other says anything
-VOTE = 2  # of the way supports vote, for results that are kept; 1: one vote each
+_STEPS = [u for u in product((-1, 0, 1), repeat=3) if np.abs(u).sum() < 3]  # to where else a place may lie
+_LEVELS = np.linspace(0, 100, 65)  # percentiles that are matched, of what is brighter than
+_DARKEST = 1.0  # percentile
+_UNKNOWN = 1e-12  # factor where a support says nothing: it decides where no other says anything
+VOTE = 3  # of the way supports vote, for results that are kept; 1: one vote each, 2: by how alike they look
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +109,7 @@ def carry(
 ) -> Carried:
     """Labels of the supports in another volume; ``compared``: and how well its base classes are carried."""
     scale = float(np.prod(fixed.spacing)) ** (1 / 3)
-    vote, total, mean = (np.zeros(fixed.shape) for _ in range(3))
+    vote, total, mean = (np.zeros(fixed.shape, dtype=np.float32) for _ in range(3))
     nearest = np.full(fixed.shape, -CAP_MM, dtype=np.float32)
     warps = []
     for support in supports:
@@ -112,12 +117,16 @@ def carry(
         maps = [support.distance, support.anatomy.image, *([] if support.known is None else [support.known])]
         (distance, image, *known), beyond = warp.carry(fixed, support.anatomy, maps)
         distance = np.maximum(distance - beyond, -CAP_MM)
-        weight = _likeness(fixed.image, image, beyond == 0) if len(supports) > 1 else np.ones(fixed.shape)
-        if known:
-            weight *= np.maximum(known[0], _UNKNOWN)
-        vote += weight / (1 + np.exp(-distance / scale))
-        mean += weight * distance
-        total += weight
+        alike = _Likeness(fixed.image, image, beyond == 0)
+        counts = np.maximum(known[0], _UNKNOWN) if known else np.ones_like(distance)
+        places = zip(
+            *(_around(part) for part in (alike.matched, counts, expit(distance / scale), distance)), strict=True
+        )
+        for there, counted, inside, far in places:
+            weight = alike(there) * counted
+            vote += weight * inside
+            mean += weight * far
+            total += weight
         np.maximum(nearest, distance, out=nearest)
         warps.append(warp)
     found = None
@@ -128,15 +137,40 @@ def carry(
     return Carried(log_odds, (mean / total).astype(np.float32), nearest, tuple(warps), found)
 
 
-def _likeness(image: np.ndarray, carried: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """w_j float64 (*R) of the query's image and a support's that was carried to it, both (*R), seen where it is."""
-    if not seen.any():
-        return np.full(image.shape, _UNKNOWN)
-    # of a value that many voxels have, such as what is masked out, the lowest of its quantiles counts: dark is dark
-    own, first = np.unique(np.percentile(carried[seen], _LEVELS), return_index=True)
-    matched = np.interp(carried, own, np.percentile(image[seen], _LEVELS)[first])
-    apart = ndimage.gaussian_filter(np.square(image - matched), _WINDOW, mode="nearest")
-    return (apart / max(float(np.var(image)), 1e-12) + _LEAST) ** -_POWER
+def _around(part: np.ndarray) -> Iterator[np.ndarray]:
+    """A map (*R) as it is at every one of ``_STEPS`` from each voxel, (*R); beyond its edge as at the edge."""
+    padded = np.pad(part, 1, mode="edge")
+    for step in _STEPS:
+        yield padded[tuple(slice(1 + u, 1 + u + size) for u, size in zip(step, part.shape, strict=True))]
+
+
+class _Likeness:
+    """How alike a query and a support's image are that was carried to it, both (*R), seen where the support shows it.
+
+    Attributes:
+        matched: float32 (*R), the support's image with the quantiles of the query.
+    """
+
+    def __init__(self, image: np.ndarray, carried: np.ndarray, seen: np.ndarray):
+        self._image, self._any, self.matched = image.astype(np.float32), bool(seen.any()), carried
+        self._variance = max(float(np.var(image)), 1e-12)
+        if self._any:
+            # how much of either is dark, or masked out, says nothing of the brightness of tissue
+            darkest = np.percentile(carried[seen], _DARKEST), np.percentile(image[seen], _DARKEST)
+            tissue = seen & (carried > darkest[0]) & (image > darkest[1])
+            of_each = [
+                np.append(low, np.percentile(one[tissue], _LEVELS) if tissue.any() else [])
+                for low, one in zip(darkest, (carried, image), strict=True)
+            ]
+            own, first = np.unique(of_each[0], return_index=True)
+            self.matched = np.interp(carried, own, of_each[1][first]).astype(np.float32)
+
+    def __call__(self, there: np.ndarray) -> np.ndarray:
+        """w_ju float32 (*R), of the matched image at v + u."""
+        if not self._any:
+            return np.full(self._image.shape, _UNKNOWN, dtype=np.float32)
+        apart = ndimage.gaussian_filter(np.square(self._image - there), _WINDOW, mode="nearest")
+        return (apart / self._variance + _LEAST) ** -_POWER
 
 
 def agreement(fixed: Anatomy, moving: Anatomy, warp: Warp) -> float:
