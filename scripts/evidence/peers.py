@@ -3,8 +3,9 @@
     python scripts/evidence/peers.py PROTOCOL.json --data DATA -o WORK --training stock_1
 
 Needs ``pip install fiducio`` (Apache-2.0). All are fitted to the same voxels, drawn at random from each case of the
-other folds, and scored on whole volumes, as every row is. CPU seconds are of one thread: the median fit of a fold, and
-all volumes' calibration and scoring less that of the raw probabilities. ``local``, which sees neighbours, is left out.
+other folds (``cmsop`` and ``cmsap`` choose their penalties on those too), and scored on whole volumes, as every row is.
+CPU seconds are of one thread: the median fit of a fold, and all volumes' calibration and scoring less that of the raw
+probabilities. ``local``, which sees neighbours, is left out.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from scores import score_predictions, write_lines
 from tables import MEASURES, RESULTS, measures
 
 from nnunet_calib.posthoc import CALIBRATORS
-from nnunet_calib.posthoc.folders.crossfit import NONE
+from nnunet_calib.posthoc.folders.crossfit import NONE, fit_cases
 from nnunet_calib.posthoc.maps.calibrator import Calibrator
 
 METHODS = tuple(name for name in CALIBRATORS if name not in ("auto", "local"))
@@ -90,9 +91,7 @@ def main() -> int:
             others = [voxels[name] for name in voxels if name not in fold]
             started = time.process_time()
             if make is not None:
-                fitted = make().fit(
-                    np.concatenate([z for z, _ in others], axis=1), np.concatenate([y for _, y in others])
-                )
+                fitted = fit_cases(make(), [(z, y, np.ones(len(y))) for z, y in others])
                 calibrators |= dict.fromkeys(fold, {method: fitted})
                 seconds.append(time.process_time() - started)
             else:

@@ -3,15 +3,17 @@
     python scripts/evidence/penalties.py PROTOCOL.json --data DATA -o WORK
     python scripts/evidence/penalties.py PROTOCOL.json --data DATA -o WORK --fiducio
 
-Voxels are drawn at random from each case, 4,000 to fit on and 20,000 others to score; folds are by patient. The penalty
-of the offsets is that of what a gap owes to other classes' gaps. ``--fiducio`` (``pip install fiducio``) fits that
-package's two maps to the same voxels instead, by L-BFGS; rows of the other kind are kept.
+Voxels are drawn at random from each case, 4,000 to fit on and 20,000 others to score; folds are by patient. A row is a
+pair of penalties that ``choices`` offers, or what cross-fitting inside the other folds chooses of them, as
+``calibrate fit`` does. ``--fiducio`` (``pip install fiducio``) fits that package's two maps to the same voxels instead,
+by Adam, its default, and by L-BFGS. Rows of other trainings, and of the other kind, are kept.
 """
 
 import argparse
+import copy
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,13 @@ from tables import RESULTS
 from nnunet_calib.data.images import read_labels
 from nnunet_calib.metrics import smallest_probability
 from nnunet_calib.posthoc import CALIBRATORS
+from nnunet_calib.posthoc.folders.crossfit import fit_cases
 from nnunet_calib.posthoc.folders.sampling import class_index, open_probabilities
-from nnunet_calib.posthoc.maps.calibrator import log_probabilities
+from nnunet_calib.posthoc.maps.calibrator import Calibrator, log_probabilities
 
 FIT, SCORE = 4_000, 20_000  # voxels of each case
-TABLE, FIDUCIO = RESULTS / "calibrators_penalties.csv", "fiducio lbfgs"
-PENALTIES = (1e-4, 1e-2, 1e-1, 1.0, 1e3)
+TABLE = RESULTS / "calibrators_penalties.csv"
+CHOSEN = "chosen"
 
 
 def drawn(predictions: Path, references: Path, voxels: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -44,18 +47,34 @@ def drawn(predictions: Path, references: Path, voxels: int) -> dict[str, tuple[n
     return found
 
 
-def _ours() -> dict:
-    """By method and penalty, what makes one."""
-    makers = {("temperature", ""): CALIBRATORS["temperature"]}
-    for key, penalty in product(("cmsop", "cmsap"), PENALTIES):
-        makers[key, penalty] = partial(CALIBRATORS[key], off_diagonal=penalty, intercept=penalty)
+Voxels = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def _at_once(make: Callable[[], Calibrator], voxels: Voxels) -> Calibrator:
+    return make().fit(*(np.concatenate(part, axis=-1) for part in zip(*voxels, strict=True)))
+
+
+def _by_cases(make: Callable[[], Calibrator], voxels: Voxels) -> Calibrator:
+    return fit_cases(make(), [(z, y, np.ones(len(y))) for z, y in voxels])
+
+
+def _ours() -> dict[tuple[str, str, str], Callable[[Voxels], Calibrator]]:
+    """By whose it is, method and penalties, what fits one."""
+    makers = {("", "temperature", ""): partial(_at_once, CALIBRATORS["temperature"])}
+    for key in ("cmsop", "cmsap"):
+        for choice in CALIBRATORS[key]().choices(cases=99, channels=3):
+            about = f"{choice.off_diagonal:g}, {choice.spread:g}"
+            makers["", key, about] = partial(_at_once, partial(copy.deepcopy, choice))
+        makers["", key, CHOSEN] = partial(_by_cases, CALIBRATORS[key])
     return makers
 
 
-def _of_fiducio() -> dict:
-    from peers import THEIRS, Fiducio
+def _of_fiducio() -> dict[tuple[str, str, str], Callable[[Voxels], Calibrator]]:
+    from peers import OPTIMIZERS, THEIRS, Fiducio
 
-    return {(key, ""): partial(Fiducio, key, "lbfgs") for key in THEIRS}
+    return {
+        (f"fiducio {by}", key, ""): partial(_at_once, partial(Fiducio, key, by)) for key in THEIRS for by in OPTIMIZERS
+    }
 
 
 def main() -> int:
@@ -69,22 +88,28 @@ def main() -> int:
     protocol = Protocol.read(args.protocol)
     bench = Bench(protocol, args.data, args.work)
     makers = _of_fiducio() if args.fiducio else _ours()
-    lines = [line for line in read_lines(TABLE) if (line["of"] == FIDUCIO) != args.fiducio]
+    data = protocol.name
+    lines = [
+        line
+        for line in read_lines(TABLE)
+        if line["data"] != data
+        or line["training"] not in args.trainings
+        or line["of"].startswith("fiducio") != args.fiducio
+    ]
     for name in args.trainings:
         predictions = bench.predictions(protocol.training(name), "validation")
         voxels = drawn(predictions, bench.references("validation"), FIT + SCORE)
-        for (method, penalty), make in makers.items():
+        for (of, method, penalties), fit in makers.items():
             nll = []
             for fold in protocol.folds(list(voxels)):
-                others = [(z[:, :FIT], y[:FIT]) for case, (z, y) in voxels.items() if case not in fold]
-                fitted = make().fit(*(np.concatenate(part, axis=-1) for part in zip(*others, strict=True)))
+                fitted = fit([(z[:, :FIT], y[:FIT]) for case, (z, y) in voxels.items() if case not in fold])
                 for z, y in (voxels[case] for case in fold):
                     p = fitted.apply(z[:, FIT:])[y[FIT:], np.arange(SCORE)]
                     nll.append(-float(np.log(np.maximum(p, smallest_probability(np.dtype(np.float32)))).mean()))
-            lines.append({"training": name, "of": FIDUCIO if args.fiducio else "", "method": method})
-            lines[-1] |= {"penalty": penalty, "cases": len(nll), "NLL volume": float(np.mean(nll))}
+            lines.append({"data": data, "training": name, "of": of, "method": method})
+            lines[-1] |= {"penalties": penalties, "cases": len(nll), "NLL volume": float(np.mean(nll))}
             print(lines[-1], flush=True)
-    write_lines(TABLE, lines)
+    write_lines(TABLE, sorted(lines, key=lambda line: (line["data"], line["training"], bool(line["of"]))))
     return 0
 
 

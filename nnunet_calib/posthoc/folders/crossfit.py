@@ -40,11 +40,55 @@ def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: s
             weights=np.concatenate([_of_equal_cases(part.regions[region]) for part in patches]),
         )
     inside = [(sample, sample.regions[region]) for sample in samples]
-    return calibrator.fit(
-        np.concatenate([log_probabilities(s.probabilities[:, i], multilabel=multilabel) for s, i in inside], axis=1),
-        np.concatenate([s.target[..., i] for s, i in inside], axis=-1),
-        weights=np.concatenate([_of_equal_cases(s.weights[i]) for s, i in inside]),
+    return fit_cases(
+        calibrator,
+        [
+            (log_probabilities(s.probabilities[:, i], multilabel=multilabel), s.target[..., i], s.weights[i])
+            for s, i in inside
+            if i.any()
+        ],
     )
+
+
+def fit_cases(calibrator: Calibrator, cases: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Calibrator:
+    """Fit to the voxels of several cases, each of which counts the same; choose the penalties of a method that has any.
+
+    Of ``calibrator.choices`` it is the one of smallest NLL on cases left out, the mean over cases. Left out are
+    neighbours in the order given: images of one patient, whose names are alike, mostly leave together.
+
+    Args:
+        calibrator: unfitted.
+        cases: of each log p (C, n), the reference's class (n,), or bool (C, n), and weights (n,); not empty.
+
+    Returns:
+        The fitted one; not always that given.
+
+    Raises:
+        ValueError: no case.
+    """
+    if not cases:
+        raise ValueError("no voxel to fit on")
+    choices = calibrator.choices(len(cases), len(cases[0][0]))
+    chosen = choices[0]
+    if len(choices) > 1:
+        losses = np.zeros(len(choices))
+        for fold in np.array_split(np.arange(len(cases)), min(FOLDS, len(cases))):
+            z, y, w = _together([case for i, case in enumerate(cases) if i not in fold])
+            for c, choice in enumerate(choices):
+                choice.fit(z, y, weights=w)
+                for i in fold:
+                    left_out, truth, counts = cases[i]
+                    losses[c] += _log_loss(choice.apply(left_out), truth, counts, calibrator.multilabel)
+        chosen = choices[int(losses.argmin())]
+    z, y, w = _together(cases)
+    return chosen.fit(z, y, weights=w)
+
+
+def _together(cases: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The voxels of all cases, and weights of which every case has the same sum."""
+    z, y, w = zip(*cases, strict=True)
+    weights = np.concatenate([_of_equal_cases(own) for own in w])
+    return np.concatenate(z, axis=1), np.concatenate(y, axis=-1), weights
 
 
 def _of_equal_cases(weights: np.ndarray) -> np.ndarray:
@@ -142,12 +186,16 @@ def estimates(p: np.ndarray, sample: CaseSample, region: str, multilabel: bool) 
     truth = y if multilabel else np.arange(len(p))[:, None] == y
     cece = float(np.mean([_binned(*problem, w) for problem in zip(p, truth, strict=True)]))
     squared = np.square(p - truth) @ w
-    tiny = np.finfo(np.float64).tiny
+    nll = _log_loss(p, y, w, multilabel)
     if multilabel:
-        log_loss = -np.log(np.maximum(np.where(truth, p, 1 - p), tiny)) @ w
-        return [float(log_loss.mean()), float(squared.mean()), cece, cece]
-    nll = -float(np.log(np.maximum(p[y, np.arange(y.size)], tiny)) @ w)
+        return [nll, float(squared.mean()), cece, cece]
     return [nll, float(squared.sum()), _binned(p.max(axis=0), p.argmax(axis=0) == y, w), cece]
+
+
+def _log_loss(p: np.ndarray, y: np.ndarray, w: np.ndarray, multilabel: bool) -> float:
+    """NLL of probabilities (C, n) of classes (n,), or the mean over regions of that of bool (C, n); weights (n,)."""
+    of_truth = np.where(y, p, 1 - p) if multilabel else p[y, np.arange(y.size)]
+    return -float((np.log(np.maximum(of_truth, np.finfo(np.float64).tiny)) @ w).mean() / w.sum())
 
 
 def _binned(confidence: np.ndarray, correct: np.ndarray, w: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -161,6 +161,15 @@ class Calibrator(ABC):
         Raises:
             ValueError: shapes or values that do not fit, or no voxel that counts.
         """
+
+    def choices(self, cases: int, channels: int) -> Sequence[Self]:
+        """Unfitted calibrators of this method, the simplest first, of which cross-fitting over cases takes the best.
+
+        Args:
+            cases: to fit on.
+            channels: classes, or regions.
+        """
+        return [self]
 
     @abstractmethod
     def apply(self, log_probabilities: np.ndarray) -> np.ndarray:

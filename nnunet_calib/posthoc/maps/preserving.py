@@ -7,19 +7,24 @@
 
     B_c, m_c >= 0, the diagonal of B_c above 0;  z_(0) >= z_(1) >= ... the logits of the voxel in order
 
-minimising NLL + off_diagonal mean (B_c off the diagonal)^2 + intercept mean m_c^2. Since all gaps stay above 0, the
-predicted class keeps the largest probability (ap), or all classes their order (op). The NLL is convex in (B_c, m_c) and
-the bounds are a box, so the fit is the best there is, found without step sizes or early stopping. One class' voxels
-have no part in another's map: the fits are separate.
+minimising NLL + off_diagonal (mean (B_c off the diagonal)^2 + mean m_c^2) + spread mean (b - mean b)^2, b the diagonal.
+Since all gaps stay above 0, the predicted class keeps the largest probability (ap), or all classes their order (op).
+The objective is convex in (B_c, m_c) and the bounds are a box, so the fit is the best there is, found without step
+sizes or early stopping. One class' voxels have no part in another's map: the fits are separate.
+
+From few cases a matrix for every class learns those cases. Without its off-diagonal and offsets it is a slope for every
+gap, and with slopes that are alike the class-wise temperature: ``choices`` are the steps of that way, and cross-fitting
+over cases (``folders.crossfit.fit_cases``) says how far to go.
 
 Rethinking post-hoc calibration in semantic segmentation, TMLR 2026, arXiv 2607.01902.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -27,8 +32,42 @@ from scipy.optimize import minimize
 from nnunet_calib.posthoc.maps.calibrator import VoxelwiseCalibrator, check_numbers, softmax
 from nnunet_calib.posthoc.maps.likelihood import RIDGE
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _SMALLEST = 1e-3  # of the diagonal: a gap above 0 stays above 0
 _MAX_STEPS = 500
+_ALIKE = 1e3  # spread of slopes that hardly differ
+
+
+def _lowest(
+    nll: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    by_theta: Callable[[np.ndarray], np.ndarray],
+    penalty: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    start: np.ndarray,
+    scale: np.ndarray,
+    smallest: np.ndarray,
+) -> np.ndarray:
+    """Theta of the smallest sum of NLL and penalty, not below ``smallest``; all of the shape of ``start``.
+
+    Args:
+        nll: of theta times ``scale``, and its slope by e.
+        by_theta: from that the slope by theta times ``scale``.
+        penalty: of theta, and its slope.
+        start: where the search begins.
+        scale: of the last axis.
+        smallest: bounds.
+    """
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        scaled = flat.reshape(start.shape)
+        (value, residual), (drawn, slope) = nll(scaled), penalty(scaled / scale)
+        return value + drawn, (by_theta(residual) + slope / scale).ravel()
+
+    bounds = [(low, None) for low in (smallest * scale).ravel()]
+    options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 1e-11, "gtol": 1e-9, "maxcor": 20}
+    found = minimize(objective, (start * scale).ravel(), jac=True, bounds=bounds, method="L-BFGS-B", options=options)
+    return np.maximum(found.x.reshape(start.shape) / scale, smallest)
 
 
 class PreservingScaling(VoxelwiseCalibrator):
@@ -39,17 +78,28 @@ class PreservingScaling(VoxelwiseCalibrator):
 
     Args:
         multilabel: sigmoid regions.
-        off_diagonal: penalty of what a gap owes to other classes' gaps.
-        intercept: penalty of the offsets.
+        off_diagonal: penalty of what a gap owes to other classes' gaps, and of the offsets; infinite: neither.
+        spread: penalty of slopes, the diagonal, that differ.
     """
 
     keeps_labels = True
 
-    def __init__(self, *, multilabel: bool = False, off_diagonal: float = 1e-4, intercept: float = 1e-4):
+    def __init__(self, *, multilabel: bool = False, off_diagonal: float = 1e-4, spread: float = 0.0):
         super().__init__(multilabel=multilabel)
-        if min(off_diagonal, intercept) < 0:
-            raise ValueError("off_diagonal and intercept must not be negative")
-        self.off_diagonal, self.intercept = off_diagonal, intercept
+        if not (off_diagonal >= 0 and 0 <= spread < math.inf):
+            raise ValueError("off_diagonal and spread must not be negative, and spread is finite")
+        self.off_diagonal, self.spread = off_diagonal, spread
+
+    def choices(self, cases: int, channels: int) -> Sequence[Self]:
+        """From one slope a predicted class to all of the matrix, which is not tried from fewer cases than classes."""
+        most = 2 if self.multilabel else channels
+        steps = [(math.inf, _ALIKE), *([(math.inf, 1e-2), (math.inf, 0.0)] if cases > 1 and most > 2 else [])]
+        if cases >= most:
+            steps += [(1e-2, 0.0), (1e-4, 0.0)]
+        return [
+            type(self)(multilabel=self.multilabel, off_diagonal=off_diagonal, spread=spread)
+            for off_diagonal, spread in steps
+        ]
 
     @classmethod
     def _names(cls):
@@ -87,31 +137,47 @@ class PreservingScaling(VoxelwiseCalibrator):
         """Matrix and offsets of smallest NLL and penalty; ``true`` (C-1, N) marks the reference's class."""
         k = len(gaps)
         scale = np.append(np.maximum(np.sqrt(np.square(gaps) @ w / w.sum()), 1e-12), 1.0)  # to step alike in all
+        if math.isinf(self.off_diagonal):
+            x, scale = gaps / scale[:k, None], scale[:k]
+            slopes = _lowest(
+                lambda theta: self._nll(theta[:, None] * x, true, w),
+                lambda residual: (residual * x).sum(axis=1),
+                lambda theta: self._penalty(theta, 0.0),
+                np.ones(k),
+                scale,
+                np.full(k, _SMALLEST),
+            )
+            return np.diag(slopes), np.zeros(k)
         x = np.vstack([gaps, np.ones_like(gaps[:1])]) / scale[:, None]
-        start = np.eye(k, k + 1)
-        penalty = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
-        penalty[:, k] = self.intercept / k
-        np.fill_diagonal(penalty, RIDGE)
-        smallest = _SMALLEST * np.eye(k, k + 1)
-
-        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            theta = flat.reshape(k, k + 1)
-            away = theta / scale - start
-            distance = self._distances(theta @ x)
-            p = np.exp(-distance)
-            total = 1 + p.sum(axis=0)
-            nll = float(w @ (np.log(total) + (distance * true).sum(axis=0)))
-            residual = self._distances_transposed((true - p / total) * w)
-            slope = residual @ x.T + 2 * penalty * away / scale
-            return nll + float((penalty * np.square(away)).sum()), slope.ravel()
-
-        bounds = [(low, None) for low in (smallest * scale).ravel()]
-        options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 1e-11, "gtol": 1e-9, "maxcor": 20}
-        found = minimize(
-            objective, (start * scale).ravel(), jac=True, bounds=bounds, method="L-BFGS-B", options=options
+        others = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
+        others[:, k] = self.off_diagonal / k
+        np.fill_diagonal(others, 0.0)
+        theta = _lowest(
+            lambda theta: self._nll(theta @ x, true, w),
+            lambda residual: residual @ x.T,
+            lambda theta: self._penalty(theta, others),
+            np.eye(k, k + 1),
+            scale,
+            _SMALLEST * np.eye(k, k + 1),
         )
-        theta = np.maximum(found.x.reshape(k, k + 1) / scale, smallest)
         return theta[:, :k], theta[:, k]
+
+    def _nll(self, e: np.ndarray, true: np.ndarray, w: np.ndarray) -> tuple[float, np.ndarray]:
+        """NLL of e (C-1, N), and its slope by e."""
+        distance = self._distances(e)
+        p = np.exp(-distance)
+        total = 1 + p.sum(axis=0)
+        nll = float(w @ (np.log(total) + (distance * true).sum(axis=0)))
+        return nll, self._distances_transposed((true - p / total) * w)
+
+    def _penalty(self, theta: np.ndarray, others: np.ndarray | float) -> tuple[float, np.ndarray]:
+        """Of slopes (C-1,), or of matrix and offsets (C-1, C) with that of all but the diagonal; and its slope."""
+        k = len(theta)
+        slopes = theta if theta.ndim == 1 else np.diagonal(theta)
+        apart, away = slopes - slopes.mean(), slopes - 1
+        by_slopes = 2 * (self.spread / k * apart + RIDGE * away)
+        value = float(self.spread / k * (apart @ apart) + RIDGE * (away @ away) + (others * np.square(theta)).sum())
+        return value, 2 * others * theta + (by_slopes if theta.ndim == 1 else np.diag(by_slopes) @ np.eye(k, k + 1))
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         if len(z) == 1:
