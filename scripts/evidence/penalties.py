@@ -3,8 +3,8 @@
     python scripts/evidence/penalties.py PROTOCOL.json --data DATA -o WORK
     python scripts/evidence/penalties.py PROTOCOL.json --data DATA -o WORK --fiducio
 
-Voxels are drawn at random from each case, 4,000 to fit on and 20,000 others to score; folds are by patient. A row is a
-pair of penalties that ``choices`` offers, or what cross-fitting inside the other folds chooses of them, as
+Voxels are drawn at random from each case, 4,000 to fit on and 20,000 others to score; folds are by patient. A row is
+a set of penalties that ``choices`` offers, or what cross-fitting inside the other folds chooses of them, as
 ``calibrate fit`` does. ``--fiducio`` (``pip install fiducio``) fits that package's two maps to the same voxels instead,
 by Adam, its default, and by L-BFGS. Rows of other trainings, and of the other kind, are kept.
 """
@@ -63,7 +63,7 @@ def _ours() -> dict[tuple[str, str, str], Callable[[Voxels], Calibrator]]:
     makers = {("", "temperature", ""): partial(_at_once, CALIBRATORS["temperature"])}
     for key in ("cmsop", "cmsap"):
         for choice in CALIBRATORS[key]().choices(cases=99, channels=3):
-            about = f"{choice.off_diagonal:g}, {choice.spread:g}"
+            about = f"{choice.off_diagonal:g}, {choice.intercept:g}, {choice.spread:g}"
             makers["", key, about] = partial(_at_once, partial(copy.deepcopy, choice))
         makers["", key, CHOSEN] = partial(_by_cases, CALIBRATORS[key])
     return makers

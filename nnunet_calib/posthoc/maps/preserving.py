@@ -7,14 +7,14 @@
 
     B_c, m_c >= 0, the diagonal of B_c above 0;  z_(0) >= z_(1) >= ... the logits of the voxel in order
 
-minimising NLL + off_diagonal (mean (B_c off the diagonal)^2 + mean m_c^2) + spread mean (b - mean b)^2, b the diagonal.
-Since all gaps stay above 0, the predicted class keeps the largest probability (ap), or all classes their order (op).
+minimising NLL + off_diagonal mean (B_c off the diagonal)^2 + intercept mean m_c^2 + spread mean (b - mean b)^2, b the
+diagonal. Since all gaps stay above 0, the predicted class keeps the largest probability (ap), or all classes their order (op).
 The objective is convex in (B_c, m_c) and the bounds are a box, so the fit is the best there is, found without step
 sizes or early stopping. One class' voxels have no part in another's map: the fits are separate.
 
-From few cases a matrix for every class learns those cases. Without its off-diagonal and offsets it is a slope for every
-gap, and with slopes that are alike the class-wise temperature: ``choices`` are the steps of that way, and cross-fitting
-over cases (``folders.crossfit.fit_cases``) says how far to go.
+From few cases a matrix for every class learns those cases. Without its off-diagonal it is a slope and an offset for
+every gap, then a slope alone, and with slopes that are alike the class-wise temperature: ``choices`` are the steps of
+that way, and cross-fitting over cases (``folders.crossfit.fit_cases``) says how far to go.
 
 Rethinking post-hoc calibration in semantic segmentation, TMLR 2026, arXiv 2607.01902.
 """
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,36 +41,6 @@ _MAX_STEPS = 500
 _ALIKE = 1e3  # spread of slopes that hardly differ
 
 
-def _lowest(
-    nll: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    by_theta: Callable[[np.ndarray], np.ndarray],
-    penalty: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    start: np.ndarray,
-    scale: np.ndarray,
-    smallest: np.ndarray,
-) -> np.ndarray:
-    """Theta of the smallest sum of NLL and penalty, not below ``smallest``; all of the shape of ``start``.
-
-    Args:
-        nll: of theta times ``scale``, and its slope by e.
-        by_theta: from that the slope by theta times ``scale``.
-        penalty: of theta, and its slope.
-        start: where the search begins.
-        scale: of the last axis.
-        smallest: bounds.
-    """
-
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        scaled = flat.reshape(start.shape)
-        (value, residual), (drawn, slope) = nll(scaled), penalty(scaled / scale)
-        return value + drawn, (by_theta(residual) + slope / scale).ravel()
-
-    bounds = [(low, None) for low in (smallest * scale).ravel()]
-    options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 1e-11, "gtol": 1e-9, "maxcor": 20}
-    found = minimize(objective, (start * scale).ravel(), jac=True, bounds=bounds, method="L-BFGS-B", options=options)
-    return np.maximum(found.x.reshape(start.shape) / scale, smallest)
-
-
 class PreservingScaling(VoxelwiseCalibrator):
     """A matrix and offsets for every predicted class, none of them negative, on gaps between logits.
 
@@ -78,28 +49,32 @@ class PreservingScaling(VoxelwiseCalibrator):
 
     Args:
         multilabel: sigmoid regions.
-        off_diagonal: penalty of what a gap owes to other classes' gaps, and of the offsets; infinite: neither.
+        off_diagonal: penalty of what a gap owes to other classes' gaps; infinite: nothing.
+        intercept: penalty of the offsets; infinite: none.
         spread: penalty of slopes, the diagonal, that differ.
     """
 
     keeps_labels = True
 
-    def __init__(self, *, multilabel: bool = False, off_diagonal: float = 1e-4, spread: float = 0.0):
+    def __init__(
+        self, *, multilabel: bool = False, off_diagonal: float = 1e-4, intercept: float = 1e-4, spread: float = 0.0
+    ):
         super().__init__(multilabel=multilabel)
-        if not (off_diagonal >= 0 and 0 <= spread < math.inf):
-            raise ValueError("off_diagonal and spread must not be negative, and spread is finite")
-        self.off_diagonal, self.spread = off_diagonal, spread
+        if not (off_diagonal >= 0 and intercept >= 0 and 0 <= spread < math.inf):
+            raise ValueError("off_diagonal, intercept and spread must not be negative, and spread is finite")
+        self.off_diagonal, self.intercept, self.spread = off_diagonal, intercept, spread
 
     def choices(self, cases: int, channels: int) -> Sequence[Self]:
         """From one slope a predicted class to all of the matrix, which is not tried from fewer cases than classes."""
-        most = 2 if self.multilabel else channels
-        steps = [(math.inf, _ALIKE), *([(math.inf, 1e-2), (math.inf, 0.0)] if cases > 1 and most > 2 else [])]
-        if cases >= most:
-            steps += [(1e-2, 0.0), (1e-4, 0.0)]
-        return [
-            type(self)(multilabel=self.multilabel, off_diagonal=off_diagonal, spread=spread)
-            for off_diagonal, spread in steps
-        ]
+        classes = 2 if self.multilabel else channels
+        steps = [(math.inf, math.inf, _ALIKE)]
+        if cases > 1:
+            steps += [(math.inf, math.inf, 1e-2), (math.inf, math.inf, 0.0)] if classes > 2 else []
+            steps += [(math.inf, 1e-4, 0.0)]
+        if cases >= classes > 2:
+            steps += [(1e-2, 1e-2, 0.0), (1e-4, 1e-4, 0.0)]
+        make = partial(type(self), multilabel=self.multilabel)
+        return [make(off_diagonal=of_others, intercept=offset, spread=spread) for of_others, offset, spread in steps]
 
     @classmethod
     def _names(cls):
@@ -135,49 +110,52 @@ class PreservingScaling(VoxelwiseCalibrator):
 
     def _fit_one(self, gaps: np.ndarray, true: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Matrix and offsets of smallest NLL and penalty; ``true`` (C-1, N) marks the reference's class."""
-        k = len(gaps)
-        scale = np.append(np.maximum(np.sqrt(np.square(gaps) @ w / w.sum()), 1e-12), 1.0)  # to step alike in all
-        if math.isinf(self.off_diagonal):
-            x, scale = gaps / scale[:k, None], scale[:k]
-            slopes = _lowest(
-                lambda theta: self._nll(theta[:, None] * x, true, w),
-                lambda residual: (residual * x).sum(axis=1),
-                lambda theta: self._penalty(theta, 0.0),
-                np.ones(k),
-                scale,
-                np.full(k, _SMALLEST),
+        k, whole = len(gaps), not math.isinf(self.off_diagonal)
+        scale = np.maximum(np.sqrt(np.square(gaps) @ w / w.sum()), 1e-12)  # to step alike in all
+        x = gaps / scale[:, None]
+        intercept = 0.0 if math.isinf(self.intercept) else self.intercept / k
+        off_diagonal = self.off_diagonal / max(1, k * (k - 1)) if whole else 0.0
+        diagonal = np.eye(k, dtype=bool)
+
+        def parts(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """Diagonal and offsets (k,), and the matrix without its diagonal (k, k), or nothing where that is 0."""
+            return flat[:k], flat[k : 2 * k], flat[2 * k :].reshape(k if whole else 0, k)
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            slopes, offsets, others = parts(flat)
+            e = slopes[:, None] * x + offsets[:, None]
+            if whole:
+                e += others @ x
+            distance = self._distances(e)
+            p = np.exp(-distance)
+            total = 1 + p.sum(axis=0)
+            nll = float(w @ (np.log(total) + (distance * true).sum(axis=0)))
+            residual = self._distances_transposed((true - p / total) * w)
+            b, others = slopes / scale, others / scale
+            apart, away = b - b.mean(), b - 1
+            penalty = self.spread / k * (apart @ apart) + RIDGE * (away @ away)
+            penalty += intercept * (offsets @ offsets) + off_diagonal * np.square(others).sum()
+            by_others = np.where(diagonal, 0, residual @ x.T + 2 * off_diagonal * others / scale) if whole else others
+            return nll + float(penalty), np.concatenate(
+                [
+                    (residual * x).sum(axis=1) + 2 * (self.spread / k * apart + RIDGE * away) / scale,
+                    residual.sum(axis=1) + 2 * intercept * offsets,
+                    by_others.ravel(),
+                ]
             )
-            return np.diag(slopes), np.zeros(k)
-        x = np.vstack([gaps, np.ones_like(gaps[:1])]) / scale[:, None]
-        others = np.full((k, k + 1), self.off_diagonal / max(1, k * (k - 1)))
-        others[:, k] = self.off_diagonal / k
-        np.fill_diagonal(others, 0.0)
-        theta = _lowest(
-            lambda theta: self._nll(theta @ x, true, w),
-            lambda residual: residual @ x.T,
-            lambda theta: self._penalty(theta, others),
-            np.eye(k, k + 1),
-            scale,
-            _SMALLEST * np.eye(k, k + 1),
+
+        start = np.concatenate([scale, np.zeros(k + k * k * whole)])
+        highest = np.concatenate(
+            [np.full(k, np.inf), np.full(k, 0.0 if math.isinf(self.intercept) else np.inf)]
+            + [np.where(diagonal, 0.0, np.inf).ravel()] * whole
         )
-        return theta[:, :k], theta[:, k]
-
-    def _nll(self, e: np.ndarray, true: np.ndarray, w: np.ndarray) -> tuple[float, np.ndarray]:
-        """NLL of e (C-1, N), and its slope by e."""
-        distance = self._distances(e)
-        p = np.exp(-distance)
-        total = 1 + p.sum(axis=0)
-        nll = float(w @ (np.log(total) + (distance * true).sum(axis=0)))
-        return nll, self._distances_transposed((true - p / total) * w)
-
-    def _penalty(self, theta: np.ndarray, others: np.ndarray | float) -> tuple[float, np.ndarray]:
-        """Of slopes (C-1,), or of matrix and offsets (C-1, C) with that of all but the diagonal; and its slope."""
-        k = len(theta)
-        slopes = theta if theta.ndim == 1 else np.diagonal(theta)
-        apart, away = slopes - slopes.mean(), slopes - 1
-        by_slopes = 2 * (self.spread / k * apart + RIDGE * away)
-        value = float(self.spread / k * (apart @ apart) + RIDGE * (away @ away) + (others * np.square(theta)).sum())
-        return value, 2 * others * theta + (by_slopes if theta.ndim == 1 else np.diag(by_slopes) @ np.eye(k, k + 1))
+        bounds = np.stack([np.append(_SMALLEST * scale, np.zeros(len(start) - k)), highest], axis=1)
+        options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 1e-11, "gtol": 1e-9, "maxcor": 20}
+        found = minimize(objective, start, jac=True, bounds=bounds, method="L-BFGS-B", options=options)
+        slopes, offsets, others = parts(found.x)
+        matrix = others / scale if whole else np.zeros((k, k))
+        np.fill_diagonal(matrix, np.maximum(slopes / scale, _SMALLEST))
+        return matrix, offsets
 
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         if len(z) == 1:

@@ -65,7 +65,7 @@ def test_regions_stay_on_their_side_of_one_half_where_promised(key):
 def test_the_fit_is_the_smallest_in_its_box(make):
     """No single parameter can be moved within the bounds for a smaller objective (convex: so it is the minimum)."""
     z, y, _ = trial()
-    fitted = make(off_diagonal=0).fit(z, y)
+    fitted = make(off_diagonal=0, intercept=0).fit(z, y)
     log_p = log_softmax(z)
 
     def nll(parameters):
