@@ -8,9 +8,9 @@
     B_c, m_c >= 0, the diagonal of B_c above 0;  z_(0) >= z_(1) >= ... the logits of the voxel in order
 
 minimising NLL + off_diagonal mean (B_c off the diagonal)^2 + intercept mean m_c^2 + spread mean (b - mean b)^2, b the
-diagonal. Since all gaps stay above 0, the predicted class keeps the largest probability (ap), or all classes their order (op).
-The objective is convex in (B_c, m_c) and the bounds are a box, so the fit is the best there is, found without step
-sizes or early stopping. One class' voxels have no part in another's map: the fits are separate.
+diagonal. Since all gaps stay above 0, the predicted class keeps the largest probability (ap), or all classes their
+order (op). The objective is convex in (B_c, m_c) and the bounds are a box, so the fit is the best there is, found
+without step sizes or early stopping. One class' voxels have no part in another's map: the fits are separate.
 
 From few cases a matrix for every class learns those cases. Without its off-diagonal it is a slope and an offset for
 every gap, then a slope alone, and with slopes that are alike the class-wise temperature: ``choices`` are the steps of

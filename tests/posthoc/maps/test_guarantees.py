@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nnunet_calib.posthoc import CALIBRATORS, ArgmaxPreservingScaling, OrderPreservingScaling
+from nnunet_calib.posthoc.folders.crossfit import fit_cases
 from nnunet_calib.posthoc.maps.calibrator import log_softmax, softmax
 
 from ..simulated import drawn, logits
@@ -92,3 +93,47 @@ def test_a_known_map_is_found():
     fitted = ArgmaxPreservingScaling().fit(z, drawn(truth.apply(z), np.random.default_rng(2)))
     assert np.abs(np.array(fitted.parameters[0]["matrix"]) - matrix).max() < 0.06
     assert np.abs(np.array(fitted.parameters[0]["offset"]) - offset).max() < 0.15
+
+
+@pytest.mark.parametrize("key", ["cmsop", "cmsap"])
+def test_with_one_case_it_is_the_classwise_temperature(key):
+    z, y, new = trial()
+    (simplest,) = CALIBRATORS[key]().choices(cases=1, channels=len(z))
+    found, expected = simplest.fit(z, y).apply(new), CALIBRATORS["classwise"]().fit(z, y).apply(new)
+    assert np.abs(found - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("key", ["cmsop", "cmsap"])
+def test_few_cases_with_many_classes_are_not_learned_by_heart(key):
+    """Every case errs in its own way, so a whole matrix fitted to three of them is worse on others, and not chosen."""
+    rng = np.random.default_rng(5)
+
+    def case():
+        z = rng.normal(0, 3, (8, 1500))
+        own = z * rng.uniform(0.2, 0.7, (8, 1)) + rng.normal(0, 1.5, (8, 1))
+        return z, drawn(np.exp(log_softmax(own)), rng), np.ones(z.shape[1])
+
+    seen, others = [case() for _ in range(3)], [case() for _ in range(20)]
+
+    def nll(fitted):
+        return np.mean([-np.log(fitted.apply(z)[y, np.arange(y.size)]).mean() for z, y, _ in others])
+
+    chosen = fit_cases(CALIBRATORS[key](), seen)
+    whole = CALIBRATORS[key]().fit(*(np.concatenate(part, axis=-1) for part in list(zip(*seen, strict=True))[:2]))
+    classwise = fit_cases(CALIBRATORS["classwise"](), seen)
+    assert nll(chosen) < nll(whole) - 0.01
+    assert nll(chosen) < nll(classwise) + 0.005
+    assert np.count_nonzero(np.array(chosen.parameters[0]["matrix"])[:, ~np.eye(7, dtype=bool)]) == 0
+
+
+def test_from_many_cases_all_of_a_map_is_found():
+    truth = ArgmaxPreservingScaling()
+    truth.channels = 3
+    matrix = [[[0.5, 0.3], [0.0, 0.3]], [[0.4, 0.0], [0.4, 0.6]], [[0.7, 0.3], [0.0, 0.7]]]
+    truth.parameters = [{"matrix": matrix, "offset": [[0.2, 0.0], [0.0, 0.5], [0.1, 0.1]]}]
+    rng, cases = np.random.default_rng(2), []
+    for seed in range(10):
+        z = logits(10_000, classes=3, seed=seed, spread=3)
+        cases.append((z, drawn(truth.apply(z), rng), np.ones(z.shape[1])))
+    fitted = fit_cases(ArgmaxPreservingScaling(), cases)
+    assert np.abs(np.array(fitted.parameters[0]["matrix"]) - matrix).max() < 0.1
