@@ -9,6 +9,7 @@ from tables import RESULTS
 from nnunet_calib.report.diagram import COLOURS, STYLE, save
 
 SETS = {"acdc2d": "ACDC, 2d", "hippocampus3d": "Hippocampus, 3d", "brain3d": "Brain, 3d"}
+WRITTEN = {"adam": "Adam", "lbfgs": "L-BFGS"}
 COLUMNS = ("NLL volume", "ECE volume", "NLL foreground", "ECE foreground")
 
 
@@ -21,7 +22,7 @@ def measured() -> dict[str, list[dict[str, str]]]:
 def called(line: dict[str, str]) -> str:
     if line["of"].startswith("fiducio"):
         keeps = {"cmsop": "order kept", "cmsap": "arg-max kept"}[line["method"]]
-        return f"fiducio, {keeps} ({ {'adam': 'Adam', 'lbfgs': 'L-BFGS'}[line['of'].split()[1]] })".replace("( ", "(")
+        return f"fiducio, {keeps} ({WRITTEN[line['of'].split()[1]]})"
     return line["method"]
 
 
@@ -80,17 +81,34 @@ def of_calibrators(what: str) -> float:
     return sum(found) / len(found)
 
 
+STEPS = {
+    "inf, inf, 1000": "one slope a predicted class",
+    "inf, inf, 0": "a slope for every gap",
+    "inf, 0.0001, 0": "and an offset",
+    "0.0001, 0.0001, 0": "the whole matrix",
+    "chosen": "**chosen by cross-fitting**",
+}
+
+
 def penalties() -> list[str]:
-    """Held-out NLL of class-conditional calibrators, by network."""
+    """Held-out NLL of class-conditional calibrators, by network: steps of ``choices``, the chosen, and fiducio's."""
     lines = read_lines(RESULTS / "calibrators_penalties.csv")
-    networks = list(dict.fromkeys(line["training"] for line in lines))
-    shown = [f"| NLL of the volume | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
-    ours = [("", "temperature", "")] + [("", m, p) for m in ("cmsop", "cmsap") for p in ("0.0001", "0.1", "1000")]
-    for of, method, penalty in [*ours, ("fiducio lbfgs", "cmsop", ""), ("fiducio lbfgs", "cmsap", "")]:
-        wanted = {"of": of, "method": method, "penalty": penalty}
-        values = [f"{float(line['NLL volume']):.4f}" for line in lines if line.items() >= wanted.items()]
-        name = {"cmsop": "order kept", "cmsap": "arg-max kept"}[method] if of else f"`{method}`"
-        name = f"fiducio, {name}" if of else f"{name}, penalties {penalty}" if penalty else name
+    networks = list(dict.fromkeys((line["data"], line["training"]) for line in lines))
+    heads = [f"{SETS[data]}, {training}" for data, training in networks]
+    shown = [f"| NLL of the volume | {' | '.join(heads)} |", "|---" * (len(networks) + 1) + "|"]
+    ours = [("", "temperature", "")] + [("", method, step) for method in ("cmsop", "cmsap") for step in STEPS]
+    theirs = [(f"fiducio {by}", method, "") for method in ("cmsop", "cmsap") for by in ("adam", "lbfgs")]
+    for of, method, step in ours + theirs:
+        name = f"`{method}`"
+        if of:
+            name = f"fiducio, {'order' if method == 'cmsop' else 'arg-max'} kept ({WRITTEN[of.split()[1]]})"
+        elif step:
+            name += f", {STEPS[step]}"
+        values = []
+        for data, training in networks:
+            wanted = {"data": data, "training": training, "of": of, "method": method, "penalties": step}
+            (found,) = (line for line in lines if line.items() >= wanted.items())
+            values.append(f"{float(found['NLL volume']):.4f}")
         shown.append(f"| {name} | {' | '.join(values)} |")
     return shown
 
