@@ -177,9 +177,9 @@ def agreement(fixed: Anatomy, moving: Anatomy, warp: Warp) -> float:
     """How exactly a registration carries the base classes, which the model predicts in both volumes.
 
     The slope of the logistic regression of a class in the fixed volume on the signed distance, in voxels, to the
-    carried one, of all voxels within 15 mm of its border and of all classes, each counting the same. 1 is what the vote
-    assumes: borders off by about a voxel. It is larger where they lie closer, near 0 where nothing fits. No label of
-    the structure is needed.
+    carried one (d above, of one support), of all voxels within 15 mm of its border and of all classes, each counting
+    the same. 1 is what the vote assumes: borders off by about a voxel. It is larger where they lie closer, near 0 where
+    nothing fits. No label of the structure is needed.
 
     Returns:
         Within [0.1, 4]; 1 without a class of 100 voxels in common.
@@ -187,13 +187,17 @@ def agreement(fixed: Anatomy, moving: Anatomy, warp: Warp) -> float:
     scale = float(np.prod(fixed.spacing)) ** (1 / 3)
     counts = [np.bincount(one.base.ravel()) for one in (fixed, moving)]
     common = [c for c in range(1, min(map(len, counts))) if min(count[c] for count in counts) >= _FEWEST]
-    carried, beyond = warp.carry(
-        fixed, moving, [signed_distance(moving.base == c, moving.spacing, CAP_MM) for c in common]
+    (image, *carried), beyond = warp.carry(
+        fixed, moving, [moving.image] + [signed_distance(moving.base == c, moving.spacing, CAP_MM) for c in common]
     )
+    alike = _Likeness(fixed.image, image, beyond == 0)
+    weights = [alike(there).ravel() for there in _around(alike.matched)]
     x, y, w = [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0)]
     for c, distance in zip(common, carried, strict=True):
         near = np.flatnonzero((np.abs(distance) < _NEAR_MM) & (beyond == 0))[::_EVERY]
-        x.append(distance.ravel()[near] / scale)
+        there = zip(weights, _around(distance), strict=True)
+        vote = sum(weight[near] * far.ravel()[near] for weight, far in there)
+        x.append(vote / sum(weight[near] for weight in weights) / scale)
         y.append(fixed.base.ravel()[near] == c)
         w.append(np.full(len(near), 1 / max(len(near), 1)))
     voxels, inside, weight = (np.concatenate(parts) for parts in (x, y, w))
