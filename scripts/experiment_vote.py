@@ -30,18 +30,14 @@ from nnunet_calib.fewshot.volume.registrar import Registrar
 TABLE = "fewshot_vote.csv"
 CASES = 5
 HERE = [(0, 0, 0)]
-WIDE = [(z, y, x) for z in range(-1, 2) for y in range(-1, 2) for x in range(-1, 2)]
 VOTES = {
     "one vote each": {"_STEPS": HERE, "_POWER": 0},
     "by likeness at the place": {"_STEPS": HERE, "_WINDOW": 1.5, "_POWER": 2},
     "and at 18 places around": {},
-    "and at 26": {"_STEPS": WIDE},
-    "window 0.5": {"_WINDOW": 0.5},
     "window 1": {"_WINDOW": 1.0},
     "window 1.5": {"_WINDOW": 1.5},
     "exponent 2": {"_POWER": 2},
     "exponent 4": {"_POWER": 4},
-    "noise 0.003": {"_LEAST": 3e-3},
     "noise 0.03": {"_LEAST": 3e-2},
 }
 """Names of what is chosen, and the constants of ``atlas`` that differ from the third, the default."""
