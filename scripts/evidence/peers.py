@@ -19,13 +19,14 @@ from bench import Bench
 from fiducio import ArgmaxPreservingMatrixScaling, OrderPreservingMatrixScaling
 from penalties import FIT, drawn
 from protocol import Protocol
-from scores import score_predictions, write_lines
+from scores import read_lines, score_predictions, write_lines
 from tables import MEASURES, RESULTS, measures
 
 from nnunet_calib.posthoc import CALIBRATORS
 from nnunet_calib.posthoc.folders.crossfit import NONE, fit_cases
 from nnunet_calib.posthoc.maps.calibrator import Calibrator
 
+OURS = "nnunet-calib"
 METHODS = tuple(name for name in CALIBRATORS if name not in ("auto", "local"))
 THEIRS = {"cmsop": OrderPreservingMatrixScaling, "cmsap": ArgmaxPreservingMatrixScaling}
 OPTIMIZERS = ("adam", "lbfgs")  # the first is fiducio's default
@@ -71,17 +72,22 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", dest="work", type=Path, required=True)
     parser.add_argument("--training", default="stock_1")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="of ours alone; all other rows are kept")
     args = parser.parse_args()
+    table = RESULTS / f"calibrators_{Protocol.read(args.protocol).name}.csv"
+    kept = [line for line in read_lines(table) if line["of"] != OURS or line["method"] not in args.methods]
+    alone = args.methods != METHODS
     torch.set_num_threads(1)
     protocol = Protocol.read(args.protocol)
     bench = Bench(protocol, args.data, args.work)
     training = protocol.training(args.training)
     predictions, references = bench.predictions(training, "validation"), bench.references("validation")
-    makers = {("nnunet-calib", method): CALIBRATORS[method] for method in METHODS}
+    makers = {(OURS, method): CALIBRATORS[method] for method in args.methods}
     makers |= {
         (f"fiducio {optimizer}", method): (lambda method=method, optimizer=optimizer: Fiducio(method, optimizer))
         for method in THEIRS
         for optimizer in OPTIMIZERS
+        if not alone
     }
     voxels = drawn(predictions, references, FIT)
     lines, raw = [], 0.0
@@ -117,7 +123,11 @@ def main() -> int:
             | {"fit_cpu_s": round(fit, 2), "apply_cpu_s": round(max(0.0, taken - 2 * raw), 1) if make else 0.0}
         )
         print(lines[-1], flush=True)
-    write_lines(RESULTS / f"calibrators_{protocol.name}.csv", lines)
+    if alone:
+        lines = kept + lines[1:]
+    place = [("", NONE), *((OURS, method) for method in METHODS)]
+    lines.sort(key=lambda line: place.index((line["of"], line["method"])) if line["of"] in ("", OURS) else len(place))
+    write_lines(table, lines)
     return 0
 
 

@@ -72,7 +72,7 @@ class PreservingScaling(VoxelwiseCalibrator):
             steps += [(math.inf, math.inf, 1e-2), (math.inf, math.inf, 0.0)] if classes > 2 else []
             steps += [(math.inf, 1e-4, 0.0)]
         if cases >= classes > 2:
-            steps += [(1e-2, 1e-2, 0.0), (1e-4, 1e-4, 0.0)]
+            steps += [(1e-4, 1e-4, 0.0)]
         make = partial(type(self), multilabel=self.multilabel)
         return [make(off_diagonal=of_others, intercept=offset, spread=spread) for of_others, offset, spread in steps]
 
