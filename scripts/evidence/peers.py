@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=METHODS, help="of ours alone; all other rows are kept")
     args = parser.parse_args()
     table = RESULTS / f"calibrators_{Protocol.read(args.protocol).name}.csv"
-    kept = [line for line in read_lines(table) if line["of"] != OURS or line["method"] not in args.methods]
+    others_lines = [line for line in read_lines(table) if line["of"] != OURS or line["method"] not in args.methods]
     alone = args.methods != METHODS
     torch.set_num_threads(1)
     protocol = Protocol.read(args.protocol)
@@ -124,7 +124,7 @@ def main() -> int:
         )
         print(lines[-1], flush=True)
     if alone:
-        lines = kept + lines[1:]
+        lines = others_lines + lines[1:]
     place = [("", NONE), *((OURS, method) for method in METHODS)]
     lines.sort(key=lambda line: place.index((line["of"], line["method"])) if line["of"] in ("", OURS) else len(place))
     write_lines(table, lines)
