@@ -33,7 +33,7 @@ HERE = [(0, 0, 0)]
 VOTES = {
     "one vote each": {"_STEPS": HERE, "_POWER": 0},
     "by likeness at the place": {"_STEPS": HERE, "_WINDOW": 1.5, "_POWER": 2},
-    "and at 18 places around": {},
+    "and at 18 places around": {"_STEPS": atlas._STEPS},
     "window 1": {"_WINDOW": 1.0},
     "window 1.5": {"_WINDOW": 1.5},
     "exponent 2": {"_POWER": 2},

@@ -36,7 +36,7 @@ from nnunet_calib.fewshot.volume.registration import Registration
 
 ENDING = ".fewshot"
 # 2: the background of each support; 3: the supports' volumes, for registration; 4: several structures; 5: supports
-# vote by how alike they look
+# vote by how alike they look; 6: and from the places around
 _FORMAT = 6
 _KEY = "nnunet_calib_fewshot"
 _COMPARED = ("classes", "plans", "trainer", "configuration")

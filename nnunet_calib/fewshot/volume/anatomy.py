@@ -52,7 +52,7 @@ class Anatomy:
         first, second, third = (mm / voxels for mm, voxels in zip(size, shape, strict=True))
         base = base if base.dtype in (np.uint8, np.uint16) else base.astype(np.uint16)
         # as a task file keeps it, so that a support is the same volume when it is read from there
-        small = on_grid(_outlined(image), shape).clip(-_BRIGHTEST, _BRIGHTEST).astype(np.float16)
+        small = on_grid(_outlined(np.nan_to_num(image)), shape).clip(-_BRIGHTEST, _BRIGHTEST).astype(np.float16)
         return cls(small.astype(np.float32), nearest_on_grid(base, shape), (first, second, third))
 
     @property

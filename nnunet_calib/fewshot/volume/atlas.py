@@ -42,7 +42,8 @@ _LEAST = 1e-2  # e: differences below a hundredth of the variance are noise
 _STEPS = [u for u in product((-1, 0, 1), repeat=3) if np.abs(u).sum() < 3]  # to where else a place may lie
 _LEVELS = np.linspace(0, 100, 65)  # percentiles that are matched, of what is brighter than
 _DARKEST = 1.0  # percentile
-_UNKNOWN = 1e-12  # factor where a support says nothing: it decides where no other says anything
+_UNKNOWN = 1e-20  # factor where a support says nothing: it decides where no other says anything
+_LEAST_VOTE = 1e-12
 VOTE = 3  # of the way supports vote, for results that are kept; 1: one vote each, 2: by how alike they look
 
 
@@ -109,7 +110,7 @@ def carry(
 ) -> Carried:
     """Labels of the supports in another volume; ``compared``: and how well its base classes are carried."""
     scale = float(np.prod(fixed.spacing)) ** (1 / 3)
-    vote, total, mean = (np.zeros(fixed.shape, dtype=np.float32) for _ in range(3))
+    inside, outside, mean, total = (np.zeros(fixed.shape, dtype=np.float32) for _ in range(4))
     nearest = np.full(fixed.shape, -CAP_MM, dtype=np.float32)
     warps = []
     for support in supports:
@@ -119,12 +120,13 @@ def carry(
         distance = np.maximum(distance - beyond, -CAP_MM)
         alike = _Likeness(fixed.image, image, beyond == 0)
         counts = np.maximum(known[0], _UNKNOWN) if known else np.ones_like(distance)
-        places = zip(
-            *(_around(part) for part in (alike.matched, counts, expit(distance / scale), distance)), strict=True
-        )
-        for there, counted, inside, far in places:
+        votes = expit(distance / scale), expit(-distance / scale)  # both: 1 less the first is 0 before the second is
+        for there, counted, far, yes, no in zip(
+            *(_around(part) for part in (alike.matched, counts, distance, *votes)), strict=True
+        ):
             weight = alike(there) * counted
-            vote += weight * inside
+            inside += weight * yes
+            outside += weight * no
             mean += weight * far
             total += weight
         np.maximum(nearest, distance, out=nearest)
@@ -132,9 +134,9 @@ def carry(
     found = None
     if compared:
         found = float(np.mean([agreement(fixed, one.anatomy, w) for one, w in zip(supports, warps, strict=True)]))
-    share = (vote / total).clip(1e-12, 1 - 1e-12)
-    log_odds = np.log(share / (1 - share)).astype(np.float32)
-    return Carried(log_odds, (mean / total).astype(np.float32), nearest, tuple(warps), found)
+    least = _LEAST_VOTE * total
+    log_odds = np.log(np.maximum(inside, least)) - np.log(np.maximum(outside, least))
+    return Carried(log_odds, mean / total, nearest, tuple(warps), found)
 
 
 def _around(part: np.ndarray) -> Iterator[np.ndarray]:
@@ -195,7 +197,7 @@ def agreement(fixed: Anatomy, moving: Anatomy, warp: Warp) -> float:
     x, y, w = [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0)]
     for c, distance in zip(common, carried, strict=True):
         near = np.flatnonzero((np.abs(distance) < _NEAR_MM) & (beyond == 0))[::_EVERY]
-        there = zip(weights, _around(distance), strict=True)
+        there = zip(weights, _around(np.maximum(distance - beyond, -CAP_MM)), strict=True)
         vote = sum(weight[near] * far.ravel()[near] for weight, far in there)
         x.append(vote / sum(weight[near] for weight in weights) / scale)
         y.append(fixed.base.ravel()[near] == c)

@@ -21,7 +21,7 @@ NONE = "none"
 
 SCORES = ("NLL", "Brier", "ECE", "CECE")
 FOLDS = 5
-_CHOSEN_BY = 2500
+_CHOSEN_BY = 40_000  # probabilities of a case
 
 
 def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: str) -> Calibrator:
@@ -54,9 +54,9 @@ def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: s
 def fit_cases(calibrator: Calibrator, cases: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Calibrator:
     """Fit to the voxels of several cases, each of which counts the same; choose the penalties of a method that has any.
 
-    Of ``calibrator.choices`` it is the one of smallest NLL on cases left out, the mean over cases, by 2,500 voxels of
-    each drawn at random. Left out are neighbours in the order given: images of one patient, whose names are alike,
-    mostly leave together.
+    Of ``calibrator.choices`` it is the one of smallest NLL on cases left out, the mean over cases, by 40,000
+    probabilities of each, drawn at random. Left out are neighbours in the order given: images of one patient, whose
+    names are alike, mostly leave together.
 
     Args:
         calibrator: unfitted.
@@ -68,10 +68,14 @@ def fit_cases(calibrator: Calibrator, cases: Sequence[tuple[np.ndarray, np.ndarr
     Raises:
         ValueError: no case.
     """
+    cases = [case for case in cases if case[2].any()]
     if not cases:
         raise ValueError("no voxel to fit on")
-    choices = calibrator.choices(len(cases), len(cases[0][0]))
-    chosen = choices[0] if len(choices) == 1 else _best(choices, [_some(*case) for case in cases])
+    channels = len(cases[0][0])
+    choices = calibrator.choices(len(cases), channels)
+    chosen = (
+        choices[0] if len(choices) == 1 else _best(choices, [_some(case, _CHOSEN_BY // channels) for case in cases])
+    )
     z, y, w = _together(cases)
     return chosen.fit(z, y, weights=w)
 
@@ -88,11 +92,12 @@ def _best(choices: Sequence[Calibrator], cases: Sequence[tuple[np.ndarray, np.nd
     return choices[int(losses.argmin())]
 
 
-def _some(z: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the voxels of a case at most ``_CHOSEN_BY``."""
-    if w.size <= _CHOSEN_BY:
-        return z, y, w
-    index = np.random.default_rng(0).choice(w.size, _CHOSEN_BY, replace=False)
+def _some(case: tuple[np.ndarray, np.ndarray, np.ndarray], voxels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A case, or so many of its voxels."""
+    z, y, w = case
+    if w.size <= voxels:
+        return case
+    index = np.random.default_rng(0).choice(w.size, voxels, replace=False)
     return z[:, index], y[..., index], w[index]
 
 
@@ -138,7 +143,7 @@ def cross_fit(
     folds = [fold for fold in np.array_split(order, min(FOLDS, len(samples))) if fold.size]
     found = {name: np.full((len(REGIONS), len(samples), len(SCORES)), np.nan) for name in (NONE, *methods)}
     for fold in folds:
-        others = [samples[i] for i in order if i not in fold]
+        others = [sample for i, sample in enumerate(samples) if i not in fold]
         fitted: dict[str, Calibrator | None] = {NONE: None}
         for name, make in methods.items():
             fitted[name] = fit_samples(make(), others, region)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _SMALLEST = 1e-3  # of the diagonal: a gap above 0 stays above 0
 _MAX_STEPS = 500
+_PENALTY = 1e-4  # voxels are many
+_FLAT = 1e-2
 _ALIKE = 1e3  # spread of slopes that hardly differ
 
 
@@ -57,7 +59,12 @@ class PreservingScaling(VoxelwiseCalibrator):
     keeps_labels = True
 
     def __init__(
-        self, *, multilabel: bool = False, off_diagonal: float = 1e-4, intercept: float = 1e-4, spread: float = 0.0
+        self,
+        *,
+        multilabel: bool = False,
+        off_diagonal: float = _PENALTY,
+        intercept: float = _PENALTY,
+        spread: float = 0.0,
     ):
         super().__init__(multilabel=multilabel)
         if not (off_diagonal >= 0 and intercept >= 0 and 0 <= spread < math.inf):
@@ -65,16 +72,41 @@ class PreservingScaling(VoxelwiseCalibrator):
         self.off_diagonal, self.intercept, self.spread = off_diagonal, intercept, spread
 
     def choices(self, cases: int, channels: int) -> Sequence[Self]:
-        """From one slope a predicted class to all of the matrix, which is not tried from fewer cases than classes."""
+        """From one slope a predicted class to all of the matrix, which is not tried from fewer cases than classes.
+
+        One case alone has the first step; penalties that are not the default stay.
+        """
+        if (self.off_diagonal, self.intercept, self.spread) != (_PENALTY, _PENALTY, 0.0):
+            return [self]
         classes = 2 if self.multilabel else channels
         steps = [(math.inf, math.inf, _ALIKE)]
         if cases > 1:
             steps += [(math.inf, math.inf, 1e-2), (math.inf, math.inf, 0.0)] if classes > 2 else []
-            steps += [(math.inf, 1e-4, 0.0)]
-        if cases >= classes > 2:
-            steps += [(1e-4, 1e-4, 0.0)]
+            steps += [(math.inf, _PENALTY, 0.0)]
         make = partial(type(self), multilabel=self.multilabel)
-        return [make(off_diagonal=of_others, intercept=offset, spread=spread) for of_others, offset, spread in steps]
+        whole = [make()] if cases >= classes > 2 else []
+        return [
+            make(off_diagonal=of_others, intercept=offset, spread=spread) for of_others, offset, spread in steps
+        ] + whole
+
+    def fit(
+        self,
+        log_probabilities: np.ndarray,
+        target: np.ndarray,
+        valid: np.ndarray | None = None,
+        *,
+        weights: np.ndarray | None = None,
+    ) -> Self:
+        """As ``Calibrator.fit``; what of the map was fitted is told in the notes."""
+        super().fit(log_probabilities, target, valid, weights=weights)
+        if not math.isinf(self.off_diagonal):
+            fitted = "the whole matrix"
+        elif not math.isinf(self.intercept):
+            fitted = "a slope and an offset for every gap"
+        else:
+            fitted = "a slope for every gap" + (", drawn together" if self.spread else "")
+        self.notes.append(f"fitted for every predicted class: {fitted}")
+        return self
 
     @classmethod
     def _names(cls):
@@ -111,7 +143,10 @@ class PreservingScaling(VoxelwiseCalibrator):
     def _fit_one(self, gaps: np.ndarray, true: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Matrix and offsets of smallest NLL and penalty; ``true`` (C-1, N) marks the reference's class."""
         k, whole = len(gaps), not math.isinf(self.off_diagonal)
-        scale = np.maximum(np.sqrt(np.square(gaps) @ w / w.sum()), 1e-12)  # to step alike in all
+        scale = np.sqrt(np.square(gaps) @ w / w.sum())  # to step alike in all; gaps of ties are near 0
+        scale = np.maximum(scale, max(_FLAT * scale.max(), 1e-12))
+        if self.spread:  # which ties the slopes to each other
+            scale[:] = scale.max()
         x = gaps / scale[:, None]
         intercept = 0.0 if math.isinf(self.intercept) else self.intercept / k
         off_diagonal = self.off_diagonal / max(1, k * (k - 1)) if whole else 0.0
@@ -133,12 +168,12 @@ class PreservingScaling(VoxelwiseCalibrator):
             residual = self._distances_transposed((true - p / total) * w)
             b, others = slopes / scale, others / scale
             apart, away = b - b.mean(), b - 1
-            penalty = self.spread / k * (apart @ apart) + RIDGE * (away @ away)
+            penalty = self.spread / k * (apart @ apart) + RIDGE / k * (away @ away)
             penalty += intercept * (offsets @ offsets) + off_diagonal * np.square(others).sum()
             by_others = np.where(diagonal, 0, residual @ x.T + 2 * off_diagonal * others / scale) if whole else others
             return nll + float(penalty), np.concatenate(
                 [
-                    (residual * x).sum(axis=1) + 2 * (self.spread / k * apart + RIDGE * away) / scale,
+                    (residual * x).sum(axis=1) + 2 / k * (self.spread * apart + RIDGE * away) / scale,
                     residual.sum(axis=1) + 2 * intercept * offsets,
                     by_others.ravel(),
                 ]

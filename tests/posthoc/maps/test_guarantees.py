@@ -103,6 +103,28 @@ def test_with_one_case_it_is_the_classwise_temperature(key):
     assert np.abs(found - expected).max() < 0.01
 
 
+def test_classes_that_are_tied_everywhere_do_not_stop_the_search():
+    """Where classes are clipped to one probability the gaps between them are 0."""
+    z, y, new = trial()
+    tied, also = (np.concatenate([part, np.full((4, part.shape[1]), -60.0)]) for part in (z, new))
+    (simplest,) = CALIBRATORS["cmsop"]().choices(cases=1, channels=len(tied))
+    found, expected = simplest.fit(tied, y).apply(also), CALIBRATORS["classwise"]().fit(tied, y).apply(also)
+    assert np.abs(found - expected).max() < 0.01
+
+
+def test_a_case_without_weight_has_no_part_in_the_choice():
+    cases = [(z, y, np.ones(z.shape[1])) for z, y, _ in map(trial, range(3))]
+    empty = (cases[0][0], cases[1][1], np.zeros(cases[0][2].size))
+    found, expected = (fit_cases(CALIBRATORS["cmsap"](), part) for part in ([*cases, empty], cases))
+    assert found.parameters == expected.parameters
+
+
+def test_penalties_that_are_given_stay():
+    cases = [(z, y, np.ones(z.shape[1])) for z, y, _ in map(trial, range(2))]
+    fitted = fit_cases(ArgmaxPreservingScaling(off_diagonal=7, intercept=3, spread=2), cases)
+    assert (fitted.off_diagonal, fitted.intercept, fitted.spread) == (7, 3, 2)
+
+
 @pytest.mark.parametrize("key", ["cmsop", "cmsap"])
 def test_few_cases_with_many_classes_are_not_learned_by_heart(key):
     """Every case errs in its own way, so a whole matrix fitted to three of them is worse on others, and not chosen."""
