@@ -103,6 +103,7 @@ def all_pages() -> list[Page]:
     import page_acdc
     import page_calibration
     import page_free_step
+    import page_papers
     import page_shift
     import page_sparse
     import page_tests
@@ -111,7 +112,7 @@ def all_pages() -> list[Page]:
     losses = Page(RESULTS.parent / "losses.md", {}, page_trainers.number, all_marked=False)
     readme = Page(RESULTS.parents[1] / "README.md", {}, page_tests.number, all_marked=False)
     choose = Page(RESULTS.parent / "choose.md", {}, page_trainers.number, all_marked=False)
-    trained = (page_free_step, page_acdc, page_trainers, page_tests, page_sparse)
+    trained = (page_free_step, page_acdc, page_trainers, page_tests, page_sparse, page_papers)
     own = [page.PAGE for page in (*trained, page_shift, page_calibration)]
     return [*own, page_calibration.REFERENCE, losses, choose, readme]
 
