@@ -125,7 +125,13 @@ def weights() -> list[str]:
     return shown
 
 
-PAGE = Page(RESULTS / "calibration.md", {"methods": methods}, of_calibrators, frozenset({"0.0001", "0.0004", "0.0005"}), figure=figure)
+PAGE = Page(
+    RESULTS / "calibration.md",
+    {"methods": methods},
+    of_calibrators,
+    frozenset({"0.0001", "0.0004", "0.0005"}),
+    figure=figure,
+)
 REFERENCE = Page(
     RESULTS.parent / "calibrate.md",
     {"penalties": penalties, "weights": weights},
