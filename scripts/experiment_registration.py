@@ -50,6 +50,7 @@ ARMS = {
     "registration": "labels carried by registration, their vote",
     "head": "the default head on ten intensity features",
     "both": "the same head with registration",
+    "position": "the same head where the image says nothing",
 }
 HOW = Registration("deformable", limit_s=600.0)  # of a shared machine: nothing is cut short
 NUMBERS = ("Dice", "HD95", "NLL_volume", "NLL_foreground", "seconds", "seconds_registration")
@@ -149,10 +150,12 @@ def evaluate(study: Study, data: Path, work: Path, arms: Sequence[str], ks: Sequ
     file = work / f"{study.name}.jsonl"
     done = {line_key(line) for line in read_lines(file)}
     values = json.loads((data / study.source / "dataset.json").read_text())["labels"]
-    cases = read_cases(study, data)
+    read = read_cases(study, data)
+    blind = {name: replace(case, image=np.zeros_like(case.image)) for name, case in read.items()}
     registrar = Registrar(work / "registrations")
     for k, arm, name in itertools.product(ks, arms, study.novel):
         value = values[name]
+        cases = blind if arm == "position" else read
         fitted: tuple[Any, Any] = (None, None)
         for episode in real_episodes(list(cases), list(cases), k, None if arm == "registration" else sets):
             key = {"arm": arm, "k": k, "structure": name, "supports": list(episode.supports), "query": episode.query}
@@ -163,11 +166,11 @@ def evaluate(study: Study, data: Path, work: Path, arms: Sequence[str], ks: Sequ
                 how = HOW if arm == "both" else Registration("none")
                 settings = Settings(extent="volume", registration=how)
                 of_each = [case.support(value) for case in supports]
-                if arm == "head":
+                if arm in ("head", "position"):
                     of_each = [replace(one, labelled=None) for one in of_each]
                 fitted = (episode.supports, fit_structure(of_each, settings, registrar))
             query = cases[episode.query]
-            for case in supports if arm != "head" else ():
+            for case in supports if arm in ("registration", "both") else ():
                 registrar(query.anatomy, case.anatomy, HOW)  # before the clock: it has its own
             begin = time.process_time()
             novel, registering = found(arm, query, supports, value, registrar, fitted[1])
