@@ -116,7 +116,10 @@ def penalties() -> list[str]:
 def weights() -> list[str]:
     """Held-out scores of fits that count every case, or every voxel, the same: means over networks."""
     columns = ("NLL volume", "ECE volume", "NLL foreground", "ECE foreground")
-    shown = [f"| every case, every voxel | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    shown = [
+        f"| counted the same: every case, every voxel | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for method in dict.fromkeys(line["method"] for line in read_lines(RESULTS / "calibrators_weights.csv")):
         both = [[of_calibrators(f"{column} of {method} by {by}") for by in ("case", "voxel")] for column in columns]
         digits = [4 if column.endswith("volume") else 3 for column in columns]

@@ -101,6 +101,7 @@ class Page:
 def all_pages() -> list[Page]:
     """Every page that is written from rows."""
     import page_acdc
+    import page_background
     import page_calibration
     import page_free_step
     import page_papers
@@ -111,10 +112,11 @@ def all_pages() -> list[Page]:
 
     losses = Page(RESULTS.parent / "losses.md", {}, page_trainers.number, all_marked=False)
     readme = Page(RESULTS.parents[1] / "README.md", {}, page_tests.number, all_marked=False)
+    rejected = Page(RESULTS / "rejected.md", {}, page_trainers.number, all_marked=False)
     choose = Page(RESULTS.parent / "choose.md", {}, page_trainers.number, all_marked=False)
-    trained = (page_free_step, page_acdc, page_trainers, page_tests, page_sparse, page_papers)
+    trained = (page_free_step, page_acdc, page_trainers, page_tests, page_sparse, page_papers, page_background)
     own = [page.PAGE for page in (*trained, page_shift, page_calibration)]
-    return [*own, page_calibration.REFERENCE, losses, choose, readme]
+    return [*own, page_calibration.REFERENCE, losses, rejected, choose, readme]
 
 
 def main() -> int:

@@ -126,10 +126,12 @@ class Rows:
             finite = np.where(np.isfinite(table), table, np.nan)
             by_patient = by_unit(finite.mean(axis=0), [self.protocol.group(case) for case in self.cases])
             found = Bootstrap.of_means(by_patient)
-            each_run = np.nanmean(finite, axis=1).T
+            each_run = np.full((len(self.measures), len(table)), np.nan)
+            known = np.isfinite(table).sum(axis=1).T
+            np.divide(np.nansum(finite, axis=1).T, known, out=each_run, where=known > 0)
             columns = zip(self.measures, found.estimate, found.intervals(), found.known, each_run, strict=True)
             self._known[key] = {
-                measure: Effect(float(mean), low, high, tuple(each.tolist()), int(known))
+                measure: Effect(settled(mean), settled(low), settled(high), tuple(map(settled, each)), int(known))
                 for measure, mean, (low, high), known, each in columns
             }
         return self._known[key]
@@ -155,7 +157,7 @@ class Rows:
         lines = []
         for (name, method), table in self.values.items():
             training = self.protocol.training(name)
-            means = dict(zip(self.measures, table.mean(axis=0).tolist(), strict=True))
+            means = dict(zip(self.measures, map(settled, table.mean(axis=0)), strict=True))
             lines.append(
                 {"training": name, "label": training.label, "run": training.run, "trainer": training.trainer}
                 | {"method": method, "cases": len(table), "changed": self.changed(name, method), **means}
@@ -217,6 +219,11 @@ class Rows:
     def write(self, sources: Mapping[str, Mapping[str, str]]) -> None:
         write_lines(self.index, self.index_lines(sources))
         write_lines(self.differences, self.difference_lines())
+
+
+def settled(value: float) -> float:
+    """Without the last bits, which depend on a machine's order of summation: what is rounded from it is the same."""
+    return float(f"{value:.12g}")
 
 
 def measures(line: Mapping[str, str], wanted: tuple[str, ...] = MEASURES) -> list[float]:

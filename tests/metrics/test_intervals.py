@@ -74,6 +74,12 @@ def test_constants_have_no_width_whatever_their_sums_round_to():
     assert interval([np.nan, 0.3, 0.3, np.nan]) == [0.3, 0.3]
 
 
+def test_another_unit_is_the_same_interval_whatever_its_sums_round_to():
+    """Of four cases many samples have the mean of all: whether a sum rounds below it must not matter."""
+    for values in np.random.default_rng(1).integers(0, 9, (40, 4)):
+        assert interval(values * 0.1 + 0.3) == pytest.approx(np.multiply(interval(values), 0.1) + 0.3, abs=1e-9)
+
+
 def test_fewer_than_two_cases_have_no_interval():
     for values in ([np.nan] * 3, [np.nan, 2.0, np.nan], [2.0]):
         assert np.isnan(interval(values)).all()

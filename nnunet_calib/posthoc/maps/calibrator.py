@@ -321,6 +321,10 @@ class VoxelwiseCalibrator(Calibrator):
     def _calibrate(self, z: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
         """Probabilities (C, N) from log p (C, N)."""
 
+    def _about(self) -> list[str]:
+        """First notes of every fit: what the penalties make of the method."""
+        return []
+
     def fit(
         self,
         log_probabilities: np.ndarray,
@@ -331,7 +335,7 @@ class VoxelwiseCalibrator(Calibrator):
     ) -> Self:
         """As ``Calibrator.fit``."""
         z, y, w = self._voxels(np.asarray(log_probabilities), np.asarray(target), valid, weights)
-        self.channels, self.notes = len(z), []
+        self.channels, self.notes = len(z), self._about()
         self.parameters = []
         for r, problem in enumerate(self._problems(z, y, w)):
             told = len(self.notes)

@@ -89,24 +89,14 @@ class PreservingScaling(VoxelwiseCalibrator):
             make(off_diagonal=of_others, intercept=offset, spread=spread) for of_others, offset, spread in steps
         ] + whole
 
-    def fit(
-        self,
-        log_probabilities: np.ndarray,
-        target: np.ndarray,
-        valid: np.ndarray | None = None,
-        *,
-        weights: np.ndarray | None = None,
-    ) -> Self:
-        """As ``Calibrator.fit``; what of the map was fitted is told in the notes."""
-        super().fit(log_probabilities, target, valid, weights=weights)
+    def _about(self):
         if not math.isinf(self.off_diagonal):
             fitted = "the whole matrix"
         elif not math.isinf(self.intercept):
             fitted = "a slope and an offset for every gap"
         else:
             fitted = "a slope for every gap" + (", drawn together" if self.spread else "")
-        self.notes.append(f"fitted for every predicted class: {fitted}")
-        return self
+        return [f"fitted for every predicted class: {fitted}"]
 
     @classmethod
     def _names(cls):
