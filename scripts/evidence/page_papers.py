@@ -5,10 +5,12 @@ from collections.abc import Callable
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from pages import Page
-from pairs import COLUMNS, head, rows_of, with_interval
+from pairs import COLUMNS, head, rows_of, with_each
 from scipy.stats import spearmanr
+from scores import called
 from tables import PAPER_MEASURES, RESULTS, STOCK
 
+from nnunet_calib.posthoc.folders.crossfit import NONE
 from nnunet_calib.report.diagram import COLOURS, STYLE, save
 
 CE = "ce"
@@ -43,14 +45,15 @@ def written(label: str) -> str:
 def published() -> list[str]:
     """Every row by the numbers of the NACL code, beside what was published."""
     names = [measure.removesuffix(" nacl") for measure in PAPER_MEASURES]
-    lines = [f"| | {' | '.join(f'{name}, here' for name in names)} | {' | '.join(f'{n}, published' for n in names)} |"]
-    lines.append("|---" * (2 * len(names) + 1) + "|")
-    digits = (3, 2, 3, 3)
+    heads = ["trainings", *(f"{name}, here" for name in names), *(f"{name}, published" for name in names)]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    places = (3, 2, 3, 3)
     for label in ROWS.labels:
-        here = [f"{ROWS.mean(label, m).mean:.{n}f}" for m, n in zip(PAPER_MEASURES, digits, strict=True)]
+        here = [f"{ROWS.mean(label, m).mean:.{n}f}" for m, n in zip(PAPER_MEASURES, places, strict=True)]
         known = PUBLISHED.get(label)
-        theirs = [f"{v:.{n}f}" for v, n in zip(known, digits, strict=True)] if known else [""] * len(digits)
-        lines.append(f"| {written(label)} | {' | '.join([*here, *theirs])} |")
+        theirs = [f"{v:.{n}f}" for v, n in zip(known, places, strict=True)] if known else [""] * len(places)
+        number = str(len(ROWS.numbers_of(label)))
+        lines.append(f"| {written(label)} | {' | '.join([number, *here, *theirs])} |")
     return lines
 
 
@@ -58,7 +61,7 @@ def ours() -> list[str]:
     """Every row by the numbers of the other pages."""
     lines = head("", "trainings")
     for label in ROWS.labels:
-        cells = [with_interval(ROWS.mean(label, column), column, "") for column in COLUMNS]
+        cells = [with_each(ROWS.mean(label, column), column, "") for column in COLUMNS]
         lines.append(f"| {written(label)} | {len(ROWS.numbers_of(label))} | {' | '.join(cells)} |")
     return lines
 
@@ -69,8 +72,8 @@ def against(base: str, method: str = "") -> Callable[[], list[str]]:
     def made() -> list[str]:
         lines = head(f"minus {written(base)}{f', {method}' if method else ''}")
         for label in (label for label in ROWS.labels if label != base):
-            effects = [ROWS.effect(label, base + (method and f"+{method}"), column) for column in COLUMNS]
-            cells = [with_interval(effect, column) for effect, column in zip(effects, COLUMNS, strict=True)]
+            name = called(base, method or NONE)
+            cells = [with_each(ROWS.effect(label, name, column), column) for column in COLUMNS]
             lines.append(f"| {written(label)} | {' | '.join(cells)} |")
         return lines
 

@@ -52,6 +52,12 @@ def with_interval(effect: Effect, measure: str, sign: str = "+") -> str:
     return f"{effect.mean:{form}} ({effect.low:{form}} to {effect.high:{form}})"
 
 
+def with_each(effect: Effect, measure: str, sign: str = "+") -> str:
+    """With its interval and, where there are several trainings, what each of them has."""
+    values = ", ".join(f"{value:{sign}.{digits(measure)}f}" for value in effect.each)
+    return with_interval(effect, measure, sign) + (f"; each {values}" if len(effect.each) > 1 else "")
+
+
 def head(*first: str) -> list[str]:
     names = [*first, *(column.replace("reference_foreground", "reference's foreground") for column in COLUMNS)]
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -96,9 +102,7 @@ class Pairs:
         for label in self.ours:
             name, cells = called(label, method), []
             for column in COLUMNS:
-                effect = self.rows.effect(name, called(STOCK, base), column)
-                each = ", ".join(f"{value:+.{digits(column)}f}" for value in effect.each)
-                cells.append(with_interval(effect, column) + (f"; each {each}" if len(effect.each) > 1 else ""))
+                cells.append(with_each(self.rows.effect(name, called(STOCK, base), column), column))
             lines.append(f"| {written(label)} | {len(self.rows.numbers_of(label))} | {' | '.join(cells)} |")
         return lines
 
