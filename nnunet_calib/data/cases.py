@@ -95,6 +95,20 @@ def probabilities_of(folder: Path, name: str, label_maps: Collection[str] = ()) 
     return next((path for path in paths if path.name not in label_maps and is_named(path)), None)
 
 
+def remove_probabilities(folder: Path, name: str, but: Collection[Path] = ()) -> None:
+    """Remove the probabilities of a case that were there before its label map was written anew.
+
+    Args:
+        folder: of the label map.
+        name: of the case.
+        but: files that belong to it.
+    """
+    for path in (folder / (name + ending) for ending in ENDINGS):
+        label_map = path.name.endswith(nifti.ENDINGS) and path.is_file() and not nifti.has_channels(path)
+        if path not in but and not label_map:  # of a case that is called x_probabilities
+            path.unlink(missing_ok=True)
+
+
 def files_written(folder: Path, name: str) -> list[Path]:
     """The files that ``predict`` wrote of a case, as its record tells; none without one.
 

@@ -126,13 +126,27 @@ def check_same_model(fitted: Mapping[str, Any], given: Mapping[str, Any], calibr
 
 
 def calibrated_from(folder: Path) -> dict[str, Any] | None:
-    """What the probabilities of a folder were calibrated with, None where ``calibrate apply`` did not write them.
+    """What the probabilities of a folder were calibrated with; None if they are the network's.
+
+    ``calibrate apply`` and ``predict`` with a calibrator write it.
 
     Raises:
         InputError: its file cannot be read.
     """
     file = folder / CALIBRATED_FROM
     return read_json(file) if file.is_file() else None
+
+
+def refuse_calibrated(folder: Path) -> None:
+    """Refuse probabilities that were calibrated: a calibrator is a map from those of the network.
+
+    Raises:
+        UsageError: ``calibrate apply`` or ``predict --calibrator`` wrote the folder.
+    """
+    if (made_from := calibrated_from(folder)) is not None:
+        by = f" with {made_from['method']}" if isinstance(made_from.get("method"), str) else ""
+        whence = f", {made_from['predictions']}" if isinstance(made_from.get("predictions"), str) else ""
+        raise UsageError(f"{folder}: its probabilities are calibrated already{by}; name those of the network{whence}")
 
 
 def json_sha256(content: Any) -> str:

@@ -122,6 +122,8 @@ def score(
     if parts:
         decided = np.zeros(reference.labels.shape, np.min_scalar_type(max(dataset.labels))) if notes else None
         statistics = _statistics(parts, dataset, reference, prediction, valid, protocol, decided)
+        if decided is not None and valid is not None:  # what is ignored is not counted everywhere
+            np.copyto(decided, prediction.labels, where=~valid, casting="unsafe")
         said = notes(decided) if notes and decided is not None else []
     channel_keys = [key(channel) for channel in dataset.channels]
     record = {

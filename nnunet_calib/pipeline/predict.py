@@ -29,6 +29,7 @@ from nnunet_calib.data.dataset import Dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_named, read_json, write_whole
 from nnunet_calib.data.images import remedy
+from nnunet_calib.data.model import CALIBRATED_FROM
 from nnunet_calib.data.whole import check_whole
 from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
@@ -256,6 +257,10 @@ class _Work:
                     leftover.unlink()
             for name in ("dataset.json", "plans.json"):  # for evaluate, calibrate and nnU-Net's own tools
                 write_whole(self.output / name, (self.model.folder / name).read_text(encoding="utf-8"))
+            if self.calibrator is not None:
+                write_whole(self.output / CALIBRATED_FROM, json.dumps(self.calibrator, indent=1) + "\n")
+            else:
+                (self.output / CALIBRATED_FROM).unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(f"{self.output} cannot be made a folder for predictions ({error.strerror})") from error
 

@@ -19,7 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_calib.data.cases import CaseFiles
+from nnunet_calib.data.cases import CaseFiles, remove_probabilities
 from nnunet_calib.data.dataset import Dataset, read_dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.plans import preprocessed_folder
@@ -61,6 +61,7 @@ def score_exported(
     name = Path(file).name.removesuffix(dataset.file_ending)
     host = _Host(plans_manager, configuration, plans_manager.get_label_manager(dataset.content))
     work = _Validation(folder, dataset, plans_manager, _references(plans_manager.dataset_name))
+    (folder / f"{name}.nncp").unlink(missing_ok=True)  # of ``validate`` with an earlier network: nnU-Net writes none
     prediction = Prediction(name, logits, (), properties, host)
     work.score(prediction, labels.transpose(prediction.grid.from_image))
 
@@ -206,7 +207,8 @@ class _Validation:
 
     def finish(self, prediction: Prediction, wanted: Wanted) -> None:
         """Write a case's files and its record."""
-        labels, _ = prediction.write(self.folder, self.dataset, self.reader, wanted)
+        labels, files = prediction.write(self.folder, self.dataset, self.reader, wanted)
+        remove_probabilities(self.folder, prediction.name, but=files)  # of an earlier validation
         self.score(prediction, labels)
 
     def score(self, prediction: Prediction, labels: np.ndarray) -> None:

@@ -26,6 +26,8 @@ SMALL = 50
 _ALIASES = {"DSC": "Dice"}
 _USUAL = {key: alias for alias, key in _ALIASES.items()}
 _HIGHER = ("Dice", "IoU", "NSD")
+_LOWER = ("HD", "ASSD", "MASD", "FP", "FN")
+"""Beginnings of the names of overlap and distances that have a direction; volumes, counts and RVE have none."""
 _SECONDARY_FLIPS = 1999
 
 
@@ -120,10 +122,13 @@ class Endpoint:
         return usual_name(self.metric)
 
     def best(self) -> list[str]:
-        """Names of the methods, best mean first; those without a mean last."""
-        means = {name: result.spread.mean for name, result in self.methods.items()}
-        known = [name for name, mean in means.items() if not np.isnan(mean)]
-        return sorted(known, key=lambda name: means[name], reverse=self.higher_is_better)
+        """Names of the methods with a value, the best mean first: over the units that all have, if there are any."""
+        known = ~np.isnan(self.values)
+        names = [name for name, some in zip(self.methods, known.any(axis=0), strict=True) if some]
+        values = self.values[:, known.any(axis=0)]
+        in_all = values[~np.isnan(values).any(axis=1)]
+        means = dict(zip(names, in_all.mean(axis=0) if len(in_all) else np.nanmean(values, axis=0), strict=True))
+        return sorted(names, key=lambda name: means[name], reverse=self.higher_is_better)
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,9 @@ def _specifications(
     regions = _in_all([run.regions for run in runs])
     asked = [_ALIASES.get(name, name) for name in (METRICS if metrics is None else metrics)]
     for name in asked:
+        if name in overlap and not name.startswith((*_HIGHER, *_LOWER)):
+            directed = ", ".join(sorted(known for known in overlap if known.startswith((*_HIGHER, *_LOWER))))
+            raise UsageError(f"{name} is neither better when it is higher nor when it is lower; compare {directed}")
         known: set[str] = {*overlap, *(SCORES if regions else ())}
         if name in known or metrics is None:
             continue

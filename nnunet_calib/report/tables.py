@@ -125,6 +125,13 @@ def answer(comparison: Comparison) -> str:
         said += f"; {len(comparison.units)} {_units(comparison)}."
         return said + _the_others(comparison, endpoint, best) + _shown_worse(comparison)
     direction = "higher" if endpoint.higher_is_better else "lower"
+    if difference.paired.mean and (difference.paired.mean > 0) != endpoint.higher_is_better:  # a structure was missed
+        said = (
+            f"{best[0]} has the better mean {what} than {comparison.baseline}, which misses more; in the other pairs "
+        )
+        said += f"it is the other way round: {_effect(difference)}, {_p(difference)}. "
+        said += f"{len(comparison.units)} {_units(comparison)}."
+        return said + _the_others(comparison, endpoint, best[1:]) + _shown_worse(comparison)
     shown = difference.shown and _excludes_zero(difference.paired.t_interval)
     verb = "has a" if shown else "seems to have a"
     said = f"{best[0]} {verb} {direction} {what} than {comparison.baseline}: {_effect(difference)}, {_p(difference)}"

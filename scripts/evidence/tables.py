@@ -141,8 +141,15 @@ class Rows:
         return {}
 
     def effect(self, name: str, baseline: str, measure: str) -> Effect:
-        """Of ``meep+isotonic`` minus ``stock+isotonic``, run by run, over the runs that the first has."""
-        numbers = self.numbers_of(name.partition("+")[0])
+        """Of ``meep+isotonic`` minus ``stock+isotonic``, run by run, over the runs that both have so far.
+
+        Raises:
+            KeyError: there is none.
+        """
+        theirs = self.numbers_of(baseline.partition("+")[0])
+        numbers = tuple(number for number in self.numbers_of(name.partition("+")[0]) if number in theirs)
+        if not numbers:
+            raise KeyError(f"{self.protocol.name}: no run of {name} has one of {baseline} beside it")
         with np.errstate(invalid="ignore"):
             ours, base = self.of(name, numbers), self.of(baseline, numbers)
             difference = np.where(ours == base, 0.0, ours - base)  # of two infinite distances too
@@ -172,7 +179,7 @@ class Rows:
             for method in (NONE, *self.protocol.content["methods"]):
                 name = called(label, method)
                 for baseline in dict.fromkeys((STOCK, called(STOCK, method))):
-                    if name == baseline:
+                    if name == baseline or not set(self.numbers_of(label)).intersection(self.numbers_of(STOCK)):
                         continue
                     for measure in self.measures:
                         effect = self.effect(name, baseline, measure)

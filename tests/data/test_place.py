@@ -173,6 +173,19 @@ def test_a_case_is_scored_the_same_whatever_file_sorts_first(tmp_path, first):
     assert len(set(scored.values())) == 1
 
 
+def test_two_files_that_two_readers_read_lie_in_the_same_place(tmp_path):
+    """A reference as NIfTI-2, its prediction as NIfTI-1: axes turned, voxels of three lengths."""
+    affine = np.array([[-1.0, 0, 0, 5], [0, 2, 0, -7], [0, 0, 3, 1], [0, 0, 0, 1]])
+    read = {}
+    for name, kind in (("reference", nibabel.Nifti2Image), ("prediction", nibabel.Nifti1Image)):
+        read[name] = read_labels(save(tmp_path / f"{name}.nii.gz", LABELS, affine, kind=kind), SimpleITKIO, (0, 1, 2))
+    check_same_geometry(read["reference"], read["prediction"])
+    affine[0, 3] += 1
+    moved = read_labels(save(tmp_path / "moved.nii.gz", LABELS, affine), SimpleITKIO, (0, 1, 2))
+    with pytest.raises(InputError, match="differs from"):
+        check_same_geometry(read["reference"], moved)
+
+
 @pytest.mark.parametrize(
     ("kind", "affine", "said"),
     [

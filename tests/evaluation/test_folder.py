@@ -234,10 +234,20 @@ def test_ignored_voxels_count_nowhere(tmp_path):
         theirs = of_nnunet(folders, [1, 2], ignore_label=3)
         ours = summaries[-1]["metric_per_case"][0]["metrics"]
         assert {name: ours["1"][name] for name in theirs[1]} == theirs[1]
+        assert summaries[-1]["metric_per_case"][0]["notes"] == []
     clean, dirty = (summary["metric_per_case"][0] for summary in summaries)
     assert clean["metrics"] == dirty["metrics"]
     assert_same(clean["calibration"], dirty["calibration"])
     assert clean["calibration"]["volume"]["n"] == clean["calibration"]["foreground"]["n"] == 6 * 10 * 12
+
+
+def test_slices_that_are_ignored_altogether_are_no_disagreement(tmp_path):
+    """Sparse annotation: slices without a voxel that counts are not read for the numbers."""
+    folders = Folders(tmp_path, LABELS | {"ignore": 3})
+    reference, p = ambiguous(4, (64, 80, 80))
+    reference[:20], reference[21:] = 3, 3
+    folders.add("case", reference, p.argmax(axis=0), p)
+    assert evaluate(folders)["metric_per_case"][0]["notes"] == []
 
 
 def test_regions_have_nnunets_keys_and_binary_calibration(tmp_path):

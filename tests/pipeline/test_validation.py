@@ -80,8 +80,7 @@ def test_validate_scores_as_evaluate_and_calibrate_fit_goes_on(trained, tmp_path
     assert main([*fit, str(tmp_path / "of_probabilities")]) == 0
     shutil.move(tmp_path / "samples", made / "samples")
     assert main(["validate", str(folder), "-device", "cpu"]) == 0
-    for file in made.glob("*.nncp"):
-        file.unlink()
+    assert not list(made.glob("*.nncp"))  # of the validation before
     assert main([*fit, str(tmp_path / "calibrator")]) == 0
     fitted = [json.loads((tmp_path / name / FILE_NAME).read_text()) for name in ("of_probabilities", "calibrator")]
     assert fitted[0] == fitted[1]
@@ -90,6 +89,8 @@ def test_validate_scores_as_evaluate_and_calibrate_fit_goes_on(trained, tmp_path
     assert main(["predict", *words]) == 0
     summary = json.loads((tmp_path / "predicted" / "summary.json").read_text())
     assert summary["protocol"]["calibrator"]["method"] == "temperature"
+    words = [str(reference), str(tmp_path / "predicted"), "--calibrator", str(tmp_path / "calibrator"), "-np", "1"]
+    assert main(["evaluate", *words, "-o", str(tmp_path / "twice")]) == 2  # it is calibrated already
     assert summary["calibration_mean"]["volume"]["NLL"] < found["calibration_mean"]["volume"]["NLL"]
     same(summary["foreground_mean"], found["foreground_mean"])
 
@@ -106,6 +107,20 @@ def test_the_sample_that_is_left_is_that_of_the_probabilities(trained, transpose
             assert np.array_equal(getattr(left, name), getattr(drawn, name)), name
         for name, inside in drawn.regions.items():
             assert np.array_equal(left.regions[name], inside)
+
+
+def test_other_probabilities_beside_the_same_labels_count_more_than_the_sample(trained, tmp_path):
+    folder, _ = trained()
+    assert main(["validate", str(folder), "-device", "cpu", "--probabilities", "npz"]) == 0
+    made, temperatures = folder / "fold_0" / "validation", []
+    for sharper in (1, 3):
+        for file in made.glob("*.npz"):
+            p = np.load(file)["probabilities"].astype(np.float32) ** sharper
+            np.savez_compressed(file, probabilities=p / p.sum(axis=0))
+        words = ["calibrate", "fit", str(folder), "--method", "temperature", "-o", str(tmp_path / str(sharper))]
+        assert main(words) == 0
+        temperatures.append(json.loads((tmp_path / str(sharper) / FILE_NAME).read_text())["temperature"])
+    assert temperatures[1] == pytest.approx(3 * temperatures[0], rel=0.05)
 
 
 @pytest.mark.parametrize(

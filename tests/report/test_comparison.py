@@ -313,3 +313,33 @@ def test_the_answer_has_a_clause_for_every_method(tmp_path):
     b = next(d for d in found.endpoint("ECE", "foreground").differences if d.method == "b")
     assert others.startswith(f"ECE against stock: b -{-b.paired.mean:.3f} (95 % interval -0.")
     assert others.endswith("; same the same in every case. Others are not compared in pairs (compare --all-pairs).")
+
+
+def test_the_winner_is_found_among_the_cases_that_both_have(tmp_path):
+    """The hard case has probabilities in one run only: its mean is worse, and it is better in every pair."""
+    dice, ece = simulated(1, 12)
+    hard, other = ece.copy(), ece + 0.02 + 0.001 * np.arange(12)
+    hard[-1], other[-1] = 0.99, np.nan
+    write_run(tmp_path / "stock", dice, hard)
+    write_run(tmp_path / "ours", dice, other)
+    found = compared([str(tmp_path / "stock"), str(tmp_path / "ours")], metrics=["ECE"])
+    assert found.primary[0].best() == ["stock", "ours"]
+    assert answer(found).startswith("No method has a better ECE")
+
+
+def test_a_better_mean_by_a_missed_structure_alone_is_told_with_what_the_pairs_say(tmp_path):
+    dice, ece = simulated(1, 12)
+    near = 1 + 0.01 * np.arange(24.0).reshape(12, 2)
+    missed = near.copy()
+    missed[0] = np.inf
+    write_run(tmp_path / "stock", dice, ece, missed)
+    write_run(tmp_path / "ours", dice, ece, near * 1.5)
+    said = answer(compared([str(tmp_path / "stock"), str(tmp_path / "ours")], metrics=["HD95"]))
+    assert said.startswith("ours has the better mean HD95 (mean of structures) than stock, which misses more")
+    assert "the other way round: +0.5" in said
+
+
+@pytest.mark.parametrize("metric", ["n_pred", "n_ref"])
+def test_a_number_that_has_no_better_is_not_compared(two, metric):
+    with pytest.raises(UsageError, match=f"{metric} is neither better .* compare Dice, HD95, IoU, NSD"):
+        compared(two, metrics=[metric])

@@ -15,12 +15,12 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
 from nnunet_calib.data import nifti
-from nnunet_calib.data.cases import CaseFiles, pair_cases
+from nnunet_calib.data.cases import CaseFiles, pair_cases, remove_probabilities
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden, read_json, write_whole
 from nnunet_calib.data.images import choose_reader, read_labels
-from nnunet_calib.data.model import CALIBRATED_FROM, check_same_model, identify, known_model
+from nnunet_calib.data.model import CALIBRATED_FROM, check_same_model, identify, known_model, refuse_calibrated
 from nnunet_calib.data.probabilities import ProbabilityFile, write_compact, write_compact_slabs, write_npz
 from nnunet_calib.posthoc.folders.sampling import decide, open_probabilities
 from nnunet_calib.posthoc.maps import Calibrator, load_calibrator
@@ -88,7 +88,9 @@ def open_calibration(
 
     Raises:
         InputError: files that cannot be used, a calibrator of other classes or of another model.
+        UsageError: the probabilities are calibrated already.
     """
+    refuse_calibrated(Path(predictions))
     file, found = file_of(calibrator_file), Path(dataset_json)
     calibrator, dataset = load_calibrator(file), read_dataset(found, Path(plans) if plans else None)
     if calibrator.multilabel != dataset.has_regions or calibrator.channels != len(dataset.channels):
@@ -239,6 +241,7 @@ def _apply_case(
     else:
         write = write_compact if compact else write_npz
         write(file, calibrate_file(calibrator, stored, dataset, labels), stored.shape, stored.dtype)
+    remove_probabilities(output, files.name, but=[file])  # of predictions that were stored in another format
     target = output / files.prediction.name
     if labels is None:
         _copy_file(files.prediction, target)
@@ -311,7 +314,8 @@ def _kept(before: np.ndarray, after: np.ndarray, regions: bool) -> bool:
         return not (((before > 0.5) != (after > 0.5)) & (np.abs(after - 0.5) > rounding)).any()
     if before.ndim == 2 and (loops := compiled_loops()):
         return loops.keeps_largest(before, after, rounding)
-    return not ((before == before.max(axis=0)) & (after < after.max(axis=0) - rounding)).any()
+    label = before.argmax(axis=0)[None]  # of equal ones the first
+    return bool((np.take_along_axis(after, label, axis=0)[0] >= after.max(axis=0) - rounding).all())
 
 
 def _copy_file(source: Path, target: Path) -> None:

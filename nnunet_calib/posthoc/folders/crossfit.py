@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_calib.metrics import BINS, Bins, bin_index, expected_calibration_error
+from nnunet_calib.metrics import (
+    BINS,
+    Bins,
+    bin_index,
+    expected_calibration_error,
+    smallest_complement,
+    smallest_probability,
+)
 from nnunet_calib.metrics.intervals import Bootstrap
 from nnunet_calib.posthoc.folders.sampling import REGIONS, CaseSample
 from nnunet_calib.posthoc.maps import CALIBRATORS
@@ -22,6 +29,7 @@ NONE = "none"
 SCORES = ("NLL", "Brier", "ECE", "CECE")
 FOLDS = 5
 _CHOSEN_BY = 40_000  # probabilities of a case
+_STORED: np.dtype = np.dtype(np.float32)  # what calibrated probabilities become: NLL clips them as ``evaluate`` does
 
 
 def fit_samples(calibrator: Calibrator, samples: Sequence[CaseSample], region: str) -> Calibrator:
@@ -211,8 +219,12 @@ def estimates(p: np.ndarray, sample: CaseSample, region: str, multilabel: bool) 
 
 def _log_loss(p: np.ndarray, y: np.ndarray, w: np.ndarray, multilabel: bool) -> float:
     """NLL of probabilities (C, n) of classes (n,), or the mean over regions of that of bool (C, n); weights (n,)."""
-    of_truth = np.where(y, p, 1 - p) if multilabel else p[y, np.arange(y.size)]
-    return -float((np.log(np.maximum(of_truth, np.finfo(np.float64).tiny)) @ w).mean() / w.sum())
+    least, least_other = smallest_probability(_STORED), smallest_complement(_STORED)
+    if multilabel:
+        of_truth = np.where(y, np.maximum(p, least), np.maximum(1 - p, least_other))
+    else:
+        of_truth = np.maximum(p[y, np.arange(y.size)], least)
+    return -float((np.log(of_truth) @ w).mean() / w.sum())
 
 
 def _binned(confidence: np.ndarray, correct: np.ndarray, w: np.ndarray) -> float:

@@ -19,7 +19,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.posthoc.folders.apply import probabilities_at
 from nnunet_calib.posthoc.folders.crossfit import FOLDS, NONE, choose, cross_fit, fit_samples
-from nnunet_calib.posthoc.folders.samples import read_sample
+from nnunet_calib.posthoc.folders.samples import is_sample_of, read_sample
 from nnunet_calib.posthoc.folders.sampling import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSample, sample_case
 from nnunet_calib.posthoc.folders.source import find_cases
 from nnunet_calib.posthoc.maps import CALIBRATORS
@@ -185,9 +185,9 @@ def _compared(
 def _sample(
     files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWriter], *, voxels: int, seed: int, patches: int
 ) -> CaseSample:
-    """What ``validate`` left of a case, else drawn from its probabilities."""
+    """What ``validate`` left of a case, else drawn from its probabilities; these count where they are others."""
     stored = None if patches else read_sample(files, dataset, voxels=voxels, seed=seed)
-    if stored is not None:
+    if stored is not None and (files.probabilities is None or is_sample_of(stored, files, dataset, reader)):
         return stored
     if files.probabilities is None:
         why = "a method that looks around a voxel needs whole probabilities"

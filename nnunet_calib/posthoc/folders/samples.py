@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_calib.data.cases import CaseFiles
 from nnunet_calib.data.dataset import Dataset, key
 from nnunet_calib.data.errors import InputError
 from nnunet_calib.data.files import whole_file
-from nnunet_calib.posthoc.folders.sampling import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSample
+from nnunet_calib.data.images import read_labels
+from nnunet_calib.posthoc.folders.sampling import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSample, open_probabilities
 
 _FOLDER = "samples"
 _ARRAYS = ("index", "probabilities", "target", "weights", "regions", "confidences")
 _SUM = 1e-2  # of exclusive probabilities, from 1
+_APART = 1e-3  # on average: what float16 makes of a probability is a third of that
 
 
 def sample_path(files: CaseFiles) -> Path:
@@ -63,6 +66,18 @@ def read_sample(files: CaseFiles, dataset: Dataset, *, voxels: int, seed: int) -
         raise InputError(f"{path}: its numbers are no sample of voxels; delete it and validate again")
     regions = dict(zip(REGIONS, arrays.pop("regions"), strict=True))
     return CaseSample(files, regions=regions, **arrays)
+
+
+def is_sample_of(sample: CaseSample, files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWriter]) -> bool:
+    """Whether a sample has the probabilities that lie beside the prediction now, by those of the first channel.
+
+    Raises:
+        InputError: files that cannot be used.
+    """
+    prediction = read_labels(files.prediction, reader, dataset.labels)
+    first = next(open_probabilities(files, dataset, prediction).channels()).reshape(-1)
+    apart = first[sample.index].astype(np.float64) - sample.probabilities[0]
+    return bool(np.abs(apart).mean() <= _APART)
 
 
 def _made_from(files: CaseFiles, dataset: Dataset, voxels: int, seed: int) -> str:

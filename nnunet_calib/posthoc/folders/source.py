@@ -12,7 +12,7 @@ from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, re
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json
 from nnunet_calib.data.images import choose_reader
-from nnunet_calib.data.model import fold_folders, identify
+from nnunet_calib.data.model import fold_folders, identify, refuse_calibrated
 from nnunet_calib.data.plans import preprocessed_folder, read_splits
 from nnunet_calib.posthoc.folders.samples import sample_path
 
@@ -51,6 +51,7 @@ def find_cases(folder: Path, reference: Path | None = None, dataset_json: Path |
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
+    refuse_calibrated(folder)
     folds = fold_folders(folder)
     _refuse_fold_all(folder, folds)
     reference = reference or (_own_references(folder) if folds else None)

@@ -11,7 +11,7 @@ from nnunet_calib.data.probabilities import ProbabilityFile, write_compact_slabs
 from nnunet_calib.posthoc import CALIBRATORS, LocalTemperature, TemperatureScaling, load_calibrator
 from nnunet_calib.posthoc.folders.apply import apply_folder, calibrate_case
 from nnunet_calib.posthoc.folders.check import check_folder, check_shift, population_stability
-from nnunet_calib.posthoc.folders.crossfit import _summary, choose
+from nnunet_calib.posthoc.folders.crossfit import _log_loss, _summary, choose
 from nnunet_calib.posthoc.folders.fit import _worse_in_the_foreground, auto_methods, fit_folder
 
 from ...folders import Folders
@@ -380,3 +380,59 @@ def test_a_file_without_confidences_cannot_be_checked(tmp_path):
     assert load_calibrator(file).channels == 3
     with pytest.raises(InputError, match="does not hold the confidences"):
         check_folder(file, made.prediction)
+
+
+def test_a_tie_is_no_other_label_without_numba_either(tmp_path, monkeypatch):
+    """Of classes with equal p the first is the label; the others may become less likely than it."""
+    made = Folders(tmp_path, labels=LABELS)
+    for seed in range(3):
+        reference, p = too_sure(seed)
+        p[:, 0, 0, :4] = np.array([0.4, 0.4, 0.2])[:, None]
+        made.add(f"case_{seed}", reference, p.argmax(axis=0), p)
+    written = {}
+    for method in ("cmsap", "cmsop"):
+        fit_folder(made.prediction, tmp_path / method, made.reference, methods=[method], voxels=2_000)
+        for how in ("numba", "numpy"):
+            if how == "numpy":
+                monkeypatch.setattr("nnunet_calib.posthoc.folders.apply.compiled_loops", lambda: None)
+            apply_folder(tmp_path / method, made.prediction, tmp_path / how / method)
+            written[how, method] = ProbabilityFile(tmp_path / how / method / "case_0.npz").whole()
+        monkeypatch.undo()
+        assert np.allclose(written["numba", method], written["numpy", method], atol=1e-6)
+
+
+def test_what_is_calibrated_is_not_calibrated_again(tmp_path):
+    made = predictions(tmp_path, 2)
+    fit_folder(made.prediction, tmp_path / "out", made.reference, methods=["temperature"])
+    once = tmp_path / "once"
+    apply_folder(tmp_path / "out", made.prediction, once)
+    with pytest.raises(
+        UsageError, match=r"calibrated already with temperature; name those of the network, .*predicted"
+    ):
+        apply_folder(tmp_path / "out", once, tmp_path / "twice")
+    with pytest.raises(UsageError, match="calibrated already"):
+        fit_folder(once, tmp_path / "out2", made.reference, methods=["temperature"])
+    with pytest.raises(UsageError, match="calibrated already"):
+        check_folder(tmp_path / "out", once)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_calibrated_again_from_another_format_the_old_file_is_gone(tmp_path):
+    made = predictions(tmp_path, 2)
+    for file in sorted(made.prediction.glob("*.npz")):
+        p = ProbabilityFile(file).whole()
+        write_compact_slabs(file.with_suffix(".nncp"), iter([p]), p.shape, np.float32)
+    fit_folder(made.prediction, tmp_path / "out", made.reference, methods=["temperature"])
+    apply_folder(tmp_path / "out", made.prediction, tmp_path / "calibrated")
+    for file in made.prediction.glob("*.nncp"):
+        file.unlink()
+    apply_folder(tmp_path / "out", made.prediction, tmp_path / "calibrated")
+    assert not list((tmp_path / "calibrated").glob("*.nncp"))
+    assert len(list((tmp_path / "calibrated").glob("*.npz"))) == 2
+
+
+def test_the_held_out_nll_of_a_region_is_finite_as_float32_is():
+    """A log odds of 113 on the wrong side: what is stored of it has 1 - p = 2^-24, as ``evaluate`` counts it."""
+    p = 1 / (1 + np.exp(-np.array([[113.0]])))
+    found = _log_loss(p, np.array([[False]]), np.ones(1), multilabel=True)
+    assert found == pytest.approx(24 * np.log(2))

@@ -30,6 +30,13 @@ def test_weights_add_up_to_the_voxels_of_each_stratum():
     assert [weights[strata[index] == s].sum() for s in (0, 1, 2, 4)] == pytest.approx([5, 100, 10_000, 300])
 
 
+def test_every_stratum_has_a_voxel_however_few_are_asked_for():
+    strata = np.repeat(np.arange(20), [1_000, *range(1, 20)])
+    index, weights = draw(strata, None, 12, np.random.default_rng(0))
+    assert set(strata[index]) == set(range(20))
+    assert weights.sum() == pytest.approx(strata.size)
+
+
 def test_sums_over_the_volume_are_estimated_without_bias():
     rng = np.random.default_rng(0)
     strata = rng.integers(0, 3, 20_000) ** 2
