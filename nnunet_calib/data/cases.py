@@ -95,18 +95,16 @@ def probabilities_of(folder: Path, name: str, label_maps: Collection[str] = ()) 
     return next((path for path in paths if path.name not in label_maps and is_named(path)), None)
 
 
-def remove_probabilities(folder: Path, name: str, but: Collection[Path] = ()) -> None:
-    """Remove the probabilities of a case that were there before its label map was written anew.
+def all_probabilities(folder: Path, name: str) -> list[Path]:
+    """All files of a case's probabilities beside its label map, whatever their format.
 
     Args:
         folder: of the label map.
         name: of the case.
-        but: files that belong to it.
     """
-    for path in (folder / (name + ending) for ending in ENDINGS):
-        label_map = path.name.endswith(nifti.ENDINGS) and path.is_file() and not nifti.has_channels(path)
-        if path not in but and not label_map:  # of a case that is called x_probabilities
-            path.unlink(missing_ok=True)
+    paths = (folder / (name + ending) for ending in ENDINGS)
+    # a NIfTI file of one volume is the label map of a case called x_probabilities
+    return [p for p in paths if p.is_file() and (nifti.has_channels(p) or not p.name.endswith(nifti.ENDINGS))]
 
 
 def files_written(folder: Path, name: str) -> list[Path]:

@@ -6,9 +6,9 @@ for a model that is already trained.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_calib.data.cases import CaseFiles, remove_probabilities
+from nnunet_calib.data.cases import CaseFiles, all_probabilities
 from nnunet_calib.data.dataset import Dataset, read_dataset
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.plans import preprocessed_folder
@@ -27,6 +27,8 @@ from nnunet_calib.evaluation.folder import RECORDS, summarise_records
 from nnunet_calib.evaluation.protocol import Protocol
 from nnunet_calib.evaluation.records import Records, setting
 from nnunet_calib.pipeline.case import Prediction, Wanted
+from nnunet_calib.posthoc.folders.samples import is_sample_of, read_sample
+from nnunet_calib.posthoc.folders.sampling import VOXELS
 from nnunet_calib.prediction.model import TrainedModel
 
 _FOLDER = "validation"
@@ -208,8 +210,10 @@ class _Validation:
     def finish(self, prediction: Prediction, wanted: Wanted) -> None:
         """Write a case's files and its record."""
         labels, files = prediction.write(self.folder, self.dataset, self.reader, wanted)
-        remove_probabilities(self.folder, prediction.name, but=files)  # of an earlier validation
-        self.score(prediction, labels)
+        try:
+            self.score(prediction, labels)
+        finally:
+            self._remove_others(prediction.name, files)
 
     def score(self, prediction: Prediction, labels: np.ndarray) -> None:
         """Write the record of a case whose files are written; ``labels`` have the axes of the plans."""
@@ -219,6 +223,15 @@ class _Validation:
             return prediction.score(pair, labels, self.dataset, self.reader, self.protocol, leave_sample=True)
 
         Records(self.folder / RECORDS, score, self.setting)(self._pair(prediction.name))
+
+    def _remove_others(self, name: str, files: Collection[Path]) -> None:
+        """Remove the probabilities of an earlier validation beside a label map; those of the same network stay."""
+        pair = self._pair(name)
+        sample = read_sample(pair, self.dataset, voxels=VOXELS, seed=0)
+        for path in all_probabilities(self.folder, name):
+            ours = replace(pair, probabilities=path)
+            if path not in files and not (sample and is_sample_of(sample, ours, self.dataset, self.reader)):
+                path.unlink()
 
     def summarise(self, names: Sequence[str], failed: dict[str, str], on_failure: Callable[[str], None]) -> dict:
         """The three files, from the records of the cases."""
@@ -231,6 +244,9 @@ class _Validation:
         about = {"dataset_json": str(self.dataset.path), "plans": str(self.plans), "reader": self.reader.__name__}
         about |= {"calibrator": None, "probabilities": "in memory"}
         pairs = [self._pair(name) for name in sorted(names)]
+        for pair in pairs:  # a record may be one of an earlier network
+            if pair.name not in failed and not records.hold(pair):
+                fail(pair, InputError("it was not scored when it was predicted"))
         return summarise_records(self.folder, records, pairs, failed, self.dataset, self.protocol, about, fail)
 
     def _pair(self, name: str) -> CaseFiles:

@@ -43,6 +43,7 @@ from nnunet_calib.training.settings import (
 _CUDA = torch.device("cuda")
 _STATE_KEY = "nnunet_calib_state"
 _WEIGHTS_KEY = "nnunet_calib_class_weights"
+_WEIGHED = 0.5  # of the epochs, in which new classes weigh more
 _STILL_RISING = 0.05  # of Dice; what a network that has learned its structures does by chance is less
 
 
@@ -237,13 +238,13 @@ class CalibrationTrainer(nnUNetTrainer):
         # In the plans they are in the checkpoint, from which an interrupted training goes on.
         self._class_weights = self.plans_manager.plans[_WEIGHTS_KEY] = weights.tolist()
         told = ", ".join(f"{weight:.1f}" for weight in self._class_weights)
-        self.print_to_log_file(f"nnunet-calib: rows of new classes fitted; weights of all in cross-entropy: {told}")
+        self.print_to_log_file(f"nnunet-calib: rows of new classes fitted; weights in nnU-Net's cross-entropy: {told}")
 
     def _weigh_classes(self) -> None:
-        """Weights of the classes in nnU-Net's cross-entropy: those of the start at first, 1 in the second half."""
+        """Weights of the classes in nnU-Net's cross-entropy: those of the start at first, 1 from ``_WEIGHED`` on."""
         if not self._class_weights:
             return
-        left = max(0.0, 1 - 2 * self.current_epoch / self.num_epochs)
+        left = max(0.0, 1 - self.current_epoch / (_WEIGHED * self.num_epochs))
         now = torch.tensor([1 + (weight - 1) * left for weight in self._class_weights], device=self.device)
         for part in self.loss.modules():
             if isinstance(part, nn.CrossEntropyLoss):
@@ -387,7 +388,9 @@ class CalibrationTrainer(nnUNetTrainer):
         All at once, its slopes are far from those that the network had settled on: structures are lost.
         """
         behind = (self.current_epoch - self._first_calibrated()) * self.num_iterations_per_epoch + steps
-        ramp = self.settings["ramp"] * (self.num_epochs - self._first_calibrated()) * self.num_iterations_per_epoch
+        # nnU-Net's cross-entropy, which alone weighs new classes, is left step by step while they weigh more
+        ramp = max(self.settings["ramp"], _WEIGHED) if self._class_weights else self.settings["ramp"]
+        ramp *= (self.num_epochs - self._first_calibrated()) * self.num_iterations_per_epoch
         return min(1.0, (behind + 1) / max(ramp, 1)) if behind >= 0 else 0.0
 
     def _is_first_with_full_share(self) -> bool:

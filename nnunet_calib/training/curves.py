@@ -64,13 +64,14 @@ class ValidationCounts:
             return {}
         if is_ddp:
             distributed.all_reduce(sums)
-        n, confidence, correct = sums.double().cpu().numpy().transpose(2, 0, 1)
+        n, confidence, correct = sums.cpu().double().numpy().transpose(2, 0, 1)
         error = expected_calibration_error(Bins(n.astype("int64"), confidence, correct.astype("int64")))
         classes = error if multilabel else error[1:]
         found: dict[str, Any] = {} if multilabel else {"ECE": float(error[0])}
         found["CECE"] = float(classes.mean())
         if terms:
-            values = torch.stack([*terms.values()]).double()
+            values = torch.stack([*terms.values()])
+            values = (values.cpu() if values.device.type == "mps" else values).double()  # mps has no float64
             values = torch.cat([values, values.new_full((1,), batches)])
             if is_ddp:
                 distributed.all_reduce(values)

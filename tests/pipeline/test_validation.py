@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -80,7 +81,9 @@ def test_validate_scores_as_evaluate_and_calibrate_fit_goes_on(trained, tmp_path
     assert main([*fit, str(tmp_path / "of_probabilities")]) == 0
     shutil.move(tmp_path / "samples", made / "samples")
     assert main(["validate", str(folder), "-device", "cpu"]) == 0
-    assert not list(made.glob("*.nncp"))  # of the validation before
+    assert len(list(made.glob("*.nncp"))) == len(CASES)  # of the same network
+    for file in made.glob("*.nncp"):
+        file.unlink()
     assert main([*fit, str(tmp_path / "calibrator")]) == 0
     fitted = [json.loads((tmp_path / name / FILE_NAME).read_text()) for name in ("of_probabilities", "calibrator")]
     assert fitted[0] == fitted[1]
@@ -121,6 +124,36 @@ def test_other_probabilities_beside_the_same_labels_count_more_than_the_sample(t
         assert main(words) == 0
         temperatures.append(json.loads((tmp_path / str(sharper) / FILE_NAME).read_text())["temperature"])
     assert temperatures[1] == pytest.approx(3 * temperatures[0], rel=0.05)
+
+
+def test_older_probabilities_of_another_network_are_named(trained, tmp_path, capsys):
+    """As those that an earlier training left with ``--npz`` beside the label map of a later one without."""
+    folder, _ = trained()
+    assert main(["validate", str(folder), "-device", "cpu", "--probabilities", "npz"]) == 0
+    made = folder / "fold_0" / "validation"
+    file = made / f"{CASES[0]}.npz"
+    p = np.load(file)["probabilities"].astype(np.float32) ** 3
+    np.savez_compressed(file, probabilities=p / p.sum(axis=0))
+    os.utime(file, (0, 0))
+    words = ["calibrate", "fit", str(folder), "--method", "temperature", "-o", str(tmp_path / "calibrator")]
+    assert main(words) == 1
+    assert f"{file}: of another network" in capsys.readouterr().err
+    assert main(["validate", str(folder), "-device", "cpu"]) == 0
+    assert sorted(path.name for path in made.glob("*.npz")) == [f"{name}.npz" for name in sorted(CASES)[1:]]
+    assert main(words) == 0
+
+
+def test_a_record_of_an_earlier_network_is_no_score_of_this_one(trained):
+    folder, _ = trained()
+    assert main(["validate", str(folder), "-device", "cpu"]) == 0
+    made = folder / "fold_0" / "validation"
+    shutil.copy(made / f"{CASES[1]}.nii.gz", made / f"{CASES[0]}.nii.gz")  # exported anew, and not scored
+    said: list[str] = []
+    plans_manager = TrainedModel(folder).plans_manager
+    found = validation.summarise_validation(folder / "fold_0", CASES, plans_manager, said.append)
+    assert [record["case"] for record in found["metric_per_case"]] == [CASES[1]]
+    assert [f"case {CASES[0]}" in line for line in said] == [True]
+    assert len(found["failed"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,13 @@ def test_with_a_calibration_loss_the_rows_are_fitted_too():
     now = begun(build("nnUNetTrainer", axes=2), "NACLTrainer", num_epochs=4)
     assert np.isfinite(now.train_step(bright_voxels())["loss"])
     assert now._class_weights[3] > 1
+    shares = []
+    for epoch in range(4):  # the weights are those of nnU-Net's cross-entropy, which the loss takes over step by step
+        now.current_epoch = epoch
+        shares.append(now._share(0))
+    assert shares[0] < 0.1
+    assert shares == sorted(shares)
+    assert shares[2:] == [1, 1]
 
 
 def test_calibration_losses_start_from_a_file_too():

@@ -11,6 +11,7 @@ from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from torch import Tensor
 
+from nnunet_calib.data.cases import all_probabilities
 from nnunet_calib.data.errors import UsageError
 from nnunet_calib.data.files import write_whole
 from nnunet_calib.data.probabilities import write_npz
@@ -23,6 +24,7 @@ from nnunet_calib.fewshot.task.file import Task
 from nnunet_calib.fewshot.volume.files import MEASURES, Volume, to_image_grid, turn_back, voxel_size, write_segmentation
 
 _PACKAGES = ("nnunet-calib", "nnunetv2", "torch", "numpy")
+REPORT_ENDING = ".fewshot.json"
 AXES = ("left to right", "posterior to anterior", "inferior to superior")
 """The patient axes, as reports name them."""
 
@@ -59,6 +61,21 @@ def make_folders(output: Path, model: BaseModel, structures: Structures, merge: 
         write_whole(folder / "plans.json", json.dumps(model.plans_manager.plans, indent=4) + "\n")
 
 
+def remove_case(output: Path, case: str, ending: str, names: Sequence[str]) -> None:
+    """Remove what an earlier run left of a case: it would pass for results of this one.
+
+    Args:
+        output: folder, as ``make_folders`` made it.
+        case: its name.
+        ending: of label maps.
+        names: of the structures, each of which has a folder where it was written alone.
+    """
+    for folder in (output, *(output / name for name in names)):
+        for path in (*all_probabilities(folder, case), folder / f"{case}.pkl", folder / (case + ending)):
+            path.unlink(missing_ok=True)
+    (output / (case + REPORT_ENDING)).unlink(missing_ok=True)
+
+
 def write_case(
     model: BaseModel,
     volume: Volume,
@@ -69,7 +86,7 @@ def write_case(
     merge: bool,
     probabilities: bool,
 ) -> list[int]:
-    """Write label maps and, if asked for, probabilities.
+    """Write label maps and, if asked for, probabilities, in place of those of an earlier run.
 
     Args:
         model: the base model.
@@ -99,6 +116,7 @@ def write_case(
         base_probabilities = turn_back(volume, base_probabilities)
     novel = _novel(model, volume, found)
     ending = model.dataset.file_ending
+    remove_case(output, volume.case, ending, [task.name for task in structures.tasks])
     if merge:
         confidence = to_image_grid(model, volume, _confidence(model, logits)[None], 1.0)[0]
         merged = _merged(segmentation, confidence, novel, structures, found)

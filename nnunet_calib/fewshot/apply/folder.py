@@ -16,7 +16,7 @@ from nnunet_calib.data.cases import find_images
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden, read_json, write_whole
 from nnunet_calib.data.model import CHECKPOINT, file_sha256
-from nnunet_calib.fewshot.apply.files import AXES, make_folders, report_of, write_case
+from nnunet_calib.fewshot.apply.files import AXES, REPORT_ENDING, make_folders, remove_case, report_of, write_case
 from nnunet_calib.fewshot.apply.query import Structures, find_structures
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.network.predictor import FeaturePredictor
@@ -24,7 +24,6 @@ from nnunet_calib.fewshot.task.file import Task, read_tasks
 from nnunet_calib.fewshot.volume.files import Volume, read_volume
 from nnunet_calib.fewshot.volume.registrar import Registrar
 
-REPORT_ENDING = ".fewshot.json"
 MADE_FROM = "made_from.json"
 """What all cases of a folder were made from."""
 
@@ -122,8 +121,7 @@ def apply_folder(
 
     def segment(case: str, volume: Volume | InputError) -> dict[str, Any]:
         if isinstance(volume, InputError):
-            # what an earlier run left of it would pass for a result of this one
-            (output / (case + REPORT_ENDING)).unlink(missing_ok=True)
+            remove_case(output, case, model.dataset.file_ending, [task.name for task in structures.tasks])
             return {"case": case, "error": str(volume)}
         begin = time.perf_counter()
         images_of = _checksums(cases[case])

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+_CERTAIN = 2.0**-60  # 1 - p of a probability of 1: the odds of many such structures still have a sum
+
 
 def merge_probabilities(base: np.ndarray, novel: np.ndarray, *, regions: bool = False) -> np.ndarray:
     """Probabilities of the base classes and the novel structures together.
@@ -28,7 +30,7 @@ def merge_probabilities(base: np.ndarray, novel: np.ndarray, *, regions: bool = 
         return np.concatenate([base, novel], out=merged)
     for plane, own in enumerate(novel.swapaxes(0, 1)):  # of a whole volume float64 would be many times as large
         p = own.astype(np.float64)
-        odds = p / np.maximum(1 - p, np.finfo(np.float64).tiny)
+        odds = p / np.maximum(1 - p, _CERTAIN)
         rest = 1 / (1 + odds.sum(axis=0))
         merged[: len(base), plane] = base[:, plane] * rest
         merged[len(base) :, plane] = odds * rest

@@ -78,8 +78,9 @@ def rank_folder(
         raise UsageError(
             f"two structures have the value {twice[0]} in the label maps of their supports; rank them apart"
         )
+    which = {name: options[name] for name in ("checkpoint",) if name in options}
+    model = BaseModel(model_folder, options.get("folds"), **which)  # before all is segmented
     reports = apply_folder(model_folder, tasks, images, output, **options)
-    model = BaseModel(model_folder, options.get("folds"))
     usable = [report for report in reports if "error" not in report]
     corrected = _prefill(model, output, usable, loaded)
     ranked = [_ranked(report, loaded, report["case"] in corrected) for report in usable]

@@ -36,6 +36,7 @@ from nnunet_calib.fewshot.volume.support import Support
 
 _REACH_MM = 6.0  # of the errors of registration that a head is to mend
 _FARTHEST = 0.01
+_LEAST_IN_VIEW = 0.01  # of a structure that is annotated in the volume
 
 
 def fit_structure(
@@ -79,9 +80,13 @@ def fit_structure(
             log_odds, distance = _from_others(supports, settings, registrar or Registrar())
             learned = fit_trust(logit, log_odds, distance, target, weight, number)
             tried = [(one, one(logit, log_odds, distance)) for one in candidates(learned)]
+        shares = [
+            _share_in_view(support, frame, _places(position[number != i], target[number != i], weight[number != i]))
+            for i, support in enumerate(supports)
+        ]
         best = -1.0
         for one, z in tried:
-            of_one = _shifted(supports, z, number, settings)
+            of_one = _shifted(supports, z, number, settings, shares)
             calibrated = fit_platt(z, target, weight, number) if settings.calibrate else PlattScaling()
             reached = [_dice(z[number == i], support, calibrated) for i, support in enumerate(supports)]
             if np.mean(reached) > best:
@@ -144,14 +149,28 @@ def _curve(logit: Tensor, support: Support) -> VolumeCurve:
     return VolumeCurve().add(logit.numpy(), support.weight * support.scan.voxel_mm3)
 
 
-def _shifted(supports: Sequence[Support], logit: Tensor, number: Tensor, settings: Settings) -> list[float]:
-    """Shift the log odds of every support, as the others predict it, by the volume prior; presence scores of each."""
+def _share_in_view(support: Support, frame: Frame, places: Places) -> float:
+    """Share of the structure, where other supports have it, in a support's field of view; 1 where that cuts nothing."""
+    if not support.cut:
+        return 1.0
+    alignment = frame.align(support.scan.size, support.scan.landmarks)
+    low, high = (frame.position(alignment(end)) for end in (np.zeros(3), support.scan.size))
+    return max(places.share_inside(low, high), _LEAST_IN_VIEW)
+
+
+def _shifted(
+    supports: Sequence[Support], logit: Tensor, number: Tensor, settings: Settings, shares: Sequence[float]
+) -> list[float]:
+    """Shift the log odds of every support, as the others predict it, by the volume prior; presence scores of each.
+
+    ``shares`` of the structure are in view in each, as ``expected_in`` has it of a query.
+    """
     scores = []
     for i, support in enumerate(supports):
         prior = _prior([other for j, other in enumerate(supports) if j != i])
         if prior is not None:
             own = number == i
-            expected, curve = prior.expected(support.scan.body), _curve(logit[own], support)
+            expected, curve = prior.expected(support.scan.body, shares[i]), _curve(logit[own], support)
             scores.append(presence_score(curve, expected))
             logit[own] += operating_shift(curve, expected, settings.margin)
     return scores or [np.inf]

@@ -177,7 +177,9 @@ def _check_atlas(atlas: Atlas) -> None:
         _require(len(shape) == 3 and 0 < anatomy.image.size <= MOST_VOXELS, f"a volume of {shape}")
         _require(anatomy.base.shape == support.distance.shape == shape, "volumes of different sizes")
         _require(kinds[0] in (np.uint8, np.uint16) and kinds[1] == np.float16, "volumes of other types")
-        _require(len(anatomy.spacing) == 3 and all(_is_number(s) and 0 < s < 1e4 for s in anatomy.spacing), "spacing")
+        _require(
+            len(anatomy.spacing) == 3 and all(_is_number(s) and 1e-4 < s < 1e4 for s in anatomy.spacing), "spacing"
+        )
         _require(bool(np.isfinite(anatomy.image).all()), "a volume that is not finite")
         _require(bool((np.abs(support.distance) <= CAP_MM).all()), "distances")  # NaN is not
         known = support.known

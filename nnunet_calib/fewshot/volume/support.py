@@ -138,9 +138,16 @@ def read_supports(
 
 def _too_few(volume: Volume) -> InputError | None:
     """Why a volume cannot be a support."""
+    assert volume.label is not None
     found = int(np.count_nonzero(volume.label == STRUCTURE))
-    if found >= FEWEST_VOXELS:
+    others = volume.label.size - found - int(np.count_nonzero(volume.label == IGNORED))
+    if found >= FEWEST_VOXELS and others >= FEWEST_VOXELS:
         return None
+    if found >= FEWEST_VOXELS:
+        return InputError(
+            f"{volume.case}: {others} voxels that are annotated as something else than the structure, {FEWEST_VOXELS} "
+            "are needed; annotate some of its surroundings"
+        )
     why = "" if volume.structure_mm3 else "; its label map does not hold that value"
     return InputError(
         f"{volume.case}: {found} voxels of the structure at the model's spacing, {FEWEST_VOXELS} are needed{why}"

@@ -15,7 +15,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
 from nnunet_calib.data import nifti
-from nnunet_calib.data.cases import CaseFiles, pair_cases, remove_probabilities
+from nnunet_calib.data.cases import CaseFiles, all_probabilities, pair_cases
 from nnunet_calib.data.dataset import Dataset, find_model_file, read_dataset, require_dataset_json
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import is_hidden, read_json, write_whole
@@ -241,7 +241,9 @@ def _apply_case(
     else:
         write = write_compact if compact else write_npz
         write(file, calibrate_file(calibrator, stored, dataset, labels), stored.shape, stored.dtype)
-    remove_probabilities(output, files.name, but=[file])  # of predictions that were stored in another format
+    for other in all_probabilities(output, files.name):  # of predictions that were stored in another format
+        if other != file:
+            other.unlink()
     target = output / files.prediction.name
     if labels is None:
         _copy_file(files.prediction, target)

@@ -19,7 +19,7 @@ from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.software import installed_versions
 from nnunet_calib.posthoc.folders.apply import probabilities_at
 from nnunet_calib.posthoc.folders.crossfit import FOLDS, NONE, choose, cross_fit, fit_samples
-from nnunet_calib.posthoc.folders.samples import is_sample_of, read_sample
+from nnunet_calib.posthoc.folders.samples import is_older, is_sample_of, read_sample, sample_path
 from nnunet_calib.posthoc.folders.sampling import CONFIDENCE_BINS, REGIONS, VOXELS, CaseSample, sample_case
 from nnunet_calib.posthoc.folders.source import find_cases
 from nnunet_calib.posthoc.maps import CALIBRATORS
@@ -185,10 +185,19 @@ def _compared(
 def _sample(
     files: CaseFiles, dataset: Dataset, reader: type[BaseReaderWriter], *, voxels: int, seed: int, patches: int
 ) -> CaseSample:
-    """What ``validate`` left of a case, else drawn from its probabilities; these count where they are others."""
+    """What ``validate`` left of a case, else drawn from its probabilities.
+
+    Raises:
+        InputError: the two are of different networks, and which is the newer cannot be told, among others.
+    """
     stored = None if patches else read_sample(files, dataset, voxels=voxels, seed=seed)
     if stored is not None and (files.probabilities is None or is_sample_of(stored, files, dataset, reader)):
         return stored
+    if stored is not None and is_older(files):
+        raise InputError(
+            f"{files.probabilities}: of another network than the sample of voxels that the last validation left; "
+            f"delete it, or, if it is the right one, {sample_path(files)}"
+        )
     if files.probabilities is None:
         why = "a method that looks around a voxel needs whole probabilities"
         if not patches:

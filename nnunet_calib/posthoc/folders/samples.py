@@ -80,6 +80,12 @@ def is_sample_of(sample: CaseSample, files: CaseFiles, dataset: Dataset, reader:
     return bool(np.abs(apart).mean() <= _APART)
 
 
+def is_older(files: CaseFiles) -> bool:
+    """Whether the probabilities of a case were written before its sample."""
+    assert files.probabilities is not None
+    return files.probabilities.stat().st_mtime < sample_path(files).stat().st_mtime
+
+
 def _made_from(files: CaseFiles, dataset: Dataset, voxels: int, seed: int) -> str:
     labels = {name: _sha256(getattr(files, name)) for name in ("reference", "prediction")}
     classes = [key(channel) for channel in dataset.channels]

@@ -18,6 +18,7 @@ from nnunet_calib.fewshot.apply.folder import apply_folder, wider_views
 from nnunet_calib.fewshot.measure.evaluate import evaluate_folder
 from nnunet_calib.fewshot.structure.fitted import Settings
 from nnunet_calib.fewshot.structure.objective import Objective
+from nnunet_calib.fewshot.structure.prior import SizePrior
 from nnunet_calib.fewshot.task.file import read_tasks, write_tasks
 from nnunet_calib.fewshot.task.fit import fit_folder
 
@@ -300,6 +301,26 @@ def test_a_structure_cut_by_the_field_of_view_says_nothing_of_its_size(supports,
     assert task.structure.prior.volume == pytest.approx(supports.fitted.structure.prior.volume, rel=0.1)
 
 
+def test_a_cut_support_is_expected_to_show_its_share_when_it_is_left_out(tmp_path, monkeypatch):
+    """As a query with that field of view is: else the calibration is chosen on a support blown up to the whole."""
+    asked, expected = [], SizePrior.expected
+
+    def noted(self, body, share_in_view=1.0):
+        asked.append(share_in_view)
+        return expected(self, body, share_in_view)
+
+    monkeypatch.setattr(SizePrior, "expected", noted)
+    of = Supports(tmp_path / "supports")
+    asked.clear()
+    image, structure = phantom(2)
+    write_case(of.root, "case_2", 2, image=image[:, :, 6:], structure=structure[:, :, 6:])
+    of.fit(tmp_path)
+    assert asked[:2] == [1.0, 1.0]
+    assert 0.05 < asked[2] < 0.95
+    inside = structure[:, :, 6:].sum() / structure.sum()
+    assert asked[2] == pytest.approx(inside, abs=0.25)
+
+
 def test_a_structure_cut_in_every_support_leaves_no_prior(tmp_path):
     of = Supports(tmp_path / "supports")
     for i in range(3):
@@ -495,6 +516,15 @@ def test_ignored_voxels_do_not_count(tmp_path):
     assert all(row["voxels"] < 20 * 26 * 24 * 0.6 for row in task.report["supports"])
 
 
+def test_a_support_of_nothing_but_the_structure_is_left_out_and_told(tmp_path):
+    of = Supports(tmp_path / "supports")
+    labels = np.where(phantom(1)[1], STRUCTURE, 9).astype(np.uint8)
+    write_image(of.root / "labels" / "case_1.nii.gz", labels)
+    task = of.fit(tmp_path, ignore=9)
+    assert [row["case"] for row in task.report["supports"]] == ["case_0", "case_2"]
+    assert any("case_1: 0 voxels that are annotated as something else" in note for note in task.report["notes"])
+
+
 def test_requests_without_meaning_are_refused(supports, tmp_path):
     images = queries(tmp_path)
     with pytest.raises(UsageError, match="holds the images"):
@@ -518,6 +548,7 @@ def test_requests_without_meaning_are_refused(supports, tmp_path):
 
 def test_an_unreadable_image_is_reported_and_the_others_are_done(supports, tmp_path):
     images = queries(tmp_path, 2)
+    apply(supports, images, tmp_path / "out", probabilities=True)  # before it was damaged
     file = images / "query_10_0000.nii.gz"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) * 6 // 10])
@@ -528,6 +559,15 @@ def test_an_unreadable_image_is_reported_and_the_others_are_done(supports, tmp_p
     assert {file.name for file in (tmp_path / "out").glob("query*")} == {"query_11.nii.gz", "query_11.fewshot.json"}
     assert main(["fewshot", "apply", str(supports.model), str(supports.task), "-i", str(images), "-o",
                  str(tmp_path / "again"), "-device", "cpu"]) == 1  # fmt: skip
+
+
+def test_nothing_of_an_earlier_run_lies_beside_the_new_label_maps(supports, tmp_path):
+    images, out = queries(tmp_path), tmp_path / "out"
+    apply(supports, images, out, merge=False, probabilities=True)
+    assert (out / "ball" / "query_10.npz").is_file()
+    apply(supports, images, out)
+    left = {str(file.relative_to(out)) for file in out.rglob("query*")}
+    assert left == {"query_10.nii.gz", "query_10.fewshot.json"}
 
 
 def test_hidden_files_are_no_cases(supports, tmp_path):

@@ -26,6 +26,11 @@ def test_certainty_is_no_division_by_zero():
     np.testing.assert_allclose(merged[:, 0], [0, 0, 1], atol=1e-7)
 
 
+def test_many_certain_structures_share_the_voxel():
+    merged = merge_probabilities(np.array([[0.9], [0.1]]), np.ones((6, 1), dtype=np.float32))
+    np.testing.assert_allclose(merged[:, 0], [0, 0, *[1 / 6] * 6], atol=1e-7)
+
+
 def test_regions_do_not_compete():
     base, p = np.array([[0.9], [0.8]]), np.array([[0.6]])
     np.testing.assert_allclose(merge_probabilities(base, p, regions=True)[:, 0], [0.9, 0.8, 0.6], atol=1e-7)

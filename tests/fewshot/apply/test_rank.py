@@ -48,6 +48,24 @@ def test_a_case_of_poorer_quality_comes_first(ranked):
     assert float(rows[1]["expected_dice_ball"]) == pytest.approx(found[1].expected_dice["ball"], abs=1e-4)
 
 
+def test_another_checkpoint_is_that_of_the_whole_ranking(supports, ranked, tmp_path):
+    root, found = ranked
+    shutil.copytree(supports.model, tmp_path / "model")
+    fold = tmp_path / "model" / "fold_0"
+    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_best.pth")
+    again, errors = rank_folder(
+        tmp_path / "model",
+        [supports.task],
+        root / "images",
+        tmp_path / "out",
+        checkpoint="checkpoint_best.pth",
+        readers=0,
+        progress=False,
+    )
+    assert not errors
+    assert [one.case for one in again] == [one.case for one in found]
+
+
 def test_label_maps_have_the_values_of_the_supports(ranked):
     root, _ = ranked
     made, reference = (sitk.ReadImage(str(root / file)) for file in ("out/prefilled/like.nii.gz", "labels/like.nii.gz"))
