@@ -33,7 +33,6 @@ NAMES = {
     "nacl-probabilities": "NACL on probabilities",
     "nacl-l2": "NACL, L2",
     "nacl-5x5": "NACL, 5 x 5",
-    "nacl-balanced": "NACL, balanced means",
 }
 ROWS = rows_of("papers2d")
 
