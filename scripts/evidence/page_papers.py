@@ -95,21 +95,26 @@ def number(what: str) -> float:
 
 
 def figure() -> None:
-    """Published against here, for DSC, ECE and CECE."""
+    """DSC, ECE and CECE of every row: here, each training, and as published."""
     with rc_context(STYLE):
-        drawn = Figure(figsize=(9, 3.2), layout="constrained")
+        drawn = Figure(figsize=(9, 0.9 + 0.27 * len(ROWS.labels)), layout="constrained")
         shown = [measure for measure in PAPER_MEASURES if not measure.startswith("HD")]
         for panel, measure in zip(drawn.subplots(1, len(shown)), shown, strict=True):
             at = PAPER_MEASURES.index(measure)
-            for label in compared():
-                x, y = PUBLISHED[label][at], ROWS.mean(label, measure).mean
-                panel.plot(x, y, "o", color=COLOURS[0], markersize=4)
-                panel.annotate(written(label), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            for y, label in enumerate(ROWS.labels):
+                mean = ROWS.mean(label, measure)
+                once = "here, each training" if y == 0 else None, "here" if y == 0 else None
+                each = {"color": "0.6", "markerfacecolor": "white", "markersize": 4, "label": once[0]}
+                panel.plot(mean.each, [y] * len(mean.each), "o", **each)
+                panel.plot(mean.mean, y, "D", color=COLOURS[0], markersize=4.5, label=once[1])
+                if label in PUBLISHED:
+                    told = "published" if y == 0 else None
+                    panel.plot(PUBLISHED[label][at], y, "x", color=COLOURS[1], markersize=5, label=told)
+            names = [written(label) for label in ROWS.labels]
+            panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
             panel.set_title(measure.removesuffix(" nacl"), fontsize=9)
-            panel.set_xlabel("published", fontsize=8)
-            panel.set_ylabel("here" if measure == shown[0] else "", fontsize=8)
-            panel.tick_params(labelsize=8)
-            panel.margins(0.2)
+            panel.tick_params(labelsize=8, labelleft=measure == shown[0])
+        drawn.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         save(drawn, RESULTS.parent / "images" / "results_papers.svg")
 
 
