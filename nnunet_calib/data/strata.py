@@ -37,7 +37,7 @@ def _equal_shares(sizes: np.ndarray, total: int) -> np.ndarray:
     Nothing that is there has none, even where that is more than ``total``: it would have no voxel to stand for it.
     """
     shares = np.zeros_like(sizes)
-    left = min(max(total, np.count_nonzero(sizes)), int(sizes.sum()))
+    left = min(max(total, int(np.count_nonzero(sizes))), int(sizes.sum()))
     for done, s in enumerate(order := np.argsort(sizes, kind="stable")):
         shares[s] = min(int(sizes[s]), -(-left // (len(order) - done)))
         left -= int(shares[s])
