@@ -15,7 +15,7 @@ from tables import RESULTS, STOCK, Effect, Rows
 from nnunet_calib.report.diagram import COLOURS, STYLE, save
 
 OF_PAPERS = "papers "
-FEW = {"nacl", "mbls", "crac", "nacl-dice1", "balanced", AGAIN, "ls", "nacl-l2", "nacl-5x5"}
+FEW = {"nacl", "mbls", "crac", "nacl-dice1", "balanced", AGAIN, "ls"}
 
 
 @dataclass(frozen=True)

@@ -103,18 +103,17 @@ def figure() -> None:
             at = PAPER_MEASURES.index(measure)
             for y, label in enumerate(ROWS.labels):
                 mean = ROWS.mean(label, measure)
-                once = "here, each training" if y == 0 else None, "here" if y == 0 else None
-                each = {"color": "0.6", "markerfacecolor": "white", "markersize": 4, "label": once[0]}
-                panel.plot(mean.each, [y] * len(mean.each), "o", **each)
-                panel.plot(mean.mean, y, "D", color=COLOURS[0], markersize=4.5, label=once[1])
+                hollow = {"color": "0.6", "markerfacecolor": "white", "markersize": 4}
+                each = panel.plot(mean.each, [y] * len(mean.each), "o", **hollow)
+                here = panel.plot(mean.mean, y, "D", color=COLOURS[0], markersize=4.5)
                 if label in PUBLISHED:
-                    told = "published" if y == 0 else None
-                    panel.plot(PUBLISHED[label][at], y, "x", color=COLOURS[1], markersize=5, label=told)
+                    published = panel.plot(PUBLISHED[label][at], y, "x", color=COLOURS[1], markersize=5)
             names = [written(label) for label in ROWS.labels]
             panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
             panel.set_title(measure.removesuffix(" nacl"), fontsize=9)
             panel.tick_params(labelsize=8, labelleft=measure == shown[0])
-        drawn.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        told = ("here, each training", "here", "published")
+        drawn.legend([*each, *here, *published], told, loc="outside lower center", ncols=3, fontsize=8)
         save(drawn, RESULTS.parent / "images" / "results_papers.svg")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from nnunet_calib.data.errors import InputError, UsageError
 from nnunet_calib.data.files import read_json, write_whole
-from nnunet_calib.data.model import file_sha256
+from nnunet_calib.data.model import CHECKPOINT, file_sha256
 from nnunet_calib.fewshot.apply.folder import apply_folder, task_files
 from nnunet_calib.fewshot.network.base_model import BaseModel
 from nnunet_calib.fewshot.task.file import Task, read_tasks
@@ -78,8 +78,8 @@ def rank_folder(
         raise UsageError(
             f"two structures have the value {twice[0]} in the label maps of their supports; rank them apart"
         )
-    which = {name: options[name] for name in ("checkpoint",) if name in options}
-    model = BaseModel(model_folder, options.get("folds"), **which)  # before all is segmented
+    checkpoint = options.get("checkpoint", CHECKPOINT)
+    model = BaseModel(model_folder, options.get("folds"), checkpoint)  # before all is segmented
     reports = apply_folder(model_folder, tasks, images, output, **options)
     usable = [report for report in reports if "error" not in report]
     corrected = _prefill(model, output, usable, loaded)
